@@ -1,0 +1,165 @@
+"""The functions users call: project, condense, store, compress, explain. Validate, plan, pick a backend, run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvcondense import validate
+from kvcondense.backends import Backend, Step, backend_names, get_backend, select
+from kvcondense.errors import DeviceError, RangeError
+from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.plan import Plan
+from kvcondense.layout.state import StatePool
+from kvcondense.numerics import compute_dtype
+from kvcondense.spec import CompressorSpec
+from kvcondense.stages import project as project_stage
+from kvcondense.stages import store as store_stage
+from kvcondense.stages.rope import RopeTable
+from kvcondense.weights import CompressorWeights
+
+
+@dataclass(frozen=True)
+class CondensedRows:
+    """Finished rows of a step.
+
+    values [E, head_dim] fp32 (fp64 for fp64 kv_score), before the cache's encoding: bf16-valued in the REFERENCE
+    profile, except that a Hadamard product is not rounded yet. latent: the rows before RoPE, if asked for. request,
+    window, slot [E]: whose row it is, its index in that request, and its cache row (-1: none).
+    """
+
+    values: torch.Tensor
+    request: torch.Tensor
+    window: torch.Tensor
+    slot: torch.Tensor
+    latent: torch.Tensor | None = None
+
+
+def project(
+    spec: CompressorSpec, x: torch.Tensor, weights: CompressorWeights, *, tile: int | None = project_stage.TILE
+) -> torch.Tensor:
+    """kv_score = x @ w.T: x [T, D] -> [T, 2N] fp32, kv channels first, then scores ([T, N] without a gate).
+
+    Products of bf16 values are exact and summed in fp32. With the default ``tile`` every GEMM has the same shape, so a
+    token gives the same bits in any batch (checked on the CPU by a test); ``tile=None`` runs one GEMM, which is faster
+    for few tokens and not batch-invariant. Raises ShapeError, DtypeError or DeviceError.
+    """
+    validate.projection(spec, x, weights)
+    if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
+        raise RangeError("tile", "None or an integer of at least 1", repr(tile))
+    assert weights.w is not None
+    return project_stage.project(x, weights.w, tile)
+
+
+def condense(
+    spec: CompressorSpec,
+    kv_score: torch.Tensor,
+    weights: CompressorWeights,
+    rope: RopeTable | None,
+    batch: RaggedBatch,
+    *,
+    plan: Plan | None = None,
+    state: StatePool | None = None,
+    cache: PagedCache | None = None,
+    latent: bool = False,
+    impl: str | Backend = "auto",
+) -> CondensedRows:
+    """Emit a row for every window that the batch completes and keep the state that later steps need.
+
+    For every request, token t at position p stores [K_p | Z_p + ape[p mod r]]; when (p + 1) mod r == 0, window p // r
+    is pooled (P = sum softmax(Z) K per channel), normalised, rotated at its first position and, if the spec says so,
+    Hadamard-rotated. Rows go to ``cache`` at ``batch.slot_mapping`` or ``batch.block_table`` and are returned. One call
+    takes prefill, chunks at any start, decode and verify requests together; any split gives the same bytes.
+
+    kv_score [T, projected] (bf16, fp16, fp32 or fp64; strided views are fine; rows past query_start_loc[-1] are
+    ignored). ``state`` may be None if no request needs history. ``plan`` can be shared by all layers of a ratio;
+    the default builds it. Mutates ``state`` and ``cache``. Raises a KvCondenseError before anything is written.
+    """
+    step = _step(spec, kv_score, weights, rope, batch, plan, state, cache, latent)
+    select(impl, step).run(step)
+    plan = step.plan
+    return CondensedRows(step.rows, plan.window_request, plan.window_index, plan.window_slot, step.latent)
+
+
+def store(rows: torch.Tensor, slot_mapping: torch.Tensor, cache: PagedCache) -> None:
+    """Encode rows [E, head_dim] in the cache's format and write row e to cache row slot_mapping[e]; -1 writes nothing.
+
+    Mutates ``cache``. Raises before anything is written if a slot is out of range or named twice.
+    """
+    validate.instance("cache", cache, PagedCache)
+    validate.tensor("rows", rows, (None, cache.head_dim), (torch.float32, torch.float64, torch.bfloat16))
+    if rows.device != cache.data.device:
+        raise DeviceError("rows", f"device {cache.data.device} as the cache", rows.device)
+    validate.tensor("slot_mapping", slot_mapping, (rows.shape[0],), (torch.int32, torch.int64), rows.device)
+    validate.slots(slot_mapping, cache)
+    store_stage.scatter(rows, slot_mapping.to(torch.int64), cache)
+
+
+def compress(
+    spec: CompressorSpec,
+    x: torch.Tensor,
+    weights: CompressorWeights,
+    rope: RopeTable | None,
+    batch: RaggedBatch,
+    *,
+    plan: Plan | None = None,
+    state: StatePool | None = None,
+    cache: PagedCache | None = None,
+    latent: bool = False,
+    impl: str | Backend = "auto",
+) -> CondensedRows:
+    """``project``, then ``condense``: hidden states x [T, D] to finished rows. See there for arguments and errors."""
+    kv_score = project(spec, x, weights)
+    return condense(spec, kv_score, weights, rope, batch, plan=plan, state=state, cache=cache, latent=latent, impl=impl)
+
+
+def explain(
+    spec: CompressorSpec,
+    kv_score: torch.Tensor,
+    weights: CompressorWeights,
+    rope: RopeTable | None,
+    batch: RaggedBatch,
+    *,
+    state: StatePool | None = None,
+    cache: PagedCache | None = None,
+) -> dict[str, str | None]:
+    """For each backend: None if it can run this ``condense`` call, else the reason. Writes nothing."""
+    step = _step(spec, kv_score, weights, rope, batch, None, state, cache, False)
+    return {name: get_backend(name).why_not(step) for name in backend_names()}
+
+
+def _step(
+    spec: CompressorSpec,
+    kv_score: torch.Tensor,
+    weights: CompressorWeights,
+    rope: RopeTable | None,
+    batch: RaggedBatch,
+    plan: Plan | None,
+    state: StatePool | None,
+    cache: PagedCache | None,
+    latent: bool,
+) -> Step:
+    validate.batch_and_plan(spec, batch, plan, state, cache)
+    if plan is None:
+        plan = Plan.build(
+            spec,
+            batch,
+            state_layout=None if state is None else state.layout,
+            page_rows=None if cache is None else cache.page_rows,
+        )
+    validate.step(spec, kv_score, weights, rope, plan, state, cache)
+    rows = torch.zeros(plan.num_windows, spec.head_dim, dtype=compute_dtype(kv_score.dtype), device=kv_score.device)
+    return Step(
+        spec=spec,
+        plan=plan,
+        kv_score=kv_score,
+        ape=weights.ape,
+        gamma=weights.norm,
+        rope=rope,
+        state=state,
+        cache=cache,
+        rows=rows,
+        latent=torch.zeros_like(rows) if latent else None,
+    )

@@ -1,0 +1,82 @@
+"""What a backend is, the table of backends, and how one is picked. All that a backend author has to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol
+
+import torch
+
+from kvcondense.errors import UnsupportedError
+from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.plan import Plan
+from kvcondense.layout.state import StatePool
+from kvcondense.spec import CompressorSpec
+from kvcondense.stages.rope import RopeTable
+
+
+@dataclass(frozen=True)
+class Step:
+    """One validated call. A backend may write ``rows``, ``latent``, ``state`` and ``cache``, and nothing else.
+
+    kv_score [T, projected]; ape [r, N] or None; gamma [d]. rows [E, d] fp32 takes the finished rows, latent [E, d] (if
+    not None) the rows before RoPE; E is plan.num_windows, and rows of padding entries are left as they are.
+    """
+
+    spec: CompressorSpec
+    plan: Plan
+    kv_score: torch.Tensor
+    ape: torch.Tensor | None
+    gamma: torch.Tensor
+    rope: RopeTable | None
+    state: StatePool | None
+    cache: PagedCache | None
+    rows: torch.Tensor
+    latent: torch.Tensor | None
+
+
+class Backend(Protocol):
+    """A way to run a step. Equal inputs give equal bytes, whatever stands next to them in the batch."""
+
+    @property
+    def name(self) -> str: ...
+
+    def why_not(self, step: Step) -> str | None:
+        """None if ``run`` can do this step, else the reason it cannot, in a sentence."""
+        ...
+
+    def run(self, step: Step) -> None:
+        """Do the step. Reads of the state happen before its writes."""
+        ...
+
+
+# Name -> module with a BACKEND; imported when it is asked for. "auto" takes the first that can run the step.
+_MODULES = {"reference": "kvcondense.backends.reference"}
+
+
+def backend_names() -> tuple[str, ...]:
+    """Names that ``impl`` accepts beside "auto"."""
+    return tuple(_MODULES)
+
+
+def get_backend(name: str) -> Backend:
+    """The backend called ``name``; raises UnsupportedError with the list of names otherwise."""
+    if name not in _MODULES:
+        raise UnsupportedError("impl", f"'auto' or one of {', '.join(_MODULES)}", repr(name))
+    return import_module(_MODULES[name]).BACKEND
+
+
+def select(impl: str | Backend, step: Step) -> Backend:
+    """The backend for ``step``: the named one or an error that says why not, never a fallback."""
+    if not isinstance(impl, str):
+        candidates = [impl]
+    else:
+        candidates = [get_backend(n) for n in (_MODULES if impl == "auto" else (impl,))]
+    reasons = []
+    for backend in candidates:
+        reason = backend.why_not(step)
+        if reason is None:
+            return backend
+        reasons.append(f"{backend.name}: {reason}")
+    raise UnsupportedError("impl", "a backend that can run this step", "; ".join(reasons))

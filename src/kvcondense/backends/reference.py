@@ -1,0 +1,65 @@
+"""The reference backend: the stages composed in order. It is the specification; speed is no concern here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from kvcondense.backends import Step
+from kvcondense.layout.plan import Plan
+from kvcondense.stages import hadamard, norm, pool, rope, store, window
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The functions that the reference backend composes; tests of the tests swap one for a wrong one."""
+
+    token_positions: Callable = window.token_positions
+    state_rows: Callable = window.state_rows
+    gather: Callable = window.gather
+    keep: Callable = window.keep
+    pool: Callable = pool.two_pass
+    norm: Callable = norm.rms_norm
+    rope: Callable = rope.pairwise
+    hadamard: Callable = hadamard.hadamard
+    scatter: Callable = store.scatter
+    rope_position: Callable[[Plan], torch.Tensor] = lambda plan: plan.window_index * plan.ratio
+
+
+@dataclass(frozen=True)
+class ReferenceBackend:
+    """Torch on any device, fp32 or fp64, every ratio, layout and format."""
+
+    name: str = "reference"
+    stages: Stages = field(default_factory=Stages)
+
+    def why_not(self, step: Step) -> str | None:  # noqa: ARG002 - the protocol asks
+        """Always None: the reference runs every valid step."""
+        return None
+
+    def run(self, step: Step) -> None:
+        """tokens -> rows -> windows -> pool -> norm -> RoPE -> Hadamard -> cache; then keep what later steps read."""
+        do, spec, plan = self.stages, step.spec, step.plan
+        state_dtype = None if step.state is None else step.state.data.dtype
+        positions = do.token_positions(plan, step.kv_score.shape[0])
+        tokens = do.state_rows(spec, step.kv_score, step.ape, positions, state_dtype)  # [T, state_dim]
+        live = plan.window_request >= 0
+        dense = plan.without_padding()
+        kv, score, masked = do.gather(spec, dense, tokens, step.state, step.ape)  # [E, W, d]
+        row = do.norm(do.pool(kv, score, masked), step.gamma, spec.eps, spec.rounding)  # [E, d]
+        if step.latent is not None:
+            step.latent[live] = row.to(step.latent.dtype)
+        if step.rope is not None:
+            row = do.rope(row, *step.rope.rows(do.rope_position(dense)), spec.rounding)
+        if spec.rotate:
+            row = do.hadamard(row)
+        step.rows[live] = row.to(step.rows.dtype)
+        if step.cache is not None:
+            do.scatter(row, dense.window_slot, step.cache)
+        if step.state is not None:
+            do.keep(dense, tokens, step.state)
+
+
+BACKEND = ReferenceBackend()

@@ -1,0 +1,45 @@
+"""Every error the library raises on purpose: argument, what was expected, what was got."""
+
+from __future__ import annotations
+
+
+class KvCondenseError(Exception):
+    """Base of all errors raised on purpose.
+
+    ``argument`` names the offending argument (or file entry), ``expected`` and ``got`` say what was wanted and what
+    was there. Errors are raised before anything is written.
+    """
+
+    def __init__(self, argument: str, expected: str, got: object) -> None:
+        self.argument = argument
+        self.expected = expected
+        self.got = str(got)
+        super().__init__(f"{argument}: expected {expected}, got {self.got}")
+
+
+class ShapeError(KvCondenseError):
+    """A tensor has the wrong number of dimensions or a wrong size."""
+
+
+class DtypeError(KvCondenseError):
+    """A tensor or value has the wrong type."""
+
+
+class DeviceError(KvCondenseError):
+    """A tensor lives on another device than the rest of the call."""
+
+
+class RangeError(KvCondenseError):
+    """An integer or number is outside the range that has a meaning."""
+
+
+class UnsupportedError(KvCondenseError):
+    """The combination is well formed but nothing here can compute it."""
+
+
+class StateMismatchError(KvCondenseError):
+    """The stored state is not the state that the step continues from."""
+
+
+class CheckpointError(KvCondenseError):
+    """A file lacks a tensor, has one too many, or has one of the wrong shape."""

@@ -1,0 +1,105 @@
+"""Comparators of the golden run: allclose, bf16 ulp, error ratio; each can be applied row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kvcondense.numerics import ulp_distance
+
+Comparator = Callable[[torch.Tensor, torch.Tensor], "Comparison"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Outcome for one output: the worst absolute error, the worst distance in ulp, and where it went wrong."""
+
+    passed: bool
+    worst: float
+    worst_ulp: int
+    equal: float
+    """Fraction of elements with equal bits."""
+    detail: str = ""
+
+
+def allclose(atol: float = 1e-3, rtol: float = 1e-3) -> Comparator:
+    """Every element within atol + rtol * |expected| (the default of pypto-lib's harness)."""
+    return ratio_allclose(atol, rtol, max_error_ratio=0.0)
+
+
+def ratio_allclose(atol: float = 1e-3, rtol: float = 1e-3, max_error_ratio: float = 0.005) -> Comparator:
+    """Any NaN or Inf fails; at most round(max_error_ratio * numel) elements may exceed atol + rtol * |expected|."""
+
+    def compare(actual: torch.Tensor, expected: torch.Tensor) -> Comparison:
+        return _compare(actual, expected, _close(actual, expected, atol, rtol), max_error_ratio)
+
+    return compare
+
+
+def bf16_allclose_or_ulp(max_ulp: int = 1, atol: float = 1e-3, rtol: float = 1e-3) -> Comparator:
+    """bf16: within atol + rtol * |expected| in fp32, or both finite and at most ``max_ulp`` bf16 steps apart.
+
+    Steps are counted on a scale that is monotone across zero; the raw int16 difference of the original is not.
+    """
+
+    def compare(actual: torch.Tensor, expected: torch.Tensor) -> Comparison:
+        for name, t in (("actual", actual), ("expected", expected)):
+            if t.dtype != torch.bfloat16:
+                return Comparison(False, float("nan"), -1, 0.0, f"{name} is {t.dtype}, expected bfloat16")
+        near = ulp_distance(actual, expected) <= max_ulp if actual.shape == expected.shape else torch.tensor(False)
+        return _compare(actual, expected, _close(actual, expected, atol, rtol) | (_finite(actual, expected) & near), 0.0)
+
+    return compare
+
+
+def rowwise(comparator: Comparator) -> Comparator:
+    """Apply ``comparator`` to every row of the last dimension, so that a wrong row cannot hide in a large cache."""
+
+    def compare(actual: torch.Tensor, expected: torch.Tensor) -> Comparison:
+        whole = _compare(actual, expected, torch.ones_like(actual, dtype=torch.bool), 0.0)
+        if actual.shape != expected.shape:
+            return whole
+        rows = zip(actual.flatten(0, -2), expected.flatten(0, -2), strict=True)
+        failed = [(i, c) for i, (a, e) in enumerate(rows) if not (c := comparator(a, e)).passed]
+        if not failed:
+            return whole
+        index, first = failed[0]
+        detail = f"{len(failed)} of {actual.flatten(0, -2).shape[0]} rows; first is row {index}: {first.detail}"
+        return Comparison(False, whole.worst, whole.worst_ulp, whole.equal, detail)
+
+    return compare
+
+
+def _finite(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    return torch.isfinite(actual) & torch.isfinite(expected)
+
+
+def _close(actual: torch.Tensor, expected: torch.Tensor, atol: float, rtol: float) -> torch.Tensor:
+    if actual.shape != expected.shape:
+        return torch.zeros(1, dtype=torch.bool)
+    a, e = actual.to(torch.float64), expected.to(torch.float64)
+    return _finite(actual, expected) & ((a - e).abs() <= atol + rtol * e.abs())
+
+
+def _compare(
+    actual: torch.Tensor, expected: torch.Tensor, good: torch.Tensor, max_error_ratio: float
+) -> Comparison:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        detail = f"{actual.dtype} {list(actual.shape)} instead of {expected.dtype} {list(expected.shape)}"
+        return Comparison(False, float("nan"), -1, 0.0, detail)
+    if actual.numel() == 0:
+        return Comparison(True, 0.0, 0, 1.0)
+    delta = (actual.to(torch.float64) - expected.to(torch.float64)).abs()
+    ulp = int(ulp_distance(actual, expected).max())
+    equal = float((actual == expected).to(torch.float64).mean())
+    bad = (~good).flatten().nonzero()[:, 0]
+    invalid = int((~_finite(actual, expected)).sum())
+    passed = not invalid and bad.shape[0] <= round(max_error_ratio * actual.numel())
+    detail = ""
+    if not passed:
+        i = int(bad[0])
+        pair = f"{actual.flatten()[i].item()!r} instead of {expected.flatten()[i].item()!r}"
+        detail = f"{bad.shape[0]} of {actual.numel()} elements; first at {i}: {pair}"
+    return Comparison(passed, float(delta.nan_to_num(float("inf")).max()), ulp, equal, detail)

@@ -1,0 +1,1 @@
+"""Index arithmetic: which token, which state row, which cache row. No kernels."""

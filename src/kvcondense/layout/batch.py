@@ -1,0 +1,152 @@
+"""RaggedBatch: the requests of one step, their positions, where their state lives and where their rows go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeError, ShapeError
+
+IntTensor = torch.Tensor | Sequence[int]
+
+
+@dataclass(frozen=True)
+class RaggedBatch:
+    """Prefill, chunk, decode and verify requests of one step. Build it with :meth:`build`; all fields are int64.
+
+    query_start_loc [R+1]: request q owns tokens query_start_loc[q] .. query_start_loc[q+1]-1; later tokens are padding.
+    start_positions [R]: absolute position of each request's first token; -1 makes the request inert.
+    draft_rows [R]: how many of the request's last tokens may be taken back (rejected drafts).
+    state_slots [R] or state_block_table [R, pages]: where the state lives; state slot -1 makes the request inert.
+    slot_mapping [T] or block_table [R, pages]: the cache row of the window that token t completes (-1: do not write),
+    or the pages that hold rows 0, 1, ... of each request.
+    """
+
+    query_start_loc: torch.Tensor
+    start_positions: torch.Tensor
+    draft_rows: torch.Tensor
+    state_slots: torch.Tensor | None = None
+    state_block_table: torch.Tensor | None = None
+    slot_mapping: torch.Tensor | None = None
+    block_table: torch.Tensor | None = None
+
+    @classmethod
+    def build(
+        cls,
+        query_start_loc: IntTensor,
+        *,
+        start_positions: IntTensor | None = None,
+        positions: IntTensor | None = None,
+        draft_rows: IntTensor | int = 0,
+        state_slots: IntTensor | None = None,
+        state_block_table: IntTensor | None = None,
+        slot_mapping: IntTensor | None = None,
+        block_table: IntTensor | None = None,
+    ) -> RaggedBatch:
+        """Check and widen the metadata of a step (int32 or int64 tensors, or sequences of ints).
+
+        Give ``start_positions`` [R] or absolute ``positions`` [T] (consecutive within a request). Raises ShapeError,
+        DtypeError, DeviceError or RangeError that names the argument.
+        """
+        qsl = _ints("query_start_loc", query_start_loc, 1, None)
+        device = qsl.device
+        if qsl.shape[0] < 1:
+            raise ShapeError("query_start_loc", "shape [R+1]", "shape [0]")
+        lengths = qsl.diff()
+        if int(qsl[0]) != 0 or bool((lengths < 0).any()):
+            raise RangeError("query_start_loc", "values that start at 0 and never fall", qsl.tolist())
+        requests = lengths.shape[0]
+        if (start_positions is None) == (positions is None):
+            raise KvCondenseError("positions", "exactly one of positions and start_positions", "both or neither")
+        if positions is not None:
+            starts = _starts(_ints("positions", positions, 1, device), qsl, lengths)
+        else:
+            starts = _ints("start_positions", start_positions, 1, device, rows=requests)
+        if bool((starts < -1).any()):
+            raise RangeError("start_positions", "at least 0, or -1 for an inert request", int(starts.min()))
+        drafts = (
+            torch.full((requests,), draft_rows, dtype=torch.int64, device=device)
+            if isinstance(draft_rows, int)
+            else _ints("draft_rows", draft_rows, 1, device, rows=requests)
+        )
+        if bool((drafts < 0).any()):
+            raise RangeError("draft_rows", "at least 0", int(drafts.min()))
+        # A scalar applies to requests that are wide enough; per-request values must fit exactly.
+        if isinstance(draft_rows, int):
+            drafts = torch.minimum(drafts, lengths)
+        elif bool((drafts > lengths).any()):
+            raise RangeError("draft_rows", "at most the tokens of the request", drafts.tolist())
+        if state_slots is not None and state_block_table is not None:
+            raise KvCondenseError("state_slots", "state_slots or state_block_table, not both", "both")
+        if slot_mapping is not None and block_table is not None:
+            raise KvCondenseError("slot_mapping", "slot_mapping or block_table, not both", "both")
+        optional = {
+            "state_slots": (state_slots, 1, requests),
+            "state_block_table": (state_block_table, 2, requests),
+            "slot_mapping": (slot_mapping, 1, None),
+            "block_table": (block_table, 2, requests),
+        }
+        given = {k: _ints(k, v, dim, device, rows) for k, (v, dim, rows) in optional.items() if v is not None}
+        if "slot_mapping" in given and given["slot_mapping"].shape[0] < int(qsl[-1]):
+            raise ShapeError("slot_mapping", f"at least {int(qsl[-1])} entries", f"{given['slot_mapping'].shape[0]}")
+        for name in ("state_slots", "slot_mapping"):
+            if name in given and bool((given[name] < -1).any()):
+                raise RangeError(name, "at least 0, or -1", int(given[name].min()))
+        return cls(qsl, starts, drafts, **given)
+
+    @property
+    def num_requests(self) -> int:
+        return self.query_start_loc.shape[0] - 1
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens per request [R]."""
+        return self.query_start_loc.diff()
+
+    @property
+    def active(self) -> torch.Tensor:
+        """Requests that read and write anything at all [R] bool."""
+        alive = (self.start_positions >= 0) & (self.lengths > 0)
+        return alive if self.state_slots is None else alive & (self.state_slots >= 0)
+
+
+def _ints(
+    name: str, value: IntTensor | None, dim: int, device: torch.device | None, rows: int | None = None
+) -> torch.Tensor:
+    if value is None:
+        raise KvCondenseError(name, "a value", "None")
+    if not isinstance(value, torch.Tensor):
+        value = torch.as_tensor(value, device=device)
+        if value.numel() == 0:
+            value = value.to(torch.int64)
+    if value.dtype not in (torch.int32, torch.int64):
+        raise DtypeError(name, "int32 or int64", value.dtype)
+    if value.dim() != dim:
+        raise ShapeError(name, f"{dim} dimension(s)", f"shape {list(value.shape)}")
+    if rows is not None and value.shape[0] != rows:
+        raise ShapeError(name, f"{rows} rows, one per request", f"{value.shape[0]}")
+    if device is not None and value.device != device:
+        raise DeviceError(name, f"device {device} as query_start_loc", value.device)
+    if value.is_meta:
+        raise DeviceError(name, "a device that holds values", value.device)
+    return value.to(torch.int64)
+
+
+def _starts(positions: torch.Tensor, qsl: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """First position of each request; the positions of a live request must be consecutive."""
+    total = int(qsl[-1])
+    if positions.shape[0] < total:
+        raise ShapeError("positions", f"at least {total} entries", f"{positions.shape[0]}")
+    if total == 0:
+        return torch.zeros_like(lengths)
+    # An empty request has no first token: any index will do, the value is never used.
+    starts = torch.where(lengths > 0, positions[qsl[:-1].clamp(max=total - 1)], torch.zeros_like(lengths))
+    request = torch.repeat_interleave(torch.arange(lengths.shape[0], device=qsl.device), lengths)
+    expected = starts[request] + torch.arange(total, device=qsl.device) - qsl[request]
+    wrong = (positions[:total] != expected) & (starts[request] >= 0)
+    if bool(wrong.any()):
+        t = int(wrong.nonzero()[0, 0])
+        raise RangeError(f"positions[{t}]", f"{int(expected[t])} (consecutive within a request)", int(positions[t]))
+    return starts

@@ -1,0 +1,150 @@
+"""Plan: which windows a step completes and which state rows it must keep. Integers only, made once per step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvcondense.errors import KvCondenseError, RangeError, ShapeError
+from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.state import PagedLayout, RingLayout, live_starts
+from kvcondense.spec import CompressorSpec
+
+_WINDOW_FIELDS = ("window_request", "window_index", "window_slot")
+_KEEP_FIELDS = ("keep_token", "keep_request", "keep_position", "keep_row")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Work of one step for every layer with the same ratio, overlap, state layout and cache geometry. All int64.
+
+    window_request, window_index [E]: window c of request q, in order of q, then c. window_slot [E]: cache row, or -1.
+    keep_token, keep_request, keep_position, keep_row [K]: token t at position p of request q goes to a state row.
+    Entries of -1 in window_request or keep_token are padding and stand at the end.
+    """
+
+    ratio: int
+    overlap: bool
+    batch: RaggedBatch
+    state_layout: RingLayout | PagedLayout | None
+    page_rows: int | None
+    window_request: torch.Tensor
+    window_index: torch.Tensor
+    window_slot: torch.Tensor
+    keep_token: torch.Tensor
+    keep_request: torch.Tensor
+    keep_position: torch.Tensor
+    keep_row: torch.Tensor
+
+    @classmethod
+    def build(
+        cls,
+        spec: CompressorSpec,
+        batch: RaggedBatch,
+        *,
+        state_layout: RingLayout | PagedLayout | None = None,
+        page_rows: int | None = None,
+    ) -> Plan:
+        """Plan a step. A window is emitted when its last position, c * ratio + ratio - 1, is in the step.
+
+        ``page_rows`` is the cache's page size; it is needed with ``batch.block_table``. Raises when the ring is too
+        short for the draft rows, a table entry is missing, or two requests or rows collide. Nothing is written.
+        """
+        if state_layout is not None:
+            state_layout.check(batch, spec)
+        active = batch.active
+        start = torch.where(active, batch.start_positions, 0)
+        end = start + torch.where(active, batch.lengths, 0)
+        # Window c ends inside [start, end) iff start // r <= c < end // r.
+        first = start // spec.ratio
+        request, offset = _spread(end // spec.ratio - first)
+        window = first[request] + offset
+        last_token = batch.query_start_loc[request] + (window + 1) * spec.ratio - 1 - start[request]
+        slot = _slots(batch, request, window, last_token, page_rows)
+        # Rows that some continuation, with all drafts rejected or none, can still read.
+        if state_layout is None:
+            keep = torch.zeros_like(end)
+            low = end
+        else:
+            low = torch.maximum(start, live_starts(spec, end - torch.where(active, batch.draft_rows, 0)))
+            keep = end - low
+        keep_request, keep_offset = _spread(keep)
+        position = low[keep_request] + keep_offset
+        row = state_layout.address(batch, keep_request, position) if state_layout is not None else position
+        if row.unique().shape[0] != row.shape[0]:
+            raise RangeError("state_block_table", "a state row of its own for each request and position", "shared rows")
+        return cls(
+            ratio=spec.ratio,
+            overlap=spec.overlap,
+            batch=batch,
+            state_layout=state_layout,
+            page_rows=page_rows,
+            window_request=request,
+            window_index=window,
+            window_slot=slot,
+            keep_token=batch.query_start_loc[keep_request] + position - start[keep_request],
+            keep_request=keep_request,
+            keep_position=position,
+            keep_row=row,
+        )
+
+    @property
+    def num_windows(self) -> int:
+        """Length of the window arrays, padding included."""
+        return self.window_request.shape[0]
+
+    def without_padding(self) -> Plan:
+        """The same plan with its padding entries dropped."""
+        windows, keeps = self.window_request >= 0, self.keep_token >= 0
+        if bool(windows.all()) and bool(keeps.all()):
+            return self
+        return replace(
+            self,
+            **{name: getattr(self, name)[windows] for name in _WINDOW_FIELDS},
+            **{name: getattr(self, name)[keeps] for name in _KEEP_FIELDS},
+        )
+
+    def padded(self, windows: int, keeps: int) -> Plan:
+        """The same plan in fixed-size arrays, filled up with -1, so that shapes stay constant from step to step."""
+
+        def fill(name: str, size: int) -> torch.Tensor:
+            values: torch.Tensor = getattr(self, name)
+            if values.shape[0] > size:
+                raise RangeError(f"capacity of {name}", f"at least {values.shape[0]}", size)
+            return torch.cat([values, values.new_full((size - values.shape[0],), -1)])
+
+        sizes = dict.fromkeys(_WINDOW_FIELDS, windows) | dict.fromkeys(_KEEP_FIELDS, keeps)
+        return replace(self, **{name: fill(name, size) for name, size in sizes.items()})
+
+
+def _spread(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R] counts -> owner and running number of each of sum(counts) items."""
+    owner = torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts)
+    before = torch.cumsum(counts, 0) - counts
+    return owner, torch.arange(owner.shape[0], device=counts.device) - before[owner]
+
+
+def _slots(
+    batch: RaggedBatch, request: torch.Tensor, window: torch.Tensor, last_token: torch.Tensor, page_rows: int | None
+) -> torch.Tensor:
+    """Cache row of each window, -1 for none."""
+    if batch.slot_mapping is not None:
+        slot = batch.slot_mapping[last_token]
+    elif batch.block_table is not None:
+        if page_rows is None:
+            raise KvCondenseError("page_rows", "the cache's page size (block_table is given)", "None")
+        table, page = batch.block_table, window // page_rows
+        if bool((page >= table.shape[1]).any()):
+            raise ShapeError("block_table", f"at least {int(page.max()) + 1} pages", f"{table.shape[1]}")
+        entry = table[request, page]
+        if bool((entry < 0).any()):
+            i = int((entry < 0).nonzero()[0, 0])
+            raise RangeError(f"block_table[{int(request[i])}, {int(page[i])}]", "a page of the cache", int(entry[i]))
+        slot = entry * page_rows + window % page_rows
+    else:
+        return torch.full_like(window, -1)
+    written = slot[slot >= 0]
+    if written.unique().shape[0] != written.shape[0]:
+        raise RangeError("slot_mapping", "a cache row of its own for each window", "rows shared by windows")
+    return slot

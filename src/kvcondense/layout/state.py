@@ -1,0 +1,212 @@
+"""StatePool: the recurrent rows [kv | score + ape] of all requests, addressed by absolute position, never shifted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvcondense.errors import DtypeError, RangeError, ShapeError, StateMismatchError
+from kvcondense.layout.batch import RaggedBatch
+from kvcondense.spec import CompressorSpec
+
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class RingLayout:
+    """Row of position p of a request in slot s: s * ring_rows + p mod ring_rows."""
+
+    num_slots: int
+    ring_rows: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_slots * self.ring_rows
+
+    def address(self, batch: RaggedBatch, request: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """State row of each (request, position), int64; positions must be >= 0."""
+        assert batch.state_slots is not None
+        return batch.state_slots[request] * self.ring_rows + position % self.ring_rows
+
+    def check(self, batch: RaggedBatch, spec: CompressorSpec) -> None:
+        """Raise unless the slots exist, are not shared, and the ring is long enough for this step."""
+        if batch.state_slots is None:
+            raise ShapeError("state_slots", "one state slot per request (the state is a ring)", "None")
+        used = batch.state_slots[batch.active]
+        if bool((used >= self.num_slots).any()):
+            raise RangeError("state_slots", f"below {self.num_slots}", int(used.max()))
+        if used.unique().shape[0] != used.shape[0]:
+            raise RangeError("state_slots", "a slot of its own for each request", batch.state_slots.tolist())
+        drafts = int(batch.draft_rows[batch.active].max()) if bool(batch.active.any()) else 0
+        needed = spec.required_ring_rows(drafts)
+        if self.ring_rows < needed:
+            raise RangeError(
+                "state ring_rows", f"at least {needed} (window {spec.window}, {drafts} draft rows)", self.ring_rows
+            )
+
+
+@dataclass(frozen=True)
+class PagedLayout:
+    """Row of position p of request q: state_block_table[q, p // page_rows] * page_rows + p mod page_rows."""
+
+    num_pages: int
+    page_rows: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_pages * self.page_rows
+
+    def address(self, batch: RaggedBatch, request: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """State row of each (request, position), int64; positions must be >= 0."""
+        assert batch.state_block_table is not None
+        page = batch.state_block_table[request, position // self.page_rows]
+        return page * self.page_rows + position % self.page_rows
+
+    def check(self, batch: RaggedBatch, spec: CompressorSpec) -> None:
+        """Raise unless every page that this step reads or writes is in the table and exists."""
+        table = batch.state_block_table
+        if table is None:
+            raise ShapeError("state_block_table", "a block table (the state is paged)", "None")
+        start, end = batch.start_positions, batch.start_positions + batch.lengths
+        column = torch.arange(table.shape[1], device=table.device)
+        needed = torch.zeros_like(table, dtype=torch.bool)
+        # Rows the step may read, then rows it keeps; earlier rows of a long chunk touch no page.
+        for low, high in (
+            (live_starts(spec, start), start),
+            (torch.maximum(start, live_starts(spec, end - batch.draft_rows)), end),
+        ):
+            touched = batch.active & (low < high)
+            last = (high - 1) // self.page_rows
+            if bool((last[touched] >= table.shape[1]).any()):
+                raise ShapeError(
+                    "state_block_table", f"at least {int(last[touched].max()) + 1} pages", f"{table.shape[1]}"
+                )
+            pages = (column >= (low // self.page_rows)[:, None]) & (column <= last[:, None])
+            needed |= pages & touched[:, None]
+        bad = needed & ((table < 0) | (table >= self.num_pages))
+        if bool(bad.any()):
+            q, c = bad.nonzero()[0].tolist()
+            raise RangeError(f"state_block_table[{q}, {c}]", f"a page in 0..{self.num_pages - 1}", int(table[q, c]))
+
+
+def live_starts(spec: CompressorSpec, length: torch.Tensor) -> torch.Tensor:
+    """Tensor form of :meth:`CompressorSpec.live_start`."""
+    return ((length // spec.ratio - (spec.halves - 1)) * spec.ratio).clamp(min=0)
+
+
+@dataclass
+class StatePool:
+    """State rows of many requests: ``data`` [num_rows, state_dim], fp32 by default, and how to address them.
+
+    ``tags`` [num_rows] int64 holds the absolute position stored in each row (-1: nothing). It lets the host check,
+    before anything is written, that every row a step reads is the one it means; ``None`` switches the check off.
+    """
+
+    data: torch.Tensor
+    layout: RingLayout | PagedLayout
+    tags: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.data.dim() != 2 or self.data.shape[0] != self.layout.num_rows:
+            raise ShapeError("state data", f"shape [{self.layout.num_rows}, state_dim]", f"{list(self.data.shape)}")
+        if self.data.dtype not in STATE_DTYPES:
+            raise DtypeError("state data", "fp32, bf16 or fp64", self.data.dtype)
+        if self.tags is not None and (
+            self.tags.shape != self.data.shape[:1] or self.tags.dtype != torch.int64 or self.tags.is_meta
+        ):
+            raise ShapeError("state tags", f"int64 [{self.layout.num_rows}]", f"{self.tags.dtype} {self.tags.shape}")
+
+    @classmethod
+    def ring(
+        cls,
+        spec: CompressorSpec,
+        num_slots: int,
+        ring_rows: int | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> StatePool:
+        """A ring of ``ring_rows`` rows per slot (default: the window, the least without drafts)."""
+        return cls._new(spec, RingLayout(num_slots, ring_rows or spec.required_ring_rows(0)), dtype, device)
+
+    @classmethod
+    def paged(
+        cls,
+        spec: CompressorSpec,
+        num_pages: int,
+        page_rows: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> StatePool:
+        """Pages of ``page_rows`` rows that requests reach through ``state_block_table``."""
+        return cls._new(spec, PagedLayout(num_pages, page_rows), dtype, device)
+
+    @classmethod
+    def _new(
+        cls,
+        spec: CompressorSpec,
+        layout: RingLayout | PagedLayout,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> StatePool:
+        for name, value in vars(layout).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise RangeError(name, "an integer of at least 1", repr(value))
+        if dtype not in STATE_DTYPES:
+            raise DtypeError("state dtype", "fp32, bf16 or fp64", dtype)
+        data = torch.empty(layout.num_rows, spec.state_dim, dtype=dtype, device=device)
+        tags = torch.full((layout.num_rows,), -1, dtype=torch.int64) if data.device.type == "cpu" else None
+        return cls(data, layout, tags)
+
+    def check_continues(self, spec: CompressorSpec, batch: RaggedBatch) -> None:
+        """Raise StateMismatchError unless every stored row that ``batch`` may read holds the position it should."""
+        if self.tags is None:
+            return
+        request, position = _history(spec, batch)
+        address = self.layout.address(batch, request, position)
+        wrong = self.tags[address] != position
+        if bool(wrong.any()):
+            i = int(wrong.nonzero()[0, 0])
+            found = int(self.tags[address[i]])
+            held = "nothing that this request wrote" if found < 0 else f"position {found}"
+            raise StateMismatchError(
+                f"state of request {int(request[i])}",
+                f"position {int(position[i])} (the request continues at {int(batch.start_positions[request[i]])})",
+                held,
+            )
+
+    def tag(self, batch: RaggedBatch, address: torch.Tensor, position: torch.Tensor) -> None:
+        """Record that rows ``address`` now hold ``position``; a ring forgets what it held from a request's start on."""
+        if self.tags is None:
+            return
+        if isinstance(self.layout, RingLayout) and batch.state_slots is not None:
+            slots = batch.state_slots[batch.active]
+            rings = self.tags.view(self.layout.num_slots, self.layout.ring_rows)
+            held = rings[slots]
+            rings[slots] = torch.where(held >= batch.start_positions[batch.active][:, None], -1, held)
+        self.tags[address] = position
+
+
+def _history(spec: CompressorSpec, batch: RaggedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(request, position) of every stored row that the live requests of ``batch`` continue from."""
+    active = batch.active
+    start = torch.where(active, batch.start_positions, 0)
+    low = live_starts(spec, start)
+    request = torch.repeat_interleave(torch.arange(batch.num_requests, device=start.device), start - low)
+    first = torch.cumsum(start - low, 0) - (start - low)
+    position = low[request] + torch.arange(request.shape[0], device=start.device) - first[request]
+    return request, position
+
+
+def check_stateless(spec: CompressorSpec, batch: RaggedBatch) -> None:
+    """Raise StateMismatchError if a request continues from rows that only a state pool could hold."""
+    request, position = _history(spec, batch)
+    if request.shape[0]:
+        raise StateMismatchError(
+            "state",
+            f"a StatePool (request {int(request[0])} continues at {int(batch.start_positions[request[0]])} "
+            f"and reads position {int(position[0])})",
+            "None",
+        )

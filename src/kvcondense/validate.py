@@ -1,0 +1,163 @@
+"""Every check of a step, before anything is written: argument, expected, got."""
+
+from __future__ import annotations
+
+import torch
+
+from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeError, ShapeError
+from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.plan import Plan
+from kvcondense.layout.state import StatePool, check_stateless
+from kvcondense.spec import CompressorSpec
+from kvcondense.stages.rope import RopeTable
+from kvcondense.weights import WEIGHT_DTYPES, CompressorWeights
+
+
+def tensor(
+    name: str,
+    value: object,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """``value`` if it is a tensor of ``shape`` (None: any size), one of ``dtypes``, on ``device``."""
+    if not isinstance(value, torch.Tensor):
+        raise DtypeError(name, "a tensor", type(value).__name__)
+    fits = value.dim() == len(shape) and all(
+        want is None or want == got for want, got in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ShapeError(name, f"shape [{wanted}]", f"shape {list(value.shape)}")
+    if value.dtype not in dtypes:
+        raise DtypeError(name, " or ".join(str(d).removeprefix("torch.") for d in dtypes), value.dtype)
+    if device is not None and value.device != device:
+        raise DeviceError(name, f"device {device}", value.device)
+    return value
+
+
+def instance(name: str, value: object, kind: type) -> None:
+    """Raise DtypeError unless ``value`` is a ``kind``."""
+    if not isinstance(value, kind):
+        raise DtypeError(name, f"a {kind.__name__}", type(value).__name__)
+
+
+def projection(spec: CompressorSpec, x: torch.Tensor, weights: CompressorWeights) -> None:
+    """Check the arguments of ``project``."""
+    instance("spec", spec, CompressorSpec)
+    instance("weights", weights, CompressorWeights)
+    if weights.w is None:
+        raise KvCondenseError("weights.w", f"a tensor [{spec.projected}, D]", "None")
+    tensor("weights.w", weights.w, (spec.projected, None), WEIGHT_DTYPES)
+    tensor("x", x, (None, weights.w.shape[1]), WEIGHT_DTYPES, weights.w.device)
+
+
+def step(
+    spec: CompressorSpec,
+    kv_score: torch.Tensor,
+    weights: CompressorWeights,
+    rope: RopeTable | None,
+    plan: Plan,
+    state: StatePool | None,
+    cache: PagedCache | None,
+) -> None:
+    """Check that everything a step touches fits together and that its state is the one it continues from."""
+    batch = plan.batch
+    tensor("kv_score", kv_score, (None, spec.projected), WEIGHT_DTYPES)
+    device = kv_score.device
+    if device.type == "meta" or batch.query_start_loc.device != device:
+        raise DeviceError("kv_score", f"device {batch.query_start_loc.device} as the batch", device)
+    if kv_score.shape[0] < int(batch.query_start_loc[-1]):
+        raise ShapeError("kv_score", f"at least {int(batch.query_start_loc[-1])} rows", f"{kv_score.shape[0]} rows")
+    if (plan.ratio, plan.overlap) != (spec.ratio, spec.overlap):
+        raise KvCondenseError(
+            "plan",
+            f"a plan for ratio {spec.ratio}, overlap {spec.overlap}",
+            f"one for ratio {plan.ratio}, overlap {plan.overlap}",
+        )
+    _weights(spec, weights, device)
+    _rope(spec, rope, plan, device)
+    _cache(spec, cache, plan, device)
+    _state(spec, state, plan, device)
+
+
+def batch_and_plan(
+    spec: CompressorSpec, batch: RaggedBatch, plan: Plan | None, state: StatePool | None, cache: PagedCache | None
+) -> None:
+    """Check the types of a call before a plan is built from them."""
+    instance("spec", spec, CompressorSpec)
+    instance("batch", batch, RaggedBatch)
+    if state is not None:
+        instance("state", state, StatePool)
+    if cache is not None:
+        instance("cache", cache, PagedCache)
+    if plan is not None:
+        instance("plan", plan, Plan)
+        if plan.batch is not batch:
+            raise KvCondenseError("plan", "the plan of this batch", "a plan of another batch")
+
+
+def slots(slot: torch.Tensor, cache: PagedCache, name: str = "slot_mapping") -> None:
+    """Raise RangeError unless every slot is -1 or a row of ``cache``, and no row is named twice."""
+    written = slot[slot >= 0]
+    if bool((slot < -1).any()) or bool((written >= cache.num_rows).any()):
+        worst = int(slot.max()) if bool((written >= cache.num_rows).any()) else int(slot.min())
+        raise RangeError(name, f"-1 or a cache row below {cache.num_rows}", worst)
+    if written.unique().shape[0] != written.shape[0]:
+        raise RangeError(name, "a cache row of its own for each row", "rows that share one")
+
+
+def _weights(spec: CompressorSpec, weights: CompressorWeights, device: torch.device) -> None:
+    instance("weights", weights, CompressorWeights)
+    exact = (torch.float32, torch.float64)
+    tensor("weights.norm", weights.norm, (spec.head_dim,), exact, device)
+    if spec.has_ape:
+        if weights.ape is None:
+            raise KvCondenseError("weights.ape", f"a tensor [{spec.ratio}, {spec.width}]", "None")
+        tensor("weights.ape", weights.ape, (spec.ratio, spec.width), exact, device)
+    elif weights.ape is not None:
+        raise KvCondenseError("weights.ape", "None (the spec has no ape)", "a tensor")
+
+
+def _rope(spec: CompressorSpec, rope: RopeTable | None, plan: Plan, device: torch.device) -> None:
+    if spec.rope_dim == 0:
+        if rope is not None:
+            raise KvCondenseError("rope", "None (rope_dim is 0)", "a RopeTable")
+        return
+    if rope is None:
+        raise KvCondenseError("rope", f"a RopeTable (rope_dim is {spec.rope_dim})", "None")
+    instance("rope", rope, RopeTable)
+    for name, table in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
+        tensor(name, table, (None, spec.rope_dim // 2), (torch.float32, torch.float64), device)
+    if plan.num_windows:
+        last = int(plan.window_index.max()) * spec.ratio
+        if last >= rope.cos.shape[0]:
+            raise RangeError("rope", f"at least {last + 1} positions", rope.cos.shape[0])
+
+
+def _cache(spec: CompressorSpec, cache: PagedCache | None, plan: Plan, device: torch.device) -> None:
+    if cache is None:
+        return
+    if cache.head_dim != spec.head_dim:
+        raise ShapeError("cache", f"rows of {spec.head_dim} channels", f"{cache.head_dim}")
+    if cache.data.device != device:
+        raise DeviceError("cache", f"device {device}", cache.data.device)
+    if plan.batch.slot_mapping is None and plan.batch.block_table is None:
+        raise KvCondenseError("batch.slot_mapping", "slot_mapping or block_table (a cache is given)", "neither")
+    if plan.page_rows is not None and plan.batch.block_table is not None and plan.page_rows != cache.page_rows:
+        raise KvCondenseError("plan", f"a plan for pages of {cache.page_rows} rows", f"{plan.page_rows} rows")
+    slots(plan.window_slot, cache)
+
+
+def _state(spec: CompressorSpec, state: StatePool | None, plan: Plan, device: torch.device) -> None:
+    if plan.state_layout != (None if state is None else state.layout):
+        raise KvCondenseError("plan", "a plan for the layout of this state", f"{plan.state_layout}")
+    if state is None:
+        check_stateless(spec, plan.batch)
+        return
+    if state.data.shape[1] != spec.state_dim:
+        raise ShapeError("state", f"rows of {spec.state_dim} channels", f"{state.data.shape[1]}")
+    if state.data.device != device:
+        raise DeviceError("state", f"device {device}", state.data.device)
+    state.check_continues(spec, plan.batch)
