@@ -162,19 +162,21 @@ class StatePool:
 
     def check_continues(self, spec: CompressorSpec, batch: RaggedBatch) -> None:
         """Raise StateMismatchError unless every stored row that ``batch`` may read holds the position it should."""
+        if self.tags is not None:
+            self.check_rows(batch, *_history(spec, batch))
+
+    def check_rows(self, batch: RaggedBatch, request: torch.Tensor, position: torch.Tensor) -> None:
+        """Raise StateMismatchError unless the pool holds each (request, position)."""
         if self.tags is None:
             return
-        request, position = _history(spec, batch)
-        address = self.layout.address(batch, request, position)
-        wrong = self.tags[address] != position
+        held = self.tags[self.layout.address(batch, request, position)]
+        wrong = held != position
         if bool(wrong.any()):
             i = int(wrong.nonzero()[0, 0])
-            found = int(self.tags[address[i]])
-            held = "nothing that this request wrote" if found < 0 else f"position {found}"
             raise StateMismatchError(
                 f"state of request {int(request[i])}",
                 f"position {int(position[i])} (the request continues at {int(batch.start_positions[request[i]])})",
-                held,
+                "nothing that this request wrote" if held[i] < 0 else f"position {int(held[i])}",
             )
 
     def tag(self, batch: RaggedBatch, address: torch.Tensor, position: torch.Tensor) -> None:

@@ -1,0 +1,237 @@
+"""Wrong compressors on purpose: bugs that engines shipped, each as a backend that the scenarios must catch.
+
+A mutant is the reference backend with one stage swapped, or with its step altered first. They are tests of the tests:
+``kvcondense verify --mutant NAME`` must fail for every one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from kvcondense.backends import Step
+from kvcondense.backends.reference import ReferenceBackend, Stages
+from kvcondense.layout.plan import Plan
+from kvcondense.layout.state import RingLayout, StatePool, live_starts
+from kvcondense.spec import CompressorSpec, Rounding
+from kvcondense.stages import norm, pool, rope, store, window
+from kvcondense.stages.rope import RopeTable
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A wrong backend: ``bug`` says in a line what is wrong with it."""
+
+    name: str
+    bug: str
+    stages: Stages = field(default_factory=Stages)
+    alter: Callable[[Step], Step] = lambda step: step
+
+    def why_not(self, step: Step) -> str | None:
+        return ReferenceBackend().why_not(step)
+
+    def run(self, step: Step) -> None:
+        ReferenceBackend(self.name, self.stages).run(self.alter(step))
+
+
+Candidates = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _pool_current(kv: torch.Tensor, score: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    return kv[:, -1]
+
+
+def _pool_uniform(kv: torch.Tensor, score: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    return pool.two_pass(kv, torch.zeros_like(score), masked)
+
+
+def _pool_scalar_gate(kv: torch.Tensor, score: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    return pool.two_pass(kv, score.mean(-1, keepdim=True).expand_as(score), masked)
+
+
+def _rows_with_ape(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def rows(
+        spec: CompressorSpec,
+        kv_score: torch.Tensor,
+        ape: torch.Tensor | None,
+        positions: torch.Tensor,
+        state_dtype: torch.dtype | None,
+    ) -> torch.Tensor:
+        return window.state_rows(spec, kv_score, None if ape is None else change(ape), positions, state_dtype)
+
+    return rows
+
+
+def _gather_then(change: Callable[[CompressorSpec, Plan, StatePool | None, Candidates], Candidates]) -> Callable:
+    def gather(
+        spec: CompressorSpec, plan: Plan, rows: torch.Tensor, state: StatePool | None, ape: torch.Tensor | None
+    ) -> Candidates:
+        return change(spec, plan, state, window.gather(spec, plan, rows, state, ape))
+
+    return gather
+
+
+def _no_overlap(spec: CompressorSpec, plan: Plan, state: StatePool | None, c: Candidates) -> Candidates:
+    kv, score, masked = (t.clone() for t in c)
+    if spec.overlap:
+        score[:, : spec.ratio], masked[:, : spec.ratio] = float("-inf"), True
+    return kv, score, masked
+
+
+def _neighbour(spec: CompressorSpec, plan: Plan, state: StatePool | None, c: Candidates) -> Candidates:
+    if not spec.overlap:
+        return c
+    kv, score, masked = (t.clone() for t in c)
+    for t in (kv, score, masked):
+        t[:, : spec.ratio] = t[:, : spec.ratio].roll(1, 0)
+    return kv, score, masked
+
+
+def _previous_occupant(spec: CompressorSpec, plan: Plan, state: StatePool | None, c: Candidates) -> Candidates:
+    if state is None or not isinstance(state.layout, RingLayout) or not spec.overlap:
+        return c
+    kv, score, masked = c
+    request = plan.window_request[:, None]
+    position = (plan.window_index[:, None] + 1) * spec.ratio - spec.window + torch.arange(spec.window)
+    old = state.data[state.layout.address(plan.batch, request, position)]  # a negative position wraps into the ring
+    old = old.view(*masked.shape, 2, spec.halves, spec.head_dim)[:, :, :, 0]
+    use = masked[:, :, None]
+    return torch.where(use, old[:, :, 0], kv), torch.where(use, old[:, :, 1], score), torch.zeros_like(masked)
+
+
+def _gather_swapped(
+    spec: CompressorSpec, plan: Plan, rows: torch.Tensor, state: StatePool | None, ape: torch.Tensor | None
+) -> Candidates:
+    def swap(t: torch.Tensor) -> torch.Tensor:
+        return t.view(t.shape[0], 2, spec.halves, spec.head_dim).flip(2).reshape(t.shape)
+
+    swapped = None if state is None else StatePool(swap(state.data), state.layout)
+    return window.gather(spec, plan, swap(rows), swapped, ape)
+
+
+def _norm_with_eps(pooled: torch.Tensor, gamma: torch.Tensor, eps: float, rounding: Rounding) -> torch.Tensor:
+    return norm.rms_norm(pooled, gamma, 10 * eps, rounding)
+
+
+def _norm_unrounded(pooled: torch.Tensor, gamma: torch.Tensor, eps: float, rounding: Rounding) -> torch.Tensor:
+    return norm.rms_norm(pooled, gamma, eps, Rounding.FUSED).bfloat16().to(pooled.dtype)
+
+
+def _norm_without_gamma(pooled: torch.Tensor, gamma: torch.Tensor, eps: float, rounding: Rounding) -> torch.Tensor:
+    return norm.rms_norm(pooled, torch.ones_like(gamma), eps, rounding)
+
+
+def _rope_half_split(n: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    d = 2 * cos.shape[-1]
+    low, high = n[..., -d:].chunk(2, dim=-1)
+    paired = torch.stack([low, high], dim=-1).flatten(-2)
+    out = rope.pairwise(torch.cat([n[..., :-d], paired], dim=-1), cos, sin, rounding)
+    rotated = out[..., -d:].unflatten(-1, (-1, 2))
+    return torch.cat([out[..., :-d], rotated[..., 0], rotated[..., 1]], dim=-1)
+
+
+def _other_theta(theta: float) -> Callable[[Step], Step]:
+    """Plain RoPE with base ``theta`` instead of the model's table."""
+
+    def alter(step: Step) -> Step:
+        assert step.rope is not None
+        size, half = step.rope.cos.shape
+        inv = 1.0 / (theta ** (torch.arange(half, dtype=torch.float32) / half))
+        angle = torch.outer(torch.arange(size, dtype=torch.float32), inv)
+        return replace(step, rope=RopeTable(angle.cos(), angle.sin()))
+
+    return alter
+
+
+def _emit_late(step: Step) -> Step:
+    """Windows that end with the last token of a request's chunk wait for a next token (and are then forgotten)."""
+    batch, plan = step.plan.batch, step.plan
+    end = (batch.start_positions + batch.lengths)[plan.window_request]
+    due = (plan.window_index + 1) * plan.ratio < end
+    return replace(step, plan=replace(plan, window_slot=torch.where(due, plan.window_slot, -1)))
+
+
+def _scatter_twice(rows: torch.Tensor, slot: torch.Tensor, cache: store.PagedCache) -> None:
+    store.scatter(rows, torch.where(slot + 1 < cache.num_rows, slot + 1, -1), cache)
+    store.scatter(rows, slot, cache)
+
+
+def _scatter_clamped(rows: torch.Tensor, slot: torch.Tensor, cache: store.PagedCache) -> None:
+    store.scatter(rows, slot.clamp(min=0), cache)
+
+
+def _scatter_int32(rows: torch.Tensor, slot: torch.Tensor, cache: store.PagedCache) -> None:
+    size = cache.format.row_bytes(cache.head_dim)
+    offset = (slot * size).to(torch.int32).to(torch.int64)  # wraps
+    store.scatter(rows, torch.where(slot < 0, -1, offset // size % cache.num_rows), cache)
+
+
+def _keep_first_writer(plan: Plan, rows: torch.Tensor, state: StatePool) -> None:
+    """Rows that already hold their position are left alone: a rejected draft survives its replacement."""
+    assert state.tags is not None
+    new = state.tags[plan.keep_row] != plan.keep_position
+    state.data[plan.keep_row[new]] = rows[plan.keep_token[new]]
+    state.tags[plan.keep_row] = plan.keep_position
+
+
+def _forget_drafts(step: Step) -> Step:
+    """Keep what the next step needs if every draft is accepted, and no more."""
+    plan, batch = step.plan, step.plan.batch
+    low = live_starts(step.spec, batch.start_positions + batch.lengths)
+    needed = plan.keep_position >= low[plan.keep_request]
+    kept = {n: getattr(plan, n)[needed] for n in ("keep_token", "keep_request", "keep_position", "keep_row")}
+    return replace(step, plan=replace(plan, **kept))
+
+
+def _keep_all_backwards(plan: Plan, rows: torch.Tensor, state: StatePool) -> None:
+    """Every token of the chunk is written, the youngest first: in a long chunk old rows end up on top of new ones."""
+    window.keep(plan, rows, state)
+    batch = plan.batch
+    for q in batch.active.nonzero()[:, 0].tolist():
+        positions = batch.start_positions[q] + torch.arange(int(batch.lengths[q]))
+        address = state.layout.address(batch, torch.full_like(positions, q), positions)
+        for i in reversed(range(positions.shape[0])):
+            state.data[address[i]] = rows[int(batch.query_start_loc[q]) + i]
+
+
+def _stages(**changes: Callable) -> Stages:
+    return replace(Stages(), **changes)
+
+
+_ALL = (
+    Mutant("current-token-only", "uses the last token of the window alone", _stages(pool=_pool_current)),
+    Mutant("uniform-average", "averages the window instead of weighing it", _stages(pool=_pool_uniform)),
+    Mutant("scalar-gate", "one gate per token instead of one per channel", _stages(pool=_pool_scalar_gate)),
+    Mutant("ape-dropped", "scores without ape", _stages(state_rows=_rows_with_ape(torch.zeros_like))),
+    Mutant("ape-shifted", "ape of the next slot", _stages(state_rows=_rows_with_ape(lambda ape: ape.roll(-1, 0)))),
+    Mutant("overlap-ignored", "the previous window has no weight", _stages(gather=_gather_then(_no_overlap))),
+    Mutant("overlap-swapped", "channel halves of previous and current window swapped", _stages(gather=_gather_swapped)),
+    Mutant("neighbour-window", "previous window taken from the batch neighbour", _stages(gather=_gather_then(_neighbour))),
+    Mutant("rope-at-row-index", "rotates row w at w", _stages(rope_position=lambda plan: plan.window_index)),
+    Mutant(
+        "rope-at-last-position",
+        "rotates at the window's last position",
+        _stages(rope_position=lambda plan: (plan.window_index + 1) * plan.ratio - 1),
+    ),
+    Mutant("half-split-pairs", "rotates channels (i, i + rd/2)", _stages(rope=_rope_half_split)),
+    Mutant("theta-1e4", "RoPE base of the uncompressed layers", alter=_other_theta(1e4)),
+    Mutant("no-yarn", "frequencies without YaRN", alter=_other_theta(160000.0)),
+    Mutant("eps-times-10", "eps 1e-5 instead of 1e-6", _stages(norm=_norm_with_eps)),
+    Mutant("no-bf16-before-norm", "REFERENCE profile without its first rounding", _stages(norm=_norm_unrounded)),
+    Mutant("gamma-dropped", "norm without its weight", _stages(norm=_norm_without_gamma)),
+    Mutant("rotate-ignored", "no Hadamard although asked for", _stages(hadamard=lambda row: row)),
+    Mutant("row-0-for-minus-1", "slot -1 is clamped to the legal row 0", _stages(scatter=_scatter_clamped)),
+    Mutant(
+        "state-not-reset", "a new request reads its slot's last occupant", _stages(gather=_gather_then(_previous_occupant))
+    ),
+    Mutant("emission-late", "the row waits for one more token", alter=_emit_late),
+    Mutant("emission-twice", "the row is emitted a second time, into the next slot", _stages(scatter=_scatter_twice)),
+    Mutant("stale-draft-row", "a rejected draft's state row is not overwritten", _stages(keep=_keep_first_writer)),
+    Mutant("drafts-not-kept-for", "keeps no rows for the case that drafts are rejected", alter=_forget_drafts),
+    Mutant("ring-race", "tokens of a long chunk overwrite each other's ring row", _stages(keep=_keep_all_backwards)),
+    Mutant("int32-address", "byte offsets wrap at 2^31", _stages(scatter=_scatter_int32)),
+)
+
+MUTANTS: dict[str, Mutant] = {m.name: m for m in _ALL}

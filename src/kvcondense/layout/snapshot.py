@@ -1,0 +1,49 @@
+"""Live rows of a request: read them out of one state pool, put them into another (other ring, page size, slot)."""
+
+from __future__ import annotations
+
+import torch
+
+from kvcondense.errors import DtypeError, RangeError, ShapeError
+from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.state import StatePool
+from kvcondense.spec import CompressorSpec
+
+
+def export_live(spec: CompressorSpec, state: StatePool, batch: RaggedBatch) -> torch.Tensor:
+    """Rows that the requests of ``batch`` need to go on at their start positions: [n, state_dim], a copy.
+
+    Request after request, oldest position first: live_start(p) .. p - 1 for a request at p. Lengths are ignored.
+    Raises StateMismatchError if the pool does not hold them.
+    """
+    request, position = _live(spec, batch)
+    address = state.layout.address(batch, request, position)
+    state.check_rows(batch, request, position)
+    return state.data[address].clone()
+
+
+def import_live(spec: CompressorSpec, state: StatePool, batch: RaggedBatch, rows: torch.Tensor) -> None:
+    """Write rows of :func:`export_live` for the requests of ``batch``; mutates ``state``.
+
+    Raises ShapeError, DtypeError or RangeError before anything is written: the number of rows follows from the spec
+    and the positions alone, and the dtype must be the pool's.
+    """
+    request, position = _live(spec, batch)
+    if tuple(rows.shape) != (position.shape[0], spec.state_dim):
+        raise ShapeError("rows", f"shape [{position.shape[0]}, {spec.state_dim}]", f"shape {list(rows.shape)}")
+    if rows.dtype != state.data.dtype:
+        raise DtypeError("rows", f"{state.data.dtype} as the state", rows.dtype)
+    address = state.layout.address(batch, request, position)
+    if bool(((address < 0) | (address >= state.data.shape[0])).any()) or address.unique().shape != address.shape:
+        raise RangeError("batch", f"state rows of its own in 0..{state.data.shape[0] - 1} for each position", "others")
+    state.data[address] = rows
+    if state.tags is not None:
+        state.tags[address] = position
+
+
+def _live(spec: CompressorSpec, batch: RaggedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    positions = [
+        (q, p) for q, end in enumerate(batch.start_positions.tolist()) for p in range(spec.live_start(end), end)
+    ]
+    pairs = torch.tensor(positions, dtype=torch.int64, device=batch.start_positions.device).view(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
