@@ -208,7 +208,9 @@ _ALL = (
     Mutant("ape-shifted", "ape of the next slot", _stages(state_rows=_rows_with_ape(lambda ape: ape.roll(-1, 0)))),
     Mutant("overlap-ignored", "the previous window has no weight", _stages(gather=_gather_then(_no_overlap))),
     Mutant("overlap-swapped", "channel halves of previous and current window swapped", _stages(gather=_gather_swapped)),
-    Mutant("neighbour-window", "previous window taken from the batch neighbour", _stages(gather=_gather_then(_neighbour))),
+    Mutant(
+        "neighbour-window", "previous window taken from the batch neighbour", _stages(gather=_gather_then(_neighbour))
+    ),
     Mutant("rope-at-row-index", "rotates row w at w", _stages(rope_position=lambda plan: plan.window_index)),
     Mutant(
         "rope-at-last-position",
@@ -224,7 +226,9 @@ _ALL = (
     Mutant("rotate-ignored", "no Hadamard although asked for", _stages(hadamard=lambda row: row)),
     Mutant("row-0-for-minus-1", "slot -1 is clamped to the legal row 0", _stages(scatter=_scatter_clamped)),
     Mutant(
-        "state-not-reset", "a new request reads its slot's last occupant", _stages(gather=_gather_then(_previous_occupant))
+        "state-not-reset",
+        "a new request reads its slot's last occupant",
+        _stages(gather=_gather_then(_previous_occupant)),
     ),
     Mutant("emission-late", "the row waits for one more token", alter=_emit_late),
     Mutant("emission-twice", "the row is emitted a second time, into the next slot", _stages(scatter=_scatter_twice)),

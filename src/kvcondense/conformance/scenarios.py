@@ -238,9 +238,7 @@ def _far(spec: CompressorSpec) -> Callable[[str | Backend], str | None]:
         rig = _Rig(spec, impl, [2 * spec.window], first=first)
         seed = torch.zeros(first - spec.live_start(first), spec.state_dim)
         seed[:, spec.width :] = FP32_LOWEST
-        import_live(
-            spec, rig.state, RaggedBatch.build([0, 0], start_positions=[first], state_slots=rig.slots), seed
-        )
+        import_live(spec, rig.state, RaggedBatch.build([0, 0], start_positions=[first], state_slots=rig.slots), seed)
         rig.step([2 * spec.window])
         return rig.verdict()
 

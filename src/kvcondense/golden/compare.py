@@ -50,7 +50,9 @@ def bf16_allclose_or_ulp(max_ulp: int = 1, atol: float = 1e-3, rtol: float = 1e-
             if t.dtype != torch.bfloat16:
                 return Comparison(False, float("nan"), -1, 0.0, f"{name} is {t.dtype}, expected bfloat16")
         near = ulp_distance(actual, expected) <= max_ulp if actual.shape == expected.shape else torch.tensor(False)
-        return _compare(actual, expected, _close(actual, expected, atol, rtol) | (_finite(actual, expected) & near), 0.0)
+        return _compare(
+            actual, expected, _close(actual, expected, atol, rtol) | (_finite(actual, expected) & near), 0.0
+        )
 
     return compare
 
@@ -110,9 +112,7 @@ def _close(actual: torch.Tensor, expected: torch.Tensor, atol: float, rtol: floa
     return _finite(actual, expected) & ((a - e).abs() <= atol + rtol * e.abs())
 
 
-def _compare(
-    actual: torch.Tensor, expected: torch.Tensor, good: torch.Tensor, max_error_ratio: float
-) -> Comparison:
+def _compare(actual: torch.Tensor, expected: torch.Tensor, good: torch.Tensor, max_error_ratio: float) -> Comparison:
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         detail = f"{actual.dtype} {list(actual.shape)} instead of {expected.dtype} {list(expected.shape)}"
         return Comparison(False, float("nan"), -1, 0.0, detail)

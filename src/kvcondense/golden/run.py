@@ -20,7 +20,6 @@ from kvcondense.stages.rope import RopeTable
 from kvcondense.weights import CompressorWeights
 
 
-
 def comparators(inputs: GoldenInputs) -> dict[str, Comparator]:
     """The bounds of each output: states as in PR 270, rows without its outlier budget."""
     states, rows = allclose(atol=1e-3, rtol=1e-3), row_bounds(inputs.spec)

@@ -9,7 +9,7 @@ import torch
 
 from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeError, ShapeError
 
-IntTensor = torch.Tensor | Sequence[int]
+IntTensor = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)

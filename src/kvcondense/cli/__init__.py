@@ -1,0 +1,31 @@
+"""The ``kvcondense`` command: verify, compress, info."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from kvcondense.cli import compress, info, verify
+from kvcondense.errors import KvCondenseError
+
+app = typer.Typer(
+    name="kvcondense",
+    help="The DeepSeek-V4 KV compressor: check it, run it on a checkpoint, see what this machine can do.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("verify", epilog=verify.EXAMPLE)(verify.verify)
+app.command("compress", epilog=compress.EXAMPLE)(compress.compress)
+app.command("info", epilog=info.EXAMPLE)(info.info)
+
+
+def main() -> None:
+    """Entry point: errors that the library raises on purpose end with exit status 2 and one line."""
+    try:
+        app()
+    except KvCondenseError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

@@ -1,0 +1,80 @@
+"""``kvcondense compress``: hidden states of a layer through the compressors of a real checkpoint."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kvcondense.cli.output import JsonFile, say, write_json
+from kvcondense.errors import CheckpointError, RangeError
+from kvcondense.spec import Rounding
+from kvcondense.stream import HiddenFile, Sequence
+
+EXAMPLE = "Example: kvcondense compress --checkpoint DIR --layer 2 --hidden h.safetensors --out cache.safetensors"
+
+
+def compress(
+    checkpoint: Annotated[Path, typer.Option(help="Model directory: config.json and safetensors files.")],
+    layer: Annotated[int, typer.Option(help="Layer whose compressors to run (main and, in CSA layers, indexer).")],
+    hidden: Annotated[Path, typer.Option(help="Safetensors file with the layer's hidden states [T, D].")],
+    out: Annotated[Path, typer.Option(help="Result: rows, live state and header, as safetensors.")],
+    chunk: Annotated[int, typer.Option(help="Tokens per step.")] = 1024,
+    limit: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the sequence that --out holds.")] = False,
+    first_position: Annotated[
+        int | None, typer.Option(help="Position of the file's first token (default: its metadata, or 0).")
+    ] = None,
+    tensor: Annotated[str | None, typer.Option(help="Name of the hidden states in the file.")] = None,
+    format: Annotated[str, typer.Option(help="Cache format of the rows: bf16 or fp32.")] = "bf16",
+    rounding: Annotated[
+        str, typer.Option(help="Rounding profile: reference or fused (fp32 throughout).")
+    ] = "reference",
+    rotate: Annotated[
+        bool, typer.Option("--rotate/--no-rotate", help="Hadamard rotation of the indexer's rows.")
+    ] = True,
+    backend: Annotated[str, typer.Option(help="Backend, or auto.")] = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """Stream hidden states through a layer's compressors and write cache rows, live state and header.
+
+    The result does not depend on --chunk, nor on whether it was made in one go or with --resume: the files are equal
+    byte for byte. --out is replaced only when the run is complete.
+    """
+    profiles = {r.value: r for r in Rounding}
+    if rounding not in profiles:
+        raise RangeError("--rounding", " or ".join(profiles), repr(rounding))
+    if not out.parent.is_dir():
+        raise CheckpointError("--out", "a file in a folder that exists", str(out))
+    changes: dict[str, Any] = {"rounding": profiles[rounding], "rotate": rotate}
+    sequence = Sequence.start(checkpoint, layer, format=format, **changes)
+    if resume:
+        sequence.resume(out)
+    states = HiddenFile.open(hidden, layer, first_position, tensor)
+    begun = time.perf_counter()
+    with Progress(
+        TextColumn("compress"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        total = states.end - sequence.position
+        task = bar.add_task("tokens", total=total if limit is None else min(total, limit))
+        done = sequence.feed(states, chunk=chunk, limit=limit, impl=backend, progress=lambda n: bar.advance(task, n))
+    sequence.save(out)
+    seconds = time.perf_counter() - begun
+    say(f"layer {layer}: {done} tokens in {seconds:.1f} s, sequence now {sequence.position} tokens -> {out}")
+    for name, c in sequence.parts.items():
+        live = sequence.position - c.spec.live_start(sequence.position)
+        say(
+            f"  {name:<8} ratio {c.spec.ratio:<4} rows {list(c.rows.shape)} {format}, "
+            f"{c.rows.numel() * c.rows.element_size()} bytes; live state {live} rows"
+        )
+    write_json({**sequence.header(), "tokens": done, "seconds": seconds}, json_file)

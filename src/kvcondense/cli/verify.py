@@ -1,0 +1,117 @@
+"""``kvcondense verify``: the golden run of the original kernel, and the mutants that it must catch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvcondense.backends import Backend, get_backend
+from kvcondense.cli.output import JsonFile, say, write_json
+from kvcondense.conformance.mutants import MUTANTS
+from kvcondense.conformance.scenarios import first_failure
+from kvcondense.errors import DtypeError, RangeError
+from kvcondense.golden.inputs import GoldenCase, make_inputs
+from kvcondense.golden.run import compare, run_backend, run_reference
+from kvcondense.spec import Rounding
+
+EXAMPLE = "Example: kvcondense verify --kind csa --history 1000 --start-pos 1000,1003 --no-rotate"
+
+
+def verify(
+    kind: Annotated[str, typer.Option(help="hca (ratio 128), csa (ratio 4, overlapping) or indexer.")] = "hca",
+    preset: Annotated[str, typer.Option(help="Constants of the model: demo, flash or pro.")] = "demo",
+    backend: Annotated[str, typer.Option(help="Backend to check, or auto.")] = "reference",
+    history: Annotated[int, typer.Option(help="Random earlier tokens; 0 is the original's empty state.")] = 1000,
+    start_pos: Annotated[
+        str | None, typer.Option(help="Position of the decoded token, or one per row: 127 or 127,1000,1003.")
+    ] = None,
+    rotate: Annotated[bool, typer.Option("--rotate/--no-rotate", help="Hadamard rotation of the row.")] = True,
+    batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 4,
+    scale: Annotated[float, typer.Option(help="Standard deviation of x (with history).")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+    mutant: Annotated[str | None, typer.Option(metavar="NAME", help="Check a wrong compressor instead.")] = None,
+    list_mutants: Annotated[bool, typer.Option("--list-mutants", help="Print the mutants' names, one a line.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare a backend with the original kernel's golden reference: kv, kv_state, score_state, kv_cache.
+
+    Exit status 0 only if all four pass. With --mutant, a wrong compressor takes the backend's place and the status is
+    1 because it is caught: by the case itself, or, if the case cannot see that bug, by one of the built-in scenarios.
+    """
+    if list_mutants:
+        for name in MUTANTS:
+            say(name)
+        write_json({"mutants": {m.name: m.bug for m in MUTANTS.values()}}, json_file)
+        return
+    if mutant is not None and mutant not in MUTANTS:
+        raise RangeError("--mutant", f"one of {', '.join(MUTANTS)}", mutant)
+    impl: str | Backend = MUTANTS[mutant] if mutant else backend
+    if isinstance(impl, str) and impl != "auto":
+        get_backend(impl)  # a wrong name is an error before any work
+    case = GoldenCase(
+        kind=kind,
+        preset=preset,
+        batch=batch,
+        start_pos=_positions(start_pos),
+        history=history,
+        rotate=rotate,
+        scale=scale,
+        seed=seed,
+        rounding=Rounding.REFERENCE,
+    )
+    inputs = make_inputs(case)
+    spec = inputs.spec
+    say(
+        f"{kind}: ratio {spec.ratio}, window {spec.window}, head_dim {spec.head_dim}, preset {preset}, "
+        f"backend {mutant or backend}"
+    )
+    say(
+        f"{batch} rows at {_span(inputs.start_pos)}, {_span([h.shape[0] for h in inputs.x_history])} earlier tokens, "
+        f"{'rotate' if rotate else 'no rotate'}, seed {seed}"
+    )
+    results = compare(inputs, run_backend(inputs, impl), run_reference(inputs))
+    say(f"{'output':<12} {'result':<6} {'worst |error|':>14} {'bit-equal':>10} {'worst ulp':>10}")
+    for name, r in results.items():
+        say(f"{name:<12} {_word(r.passed):<6} {r.worst:>14.3g} {r.equal:>10.3%} {r.worst_ulp:>10}")
+        if r.detail:
+            say(f"             {r.detail}")
+    passed = all(r.passed for r in results.values())
+    report = {
+        "case": {"kind": kind, "preset": preset, "history": history, "start_pos": inputs.start_pos, "rotate": rotate},
+        "backend": mutant or backend,
+        "outputs": {
+            n: {"passed": r.passed, "worst": r.worst, "worst_ulp": r.worst_ulp, "bit_equal": r.equal}
+            for n, r in results.items()
+        },
+    }
+    if mutant:
+        caught = None if passed else ("this case", "")
+        if passed:
+            say("This case cannot tell; trying the scenarios.")
+            caught = first_failure(impl)
+        report["caught_by"] = caught and caught[0]
+        say(f"mutant {mutant} ({MUTANTS[mutant].bug}): " + (f"CAUGHT by {caught[0]}" if caught else "SURVIVED"))
+        if caught and caught[1]:
+            say(f"  {caught[1]}")
+        passed = caught is None
+    write_json(report, json_file)
+    raise typer.Exit(0 if passed else 1)
+
+
+def _positions(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise DtypeError("--start-pos", "whole numbers separated by commas", repr(text)) from None
+
+
+def _span(values: list[int]) -> str:
+    distinct = sorted(set(values))
+    return f"{distinct[0]}" if len(distinct) == 1 else ", ".join(map(str, values))
+
+
+def _word(passed: bool) -> str:
+    return "PASS" if passed else "FAIL"

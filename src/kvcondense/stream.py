@@ -1,0 +1,292 @@
+"""Hidden states of one layer, from a file, through its compressors: chunked, resumable, with a self-describing result.
+
+A result is a safetensors file: ``<part>.rows`` [n, head_dim] in the cache format, ``<part>.state`` [live, state_dim]
+fp32 (the rows that the next token needs), and a JSON header. It depends on the tokens alone, not on how they were cut
+into chunks or runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvcondense.api import compress
+from kvcondense.config import ModelConfig
+from kvcondense.errors import CheckpointError, KvCondenseError, RangeError, ShapeError
+from kvcondense.formats import get_format
+from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.snapshot import export_live, import_live
+from kvcondense.layout.state import StatePool
+from kvcondense.spec import CompressorSpec
+from kvcondense.stages.rope import RopeTable
+from kvcondense.weights import CompressorWeights, open_safetensors
+
+SCHEMA = 1
+_HEADER = "kvcondense"
+_MAX_HEADER_BYTES = 1 << 20
+
+
+@dataclass
+class Compressor:
+    """One compressor on its way through a sequence."""
+
+    spec: CompressorSpec
+    weights: CompressorWeights
+    state: StatePool
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True)
+class HiddenFile:
+    """Hidden states [T, D] or [1, T, D] of consecutive positions, read in slices."""
+
+    path: Path
+    name: str
+    tokens: int
+    hidden_size: int
+    first_position: int
+    batched: bool
+
+    @classmethod
+    def open(cls, path: Path, layer: int, first_position: int | None = None, tensor: str | None = None) -> HiddenFile:
+        """Find the tensor: ``tensor``, or layers.<layer>.hidden_states, hidden_states, or the only one in the file.
+
+        The first position is the argument, the file's metadata entry ``first_position``, or 0.
+        """
+        with open_safetensors(path) as handle:
+            names = list(handle.keys())
+            wanted = [tensor] if tensor else [f"layers.{layer}.hidden_states", "hidden_states"]
+            name = next((n for n in wanted if n in names), None)
+            if name is None and tensor is None and len(names) == 1:
+                name = names[0]
+            if name is None:
+                raise CheckpointError(str(path.name), f"a tensor called {' or '.join(wanted)}", ", ".join(names[:8]))
+            shape = list(handle.get_slice(name).get_shape())
+            metadata = handle.metadata() or {}
+        if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 1):
+            raise ShapeError(name, "shape [T, D] or [1, T, D]", f"shape {shape}")
+        if first_position is None:
+            text = metadata.get("first_position", "0")
+            if not text.isdecimal():
+                raise CheckpointError("first_position in the file's metadata", "a whole number", repr(text))
+            first_position = int(text)
+        if first_position < 0:
+            raise RangeError("first_position", "at least 0", first_position)
+        return cls(path, name, shape[-2], shape[-1], first_position, len(shape) == 3)
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.first_position + self.tokens
+
+    def read(self, start: int, end: int) -> torch.Tensor:
+        """Hidden states of positions start .. end - 1: [end - start, D]."""
+        a, b = start - self.first_position, end - self.first_position
+        with open_safetensors(self.path) as handle:
+            view = handle.get_slice(self.name)
+            return view[0, a:b] if self.batched else view[a:b]
+
+
+@dataclass
+class Sequence:
+    """The compressors of a layer after ``position`` tokens."""
+
+    config: ModelConfig
+    layer: int
+    format: str
+    parts: dict[str, Compressor]
+    position: int = 0
+    last_hidden: str = ""
+    """Digest of the hidden state at position - 1, to notice a file that does not continue the sequence."""
+
+    @classmethod
+    def start(
+        cls,
+        checkpoint: Path,
+        layer: int,
+        *,
+        format: str = "bf16",
+        parts: tuple[str, ...] | None = None,
+        **changes: Any,
+    ) -> Sequence:
+        """Load the compressors that ``layer`` of a model directory owns; ``changes`` go into their specs."""
+        config_file = checkpoint / "config.json"
+        if not config_file.is_file():
+            raise CheckpointError(str(checkpoint), "a model directory with config.json", "none there")
+        config = ModelConfig.from_json(config_file)
+        element = get_format(format).element
+        main = CompressorSpec.for_layer(config, layer, **{k: v for k, v in changes.items() if k != "rotate"})
+        chosen = parts or (("main", "indexer") if main.overlap else ("main",))
+        loaded = {}
+        for part in chosen:
+            keep = changes if part == "indexer" else {k: v for k, v in changes.items() if k != "rotate"}
+            spec = CompressorSpec.for_layer(config, layer, part, **keep)
+            weights = CompressorWeights.load(checkpoint, spec, layer, hidden_size=config.hidden_size, part=part)
+            rows = torch.empty(0, spec.head_dim, dtype=element)
+            loaded[part] = Compressor(spec, weights, StatePool.ring(spec, 1), rows)
+        return cls(config, layer, format, loaded)
+
+    def header(self) -> dict[str, Any]:
+        """What a file needs to say so that somebody else can go on with it."""
+
+        def describe(c: Compressor) -> dict[str, Any]:
+            digest = hashlib.sha256()
+            for tensor in (c.weights.w, c.weights.ape, c.weights.norm):
+                digest.update(b"" if tensor is None else _bytes(tensor))
+            spec = {**asdict(c.spec), "rounding": c.spec.rounding.value}
+            return {"spec": spec, "weights_sha256": digest.hexdigest(), "state_dtype": "float32"}
+
+        return {
+            "schema": SCHEMA,
+            "layer": self.layer,
+            "format": self.format,
+            "position": self.position,
+            "last_hidden_sha256": self.last_hidden,
+            "parts": {name: describe(c) for name, c in self.parts.items()},
+        }
+
+    def save(self, path: Path) -> None:
+        """Write rows, live state and header to ``path``, which keeps its old content until the new one is complete."""
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for name, c in self.parts.items():
+            tensors[f"{name}.rows"] = c.rows.contiguous()
+            tensors[f"{name}.state"] = export_live(c.spec, c.state, self._at(self.position))
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
+            temporary = Path(part.name)
+        try:
+            save_file(tensors, temporary, metadata={_HEADER: json.dumps(self.header(), sort_keys=True)})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def resume(self, path: Path) -> None:
+        """Take over rows, state and position of a saved sequence; raises if it is not one of these compressors."""
+        with open_safetensors(path) as handle:
+            found = _read_header(path, handle.metadata() or {})
+            position = found.get("position")
+            if isinstance(position, bool) or not isinstance(position, int) or position < 0:
+                raise CheckpointError(f"{path.name} position", "a whole number", repr(position))
+            wanted = {**self.header(), "position": position, "last_hidden_sha256": found.get("last_hidden_sha256")}
+            for key, value in wanted.items():
+                if found.get(key) != value:
+                    raise KvCondenseError(f"{path.name} {key}", _short(value), _short(found.get(key)))
+            batch = self._at(position)
+            expected = {}
+            for name, c in self.parts.items():
+                live = position - c.spec.live_start(position)
+                expected[f"{name}.rows"] = ([c.spec.visible_rows(position), c.spec.head_dim], c.rows.dtype)
+                expected[f"{name}.state"] = ([live, c.spec.state_dim], c.state.data.dtype)
+            tensors = {}
+            for name, (shape, dtype) in expected.items():
+                if name not in handle.keys():  # noqa: SIM118 - a handle is no dict
+                    raise CheckpointError(f"{path.name} {name}", "a tensor", "nothing")
+                got = list(handle.get_slice(name).get_shape())
+                if got != shape:
+                    raise CheckpointError(f"{path.name} {name}", f"shape {shape}", f"shape {got}")
+                tensors[name] = handle.get_tensor(name)
+                if tensors[name].dtype != dtype:
+                    raise CheckpointError(f"{path.name} {name}", dtype, tensors[name].dtype)
+        for name, c in self.parts.items():
+            c.rows = tensors[f"{name}.rows"]
+            import_live(c.spec, c.state, batch, tensors[f"{name}.state"])
+        self.position, self.last_hidden = position, found["last_hidden_sha256"]
+
+    def feed(
+        self,
+        hidden: HiddenFile,
+        *,
+        chunk: int = 1024,
+        limit: int | None = None,
+        impl: str = "auto",
+        progress: Callable[[int], object] = id,
+    ) -> int:
+        """Compress the tokens of ``hidden`` from ``position`` on, at most ``limit`` of them; returns how many."""
+        self._check_continues(hidden)
+        for name, value in (("chunk", chunk), ("limit", limit)):
+            if value is not None and value < 1:
+                raise RangeError(name, "at least 1", value)
+        first, end = self.position, hidden.end if limit is None else min(hidden.end, self.position + limit)
+        if end > self.config.max_positions:
+            raise RangeError("tokens", f"positions below {self.config.max_positions}", end)
+        rope = RopeTable.build(self.config, end)
+        for name, c in self.parts.items():
+            self.parts[name] = replace(c, rows=_grown(c.rows, c.spec.visible_rows(end)))
+        while self.position < end:
+            stop = min(end, self.position + chunk)
+            x = hidden.read(self.position, stop)
+            for c in self.parts.values():
+                self._compress(c, x, stop, rope, impl)
+            self.last_hidden = hashlib.sha256(_bytes(x[-1])).hexdigest()
+            progress(stop - self.position)
+            self.position = stop
+        return end - first
+
+    def _compress(self, c: Compressor, x: torch.Tensor, stop: int, rope: RopeTable, impl: str) -> None:
+        batch = RaggedBatch.build(
+            [0, stop - self.position], start_positions=[self.position], state_slots=[0], block_table=[[0]]
+        )
+        # One page that is as long as the sequence: slot and row index are the same number.
+        cache = PagedCache.wrap(c.rows[None]) if c.rows.shape[0] else None
+        if cache is None:
+            batch = replace(batch, block_table=None)
+        compress(c.spec, x, c.weights, rope, batch, state=c.state, cache=cache, impl=impl)
+
+    def _check_continues(self, hidden: HiddenFile) -> None:
+        if hidden.hidden_size != self.config.hidden_size:
+            raise ShapeError(hidden.name, f"{self.config.hidden_size} channels", f"{hidden.hidden_size}")
+        if not hidden.first_position <= self.position <= hidden.end:
+            raise RangeError(
+                "hidden states",
+                f"a file that reaches from position {self.position} or before to after it (see --first-position)",
+                f"positions {hidden.first_position}..{hidden.end - 1}",
+            )
+        if self.position > hidden.first_position:
+            last = hidden.read(self.position - 1, self.position)[0]
+            if hashlib.sha256(_bytes(last)).hexdigest() != self.last_hidden:
+                raise KvCondenseError(
+                    "hidden states",
+                    f"the sequence that was compressed up to position {self.position} "
+                    "(a file that holds only further tokens needs --first-position)",
+                    f"another hidden state at position {self.position - 1}",
+                )
+
+    @staticmethod
+    def _at(position: int) -> RaggedBatch:
+        return RaggedBatch.build([0, 0], start_positions=[position], state_slots=[0])
+
+
+def _grown(rows: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.cat([rows, rows.new_zeros(size - rows.shape[0], rows.shape[1])])
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _read_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    text = metadata.get(_HEADER)
+    if text is None or len(text) > _MAX_HEADER_BYTES:
+        raise CheckpointError(path.name, f"a {_HEADER!r} header of at most {_MAX_HEADER_BYTES} bytes", "none")
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} header", "a JSON object", error) from error
+    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path.name} header", f"an object of schema {SCHEMA}", _short(header))
+    return header
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return text if len(text) <= 200 else text[:197] + "..."
