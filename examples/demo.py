@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -39,7 +40,7 @@ CSA, HCA = 1, 2
 PARTS = {CSA: ("main", "indexer"), HCA: ("main",)}
 
 
-def make_model() -> DeepseekV4ForCausalLM:
+def make_model() -> Any:
     """A random model whose compressors have something to do: gates, biases and gammas of realistic spread."""
     config = DeepseekV4Config(
         vocab_size=256,
@@ -52,11 +53,11 @@ def make_model() -> DeepseekV4ForCausalLM:
         o_lora_rank=64,
         num_experts_per_tok=2,
         n_routed_experts=4,
-        num_hash_layers=0,
+        mlp_layer_types=["moe"] * 3,
         index_n_heads=4,
         index_topk=64,
         hc_mult=2,
-        compress_ratios=[0, 4, 128],
+        layer_types=["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
         max_position_embeddings=1 << 20,
         rope_parameters={
             "rope_type": "yarn",
@@ -68,7 +69,7 @@ def make_model() -> DeepseekV4ForCausalLM:
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    model = DeepseekV4ForCausalLM(config).eval()
+    model: Any = DeepseekV4ForCausalLM(config).eval()
     with torch.no_grad():
         for layer in (CSA, HCA):
             main = model.model.layers[layer].self_attn.compressor
@@ -80,7 +81,7 @@ def make_model() -> DeepseekV4ForCausalLM:
     return model
 
 
-def read_text(model: DeepseekV4ForCausalLM, hidden_file: Path) -> dict[tuple[int, str], torch.Tensor]:
+def read_text(model: Any, hidden_file: Path) -> dict[tuple[int, str], torch.Tensor]:
     """Prefill the text; save the compressors' inputs to ``hidden_file`` and return the rows that came out."""
     tokens = torch.tensor([list(TEXT.read_bytes()[:TOKENS])])
     entered: dict[str, torch.Tensor] = {}
@@ -92,7 +93,7 @@ def read_text(model: DeepseekV4ForCausalLM, hidden_file: Path) -> dict[tuple[int
             entered[f"layers.{layer}.hidden_states"] = x[0].detach().contiguous()
 
         hooks.append(model.model.layers[layer].self_attn.compressor.register_forward_pre_hook(keep, with_kwargs=True))
-    cache = DynamicCache(config=model.config)
+    cache: Any = DynamicCache(config=model.config)
     with torch.no_grad():
         model.model(tokens, past_key_values=cache, use_cache=True)
     for hook in hooks:
@@ -148,7 +149,7 @@ def compare_fp32(report: Report, name: str, got: torch.Tensor, theirs: torch.Ten
 def compare_bf16(
     report: Report, name: str, got: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor
 ) -> torch.Tensor:
-    """bf16: 0.063 of the row's RMS or two bf16 steps; and not further from fp64 than transformers, which pools in bf16."""
+    """bf16: 0.063 of the row's RMS or two bf16 steps, and no further from fp64 than transformers (it pools in bf16)."""
     ours, other = got.double(), theirs.double()
     delta = (ours - other).abs()
     rms = other.square().mean(-1, keepdim=True).sqrt()
@@ -181,7 +182,7 @@ def draw(rows: torch.Tensor, errors: dict[str, torch.Tensor], file: Path) -> Non
         values = error.flatten().double().clamp(min=1e-9).log10()
         right.hist(values.numpy(), bins=80, range=(-9, 0), histtype="step", label=name)
     right.set(title="distance to transformers", xlabel="log10 (fp32: absolute; bf16: of the row RMS)", yscale="log")
-    right.legend()
+    figure.legend(loc="outside lower center", ncols=6)
     figure.savefig(file, dpi=110)
 
 
@@ -202,7 +203,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         print(f"{name}: a DeepSeek-V4 of 3 layers reads {TOKENS} bytes of {TEXT.name} ...", flush=True)
         make_model().save_pretrained(folder / "model")
-        model = DeepseekV4ForCausalLM.from_pretrained(folder / "model", dtype=dtype).eval()
+        model: Any = DeepseekV4ForCausalLM.from_pretrained(folder / "model", dtype=dtype).eval()
         model.save_pretrained(folder / "model")
         theirs = read_text(model, folder / "hidden.safetensors")
         options = ("--rounding", "fused", "--format", "fp32") if name == "fp32" else ()

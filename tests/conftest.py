@@ -1,0 +1,32 @@
+"""Hostile memory for every test, and hypothesis settings that are the same on every machine."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "kvcondense",
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("kvcondense")
+
+torch.set_num_threads(1)  # two workers on two cores; thread counts have a test of their own
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch):
+    """Uninitialised memory holds NaN, or an integer that is no legal index."""
+    real = torch.empty
+
+    def empty(*args, **kwargs):
+        tensor = real(*args, **kwargs)
+        if tensor.numel() > 1 << 24 or tensor.is_meta:
+            return tensor
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        return tensor.fill_(-(2**40) if tensor.dtype == torch.int64 else 0xAB)
+
+    monkeypatch.setattr(torch, "empty", empty)

@@ -1,0 +1,105 @@
+"""The tree's own rules: import arrows without cycles, first lines that say what lives there, small files."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "kvcondense"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Layer -> layers it may import. "top" is what stands in the package's root beside the layers named here.
+ARROWS = {
+    "errors": set(),
+    "numerics": set(),
+    "config": {"errors"},
+    "spec": {"config", "errors"},
+    "formats": {"errors"},
+    "weights": {"spec", "errors"},
+    "layout": {"layout", "formats", "spec", "errors"},
+    "stages": {"layout", "spec", "config", "numerics", "errors"},
+    "backends": {"backends", "stages", "layout", "spec", "errors"},
+    "validate": {"layout", "stages", "weights", "spec", "errors"},
+    "api": {"validate", "backends", "stages", "layout", "weights", "spec", "numerics", "errors"},
+    "golden": {
+        "golden", "api", "backends", "layout", "stages", "weights", "formats", "spec", "config", "numerics", "errors",
+    },
+    "conformance": {
+        "conformance", "golden", "api", "backends", "layout", "stages", "weights", "formats", "spec", "config",
+        "numerics", "errors",
+    },
+    "stream": {"api", "layout", "stages", "weights", "formats", "spec", "config", "errors"},
+    "cli": {
+        "cli", "stream", "conformance", "golden", "api", "backends", "layout", "weights", "formats", "spec", "config",
+        "errors", "kvcondense",
+    },
+}  # fmt: skip
+FREE = {"__init__", "__main__"}
+
+
+def layer(path):
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.names[0].name != "*", f"{path}: star import"
+            modules = [f"{node.module}.{a.name}" if node.module == "kvcondense" else node.module for a in node.names]
+        for module in modules:
+            parts = module.split(".")
+            if parts[0] == "kvcondense":
+                yield parts[1] if len(parts) > 1 else "kvcondense"
+
+
+def test_every_module_has_a_layer():
+    assert {layer(p) for p in FILES} == set(ARROWS) | FREE
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_follow_the_arrows(path):
+    if layer(path) in FREE:
+        return
+    assert set(imports(path)) <= ARROWS[layer(path)]
+
+
+def test_arrows_have_no_cycle():
+    done = []
+    rest = {k: v - {k, "kvcondense"} for k, v in ARROWS.items()}
+    while rest:
+        free = [k for k, v in rest.items() if v <= set(done)]
+        assert free, f"cycle among {sorted(rest)}"
+        done += free
+        rest = {k: v for k, v in rest.items() if k not in free}
+
+
+def test_golden_reference_does_not_use_the_stages():
+    assert set(imports(PACKAGE / "golden" / "decode.py")) <= {"numerics", "spec"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for folder in ("src", "tests", "examples") for p in sorted((ROOT / folder).rglob("*.py"))],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_files_are_small_and_say_what_they_are(path):
+    text = path.read_text()
+    first = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
+    assert len(first) >= 20, "the first line says what lives here"
+    assert len(text.splitlines()) <= 420
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_functions_take_at_most_ten_parameters(path):
+    if layer(path) == "cli":  # a command has as many as it has options
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            assert len([a for a in arguments if a.arg not in ("self", "cls")]) <= 10, f"{path}: {node.name}"
