@@ -46,7 +46,7 @@ def tokens(spec, length, seed=0):
 
 
 class Machine:
-    """Requests are (tokens, slot); ``feed`` advances them, ``cache_of`` and ``live_of`` are what must not depend on how."""
+    """Requests advance by ``feed``; what ``cache_of`` and ``live_of`` return must not depend on how they got there."""
 
     def __init__(self, spec, sequences, *, paged=False, max_draft=0, seed=0, dtype=torch.float32, impl="auto", extra=2):
         self.spec, self.sequences, self.impl, self.paged = spec, sequences, impl, paged

@@ -1,4 +1,4 @@
-"""ModelConfig and CompressorSpec: published constants, both spellings of config.json, and everything that is refused."""
+"""ModelConfig and CompressorSpec: published constants, both spellings of config.json, and what is refused."""
 
 import json
 from dataclasses import replace

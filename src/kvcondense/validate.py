@@ -147,7 +147,7 @@ def _cache(spec: CompressorSpec, cache: PagedCache | None, plan: Plan, device: t
         raise KvCondenseError("batch.slot_mapping", "slot_mapping or block_table (a cache is given)", "neither")
     if plan.page_rows is not None and plan.batch.block_table is not None and plan.page_rows != cache.page_rows:
         raise KvCondenseError("plan", f"a plan for pages of {cache.page_rows} rows", f"{plan.page_rows} rows")
-    slots(plan.window_slot, cache)
+    slots(plan.window_slot, cache, "slot_mapping" if plan.batch.block_table is None else "block_table")
 
 
 def _state(spec: CompressorSpec, state: StatePool | None, plan: Plan, device: torch.device) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from machine import SPECS, Machine, same, tokens
 
 BOUNDARY = {"csa": 40, "hca": 520}

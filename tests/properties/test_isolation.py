@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from machine import PATTERN, SPECS, Machine, rope, same, tokens, weights
 
 from kvcondense import PagedCache, RaggedBatch, StatePool, condense
+from machine import PATTERN, SPECS, Machine, rope, same, tokens, weights
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -3,15 +3,15 @@
 from dataclasses import replace
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from machine import CONFIG, SPECS, Machine, rope, tokens, weights
 
+import oracle
 from kvcondense import CompressorSpec, ModelConfig, RaggedBatch, RopeTable, StatePool, condense
 from kvcondense.golden.compare import row_bounds
 from kvcondense.layout.snapshot import import_live
 from kvcondense.spec import Rounding
+from machine import CONFIG, SPECS, Machine, rope, tokens, weights
 
 
 def run(spec, kv_score, w=None):

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from kvcondense.errors import UnsupportedError
+from kvcondense.errors import DtypeError, UnsupportedError
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
@@ -70,6 +70,8 @@ def get_backend(name: str) -> Backend:
 def select(impl: str | Backend, step: Step) -> Backend:
     """The backend for ``step``: the named one or an error that says why not, never a fallback."""
     if not isinstance(impl, str):
+        if not callable(getattr(impl, "run", None)) or not callable(getattr(impl, "why_not", None)):
+            raise DtypeError("impl", "a backend's name, or an object with why_not and run", type(impl).__name__)
         candidates = [impl]
     else:
         candidates = [get_backend(n) for n in (_MODULES if impl == "auto" else (impl,))]

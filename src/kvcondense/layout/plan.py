@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvcondense.errors import KvCondenseError, RangeError, ShapeError
+from kvcondense.errors import DtypeError, KvCondenseError, RangeError, ShapeError
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.state import PagedLayout, RingLayout, live_starts
 from kvcondense.spec import CompressorSpec
@@ -51,6 +51,10 @@ class Plan:
         ``page_rows`` is the cache's page size; it is needed with ``batch.block_table``. Raises when the ring is too
         short for the draft rows, a table entry is missing, or two requests or rows collide. Nothing is written.
         """
+        if not isinstance(batch, RaggedBatch):
+            raise DtypeError("batch", "a RaggedBatch", type(batch).__name__)
+        if page_rows is not None and (isinstance(page_rows, bool) or not isinstance(page_rows, int) or page_rows < 1):
+            raise RangeError("page_rows", "None or an integer of at least 1", repr(page_rows))
         if state_layout is not None:
             state_layout.check(batch, spec)
         active = batch.active
@@ -144,7 +148,4 @@ def _slots(
         slot = entry * page_rows + window % page_rows
     else:
         return torch.full_like(window, -1)
-    written = slot[slot >= 0]
-    if written.unique().shape[0] != written.shape[0]:
-        raise RangeError("slot_mapping", "a cache row of its own for each window", "rows shared by windows")
     return slot

@@ -128,7 +128,9 @@ class StatePool:
         device: torch.device | str = "cpu",
     ) -> StatePool:
         """A ring of ``ring_rows`` rows per slot (default: the window, the least without drafts)."""
-        return cls._new(spec, RingLayout(num_slots, ring_rows or spec.required_ring_rows(0)), dtype, device)
+        return cls._new(
+            spec, RingLayout(num_slots, spec.required_ring_rows(0) if ring_rows is None else ring_rows), dtype, device
+        )
 
     @classmethod
     def paged(
