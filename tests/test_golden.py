@@ -97,9 +97,10 @@ def test_bad_cases_are_refused(case, name):
         make_inputs(GoldenCase(**case))
 
 
-@pytest.mark.parametrize(
-    "impl", ["reference", ReferenceBackend("online", Stages(pool=pool.online))], ids=["two-pass", "online"]
-)
+ONLINE = ReferenceBackend("online", Stages(pool=pool.online))
+
+
+@pytest.mark.parametrize("impl", ["reference", ONLINE], ids=["two-pass", "online"])
 def test_every_scenario_passes(impl):
     assert first_failure(impl) is None
     names = [s.name for s in scenarios()]
@@ -119,11 +120,11 @@ def test_the_list_of_mutants_covers_what_applies():
     assert all(m.bug and m.name == n for n, m in MUTANTS.items())
 
 
-@pytest.mark.parametrize("name", ["current-token-only", "uniform-average", "ape-dropped"])
+@pytest.mark.parametrize("name", ["current-token-only", "uniform-average", "overlap-ignored", "scalar-gate"])
 def test_one_step_from_an_empty_state_cannot_tell(name):
     """Why history matters: these pass the original's own test."""
-    assert all(r.passed for r in verify(MUTANTS[name], kind="hca", history=0).values())
-    assert not all(r.passed for r in verify(MUTANTS[name], kind="hca", history=300).values())
+    assert all(r.passed for r in verify(MUTANTS[name], kind="csa", history=0).values())
+    assert not all(r.passed for r in verify(MUTANTS[name], kind="csa", history=300).values())
 
 
 def bf16(*values):

@@ -121,9 +121,9 @@ def _compare(actual: torch.Tensor, expected: torch.Tensor, good: torch.Tensor, m
     delta = (actual.to(torch.float64) - expected.to(torch.float64)).abs()
     ulp = int(ulp_distance(actual, expected).max())
     equal = float((actual == expected).to(torch.float64).mean())
-    bad = (~good).flatten().nonzero()[:, 0]
-    invalid = int((~_finite(actual, expected)).sum())
-    passed = not invalid and bad.shape[0] <= round(max_error_ratio * actual.numel())
+    finite = _finite(actual, expected)
+    bad = (~(good & finite)).flatten().nonzero()[:, 0]
+    passed = bool(finite.all()) and bad.shape[0] <= round(max_error_ratio * actual.numel())
     detail = ""
     if not passed:
         i = int(bad[0])
