@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -162,8 +161,7 @@ class Sequence:
         for name, c in self.parts.items():
             tensors[f"{name}.rows"] = c.rows.contiguous()
             tensors[f"{name}.state"] = export_live(c.spec, c.state, self._at(self.position))
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
-            temporary = Path(part.name)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             save_file(tensors, temporary, metadata={_HEADER: json.dumps(self.header(), sort_keys=True)})
             os.replace(temporary, path)

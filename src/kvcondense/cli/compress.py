@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvcondense.cli.output import JsonFile, say, write_json
+from kvcondense.cli.output import JsonFile, Output
 from kvcondense.errors import CheckpointError, RangeError
 from kvcondense.spec import Rounding
 from kvcondense.stream import HiddenFile, Sequence
@@ -70,11 +70,12 @@ def compress(
         done = sequence.feed(states, chunk=chunk, limit=limit, impl=backend, progress=lambda n: bar.advance(task, n))
     sequence.save(out)
     seconds = time.perf_counter() - begun
-    say(f"layer {layer}: {done} tokens in {seconds:.1f} s, sequence now {sequence.position} tokens -> {out}")
+    output = Output(json_file)
+    output.say(f"layer {layer}: {done} tokens in {seconds:.1f} s, sequence now {sequence.position} tokens -> {out}")
     for name, c in sequence.parts.items():
         live = sequence.position - c.spec.live_start(sequence.position)
-        say(
+        output.say(
             f"  {name:<8} ratio {c.spec.ratio:<4} rows {list(c.rows.shape)} {format}, "
             f"{c.rows.numel() * c.rows.element_size()} bytes; live state {live} rows"
         )
-    write_json({**sequence.header(), "tokens": done, "seconds": seconds}, json_file)
+    output.finish({**sequence.header(), "tokens": done, "seconds": seconds})

@@ -1,4 +1,4 @@
-"""What commands print: one line per fact, and the same as JSON when asked."""
+"""What commands print: lines for people, and the same as JSON when asked."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ JsonFile = Annotated[
 ]
 
 
-def say(text: str = "") -> None:
-    """Print a line."""
-    typer.echo(text)
+class Output:
+    """Lines go to standard output, or to standard error if the JSON takes its place."""
 
+    def __init__(self, json_file: Path | None) -> None:
+        self.json_file = json_file
+        self.to_stdout = str(json_file) == "-"
 
-def write_json(result: dict[str, Any], path: Path | None) -> None:
-    """Write ``result`` to ``path`` ('-': standard output); None writes nothing."""
-    if path is None:
-        return
-    text = json.dumps(result, indent=2) + "\n"
-    if str(path) == "-":
-        typer.echo(text, nl=False)
-    else:
-        path.write_text(text, encoding="utf-8")
+    def say(self, text: str = "") -> None:
+        """Print a line."""
+        typer.echo(text, err=self.to_stdout)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write ``result`` where --json said, if it said so."""
+        if self.json_file is None:
+            return
+        text = json.dumps(result, indent=2) + "\n"
+        if self.to_stdout:
+            typer.echo(text, nl=False)
+        else:
+            self.json_file.write_text(text, encoding="utf-8")

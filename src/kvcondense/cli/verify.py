@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvcondense.backends import Backend, get_backend
-from kvcondense.cli.output import JsonFile, say, write_json
+from kvcondense.cli.output import JsonFile, Output
 from kvcondense.conformance.mutants import MUTANTS
 from kvcondense.conformance.scenarios import first_failure
 from kvcondense.errors import DtypeError, RangeError
@@ -39,10 +39,12 @@ def verify(
     Exit status 0 only if all four pass. With --mutant, a wrong compressor takes the backend's place and the status is
     1 because it is caught: by the case itself, or, if the case cannot see that bug, by one of the built-in scenarios.
     """
+    output = Output(json_file)
+    say = output.say
     if list_mutants:
         for name in MUTANTS:
             say(name)
-        write_json({"mutants": {m.name: m.bug for m in MUTANTS.values()}}, json_file)
+        output.finish({"mutants": {m.name: m.bug for m in MUTANTS.values()}})
         return
     if mutant is not None and mutant not in MUTANTS:
         raise RangeError("--mutant", f"one of {', '.join(MUTANTS)}", mutant)
@@ -95,7 +97,7 @@ def verify(
         if caught and caught[1]:
             say(f"  {caught[1]}")
         passed = caught is None
-    write_json(report, json_file)
+    output.finish(report)
     raise typer.Exit(0 if passed else 1)
 
 

@@ -1,0 +1,104 @@
+"""Tiny checkpoints on disk, in the official and the transformers naming, single file or sharded."""
+
+import json
+
+import torch
+from safetensors.torch import save_file
+
+from kvcondense import CompressorSpec, ModelConfig
+from kvcondense.config import Yarn
+
+HIDDEN = 32
+CONFIG = {
+    "model_type": "deepseek_v4",
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 4,
+    "num_nextn_predict_layers": 1,
+    "compress_ratios": [0, 4, 128, 4, 0],
+    "rms_norm_eps": 1e-6,
+    "head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "index_head_dim": 8,
+    "compress_rope_theta": 160000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 16,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "original_max_position_embeddings": 65536,
+    },
+    "max_position_embeddings": 4096,
+}
+MODEL = ModelConfig(
+    name="tiny",
+    generation="v4",
+    hidden_size=HIDDEN,
+    num_hidden_layers=4,
+    compress_ratios=(0, 4, 128, 4, 0),
+    eps=1e-6,
+    compress_rope_theta=160000.0,
+    yarn=Yarn(16.0, 65536, 32.0, 1.0),
+    max_positions=4096,
+    head_dim=16,
+    rope_dim=8,
+    index_head_dim=8,
+    overlap_ratios=(4,),
+)
+SCHEMES = {
+    "official": (
+        "layers.{}.attn.compressor.",
+        "layers.{}.attn.indexer.compressor.",
+        "wkv.weight wgate.weight ape norm.weight",
+    ),
+    "transformers": (
+        "model.layers.{}.self_attn.compressor.",
+        "model.layers.{}.self_attn.compressor.indexer.",
+        "kv_proj.weight gate_proj.weight position_bias kv_norm.weight",
+    ),
+    "saved by transformers": (
+        "model.layers.{}.attn.compressor.",
+        "model.layers.{}.attn.indexer.compressor.",
+        "wkv.weight wgate.weight ape norm.weight",
+    ),
+}
+
+
+def tensors(scheme="official", seed=0):
+    """All compressor tensors of the tiny model, dtypes as published, with some neighbours that are none of ours."""
+    gen = torch.Generator().manual_seed(seed)
+    main, indexer, leaves = SCHEMES[scheme]
+    out = {"embed.weight": torch.ones(3, HIDDEN), "layers.1.attn.wkv.weight": torch.ones(2, 2)}
+    for layer, ratio in enumerate(CONFIG["compress_ratios"]):
+        for base, part in ((main, "main"), (indexer, "indexer")):
+            if ratio == 0 or (part == "indexer" and ratio != 4):
+                continue
+            spec = CompressorSpec.for_layer(MODEL, layer, part)
+            values = (
+                torch.randn(spec.width, HIDDEN, generator=gen).bfloat16(),
+                torch.randn(spec.width, HIDDEN, generator=gen).bfloat16(),
+                torch.randn(spec.ratio, spec.width, generator=gen),
+                (1 + 0.2 * torch.randn(spec.head_dim, generator=gen)).bfloat16(),
+            )
+            out |= {base.format(layer) + leaf: v for leaf, v in zip(leaves.split(), values, strict=True)}
+            if scheme == "transformers" and part == "indexer":
+                out[base.format(layer) + "q_b_proj.weight"] = torch.ones(2, 2)
+                out[base.format(layer) + "scorer.weights_proj.weight"] = torch.ones(2, 2)
+    return out
+
+
+def write(folder, scheme="official", change=lambda t: t, shards=1):
+    """Write config.json and safetensors; ``change`` edits the tensors first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    all_tensors = change(tensors(scheme))
+    names = sorted(all_tensors)
+    if shards == 1:
+        save_file(all_tensors, folder / "model.safetensors")
+        return folder
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file({n: all_tensors[n] for n in names[i::shards]}, folder / file)
+        weight_map |= dict.fromkeys(names[i::shards], file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder

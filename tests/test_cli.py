@@ -1,0 +1,167 @@
+"""The command line: exit statuses, what is printed, JSON, and that every mutant makes ``verify`` fail."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import kvcondense
+from checkpoints import HIDDEN, write
+from kvcondense.cli import app, main
+from kvcondense.conformance.mutants import MUTANTS
+
+OUTPUTS = ["kv", "kv_state", "score_state", "kv_cache"]
+
+
+def invoke(*words, status=0):
+    """Run the command in this process; errors that the library raises on purpose have exit status 2."""
+    result = CliRunner().invoke(app, [str(w) for w in words])
+    code = 2 if isinstance(result.exception, kvcondense.KvCondenseError) else result.exit_code
+    assert code == status, (result.output, result.exception)
+    return result.output
+
+
+def stdout_json(*words):
+    """What ``--json -`` leaves on standard output: JSON and nothing else."""
+    result = CliRunner().invoke(app, [str(w) for w in words])
+    assert result.exit_code == 0, result.output
+    assert result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("rotate", ["--rotate", "--no-rotate"])
+@pytest.mark.parametrize("history", [0, 1000])
+@pytest.mark.parametrize("kind", ["hca", "csa", "indexer"])
+def test_verify_passes(kind, history, rotate):
+    text = invoke("verify", "--kind", kind, "--preset", "demo", "--history", history, rotate, "--batch", 2)
+    lines = [line.split() for line in text.splitlines()]
+    assert [line[0] for line in lines if "PASS" in line] == OUTPUTS
+    assert "FAIL" not in text
+
+
+@pytest.mark.parametrize("start", ["127", "128", "1000", "511,1003"])
+def test_verify_takes_start_positions(start):
+    text = invoke("verify", "--kind", "hca", "--start-pos", start, "--batch", 2, "--history", 200)
+    assert text.count("PASS") == 4
+
+
+def test_verify_flash_with_yarn():
+    assert invoke("verify", "--preset", "flash", "--kind", "csa", "--history", 100, "--batch", 1).count("PASS") == 4
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_every_mutant_fails_even_where_the_case_is_blind(name, tmp_path):
+    report = tmp_path / "r.json"
+    text = invoke("verify", "--kind", "hca", "--history", 0, "--batch", 1, "--mutant", name, "--json", report, status=1)
+    assert "CAUGHT by" in text
+    assert json.loads(report.read_text())["caught_by"]
+
+
+def test_list_mutants_prints_names_alone():
+    assert invoke("verify", "--list-mutants").split("\n") == [*MUTANTS, ""]
+
+
+def test_verify_json_says_what_was_printed():
+    report = stdout_json("verify", "--kind", "csa", "--history", 20, "--batch", 2, "--json", "-")
+    assert list(report["outputs"]) == OUTPUTS
+    assert all(o["passed"] and o["worst"] < 0.1 for o in report["outputs"].values())
+    assert report["case"]["history"] == 20
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--kind", "mla"], ["--preset", "x"], ["--backend", "cuda"], ["--mutant", "none"], ["--start-pos", "a"],
+        ["--start-pos", "99999999"], ["--history", "-1"], ["--batch", "0"], ["--no-such-option"],
+    ],
+)  # fmt: skip
+def test_verify_refuses_with_status_2(words):
+    invoke("verify", *words, status=2)
+
+
+@pytest.mark.parametrize("command", ["verify", "compress", "info"])
+def test_every_command_has_help_with_an_example_and_json(command):
+    text = invoke(command, "--help")
+    assert f"Example: kvcondense {command}" in text
+    assert "--json" in text
+
+
+def test_info_says_what_can_run():
+    report = stdout_json("info", "--json", "-")
+    assert report["backends"] == {"reference": None}
+    assert report["versions"]["torch"] == torch.__version__
+    table = {row["compressor"]: row for row in report["compressors"]}
+    assert table["flash HCA"]["state"] == "512 KiB"
+    assert (table["flash CSA"]["layers"], table["pro HCA"]["layers"], table["v41 ratio 2"]["layers"]) == (
+        "21",
+        "31",
+        "3",
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / "model")
+    x = torch.randn(150, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
+    save_file({"hidden_states": x}, tmp_path / "h.safetensors")
+    return tmp_path
+
+
+def compress(folder, out, *words, status=0):
+    base = ["--checkpoint", folder / "model", "--hidden", folder / "h.safetensors", "--layer", 1]
+    return invoke("compress", *base, "--out", folder / out, *words, status=status)
+
+
+def test_compress_chunked_resumed_and_one_go_are_byte_equal(folder):
+    text = compress(folder, "whole")
+    assert "150 tokens" in text
+    compress(folder, "chunked", "--chunk", 7)
+    compress(folder, "resumed", "--limit", 61, "--chunk", 10)
+    compress(folder, "resumed", "--resume")
+    whole, chunked, resumed = ((folder / n).read_bytes() for n in ("whole", "chunked", "resumed"))
+    assert whole == chunked == resumed
+    got = load_file(folder / "whole")
+    assert got["main.rows"].shape == (37, 16)
+    assert got["indexer.rows"].shape == (37, 8)
+    assert got["main.state"].shape == (6, 64)
+
+
+def test_compress_options_reach_the_rows(folder):
+    compress(folder, "a")
+    compress(folder, "b", "--no-rotate")
+    compress(folder, "c", "--rounding", "fused", "--format", "fp32", "--json", folder / "c.json")
+    a, b, c = (load_file(folder / n) for n in "abc")
+    assert torch.equal(a["main.rows"], b["main.rows"])
+    assert not torch.equal(a["indexer.rows"], b["indexer.rows"])
+    assert c["main.rows"].dtype == torch.float32
+    assert (c["main.rows"] - a["main.rows"].float()).abs().max() < 0.1
+    assert json.loads((folder / "c.json").read_text())["parts"]["main"]["spec"]["rounding"] == "fused"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--layer", 0], ["--layer", 77], ["--rounding", "none"], ["--format", "fp8"], ["--chunk", 0], ["--resume"],
+        ["--backend", "cpu"], ["--tensor", "x"], ["--first-position", -1], ["--checkpoint", "nowhere"],
+        ["--hidden", "nowhere"],
+    ],
+)  # fmt: skip
+def test_compress_refuses_with_status_2_and_writes_nothing(folder, words):
+    compress(folder, "out", *words, status=2)
+    assert not (folder / "out").exists()
+
+
+def test_module_and_script_end_with_one_line_and_status_2(monkeypatch, capsys):
+    run = subprocess.run(
+        [sys.executable, "-m", "kvcondense", "verify", "--kind", "x"], capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stderr) == (2, "error: kind: expected one of hca, csa, indexer, got 'x'\n")
+    monkeypatch.setattr(sys, "argv", ["kvcondense", "verify", "--backend", "x"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: impl: expected")

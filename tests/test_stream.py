@@ -1,0 +1,197 @@
+"""Streaming a file of hidden states: chunks, interruptions and resumption give the same file, byte for byte."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from checkpoints import HIDDEN, MODEL, write
+from kvcondense import CompressorSpec, CompressorWeights, KvCondenseError, RaggedBatch, RopeTable
+from kvcondense.api import compress
+from kvcondense.stream import HiddenFile, Sequence
+
+TOKENS = 300
+CSA, HCA = 1, 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("model"), shards=2)
+
+
+def hidden_states(tokens=TOKENS, seed=0):
+    return torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.fixture(scope="module")
+def hidden(tmp_path_factory):
+    file = tmp_path_factory.mktemp("hidden") / "h.safetensors"
+    save_file({f"layers.{layer}.hidden_states": hidden_states() for layer in (CSA, HCA)}, file)
+    return file
+
+
+def run(model, hidden, out, layer=CSA, chunk=64, stops=(), **options):
+    """Compress to ``out``, stopping and resuming after each of ``stops`` tokens."""
+    for i, stop in enumerate([*stops, None]):
+        sequence = Sequence.start(model, layer, **options)
+        if i:
+            sequence.resume(out)
+        sequence.feed(HiddenFile.open(hidden, layer), chunk=chunk, limit=stop)
+        sequence.save(out)
+    return out
+
+
+@pytest.mark.parametrize("layer", [CSA, HCA])
+def test_result_is_that_of_the_functions(model, hidden, tmp_path, layer):
+    got = load_file(run(model, hidden, tmp_path / "out", layer))
+    parts = ("main", "indexer") if layer == CSA else ("main",)
+    assert set(got) == {f"{p}.{k}" for p in parts for k in ("rows", "state")}
+    for part in parts:
+        spec = CompressorSpec.for_layer(MODEL, layer, part)
+        weights = CompressorWeights.load(model, spec, layer, hidden_size=HIDDEN, part=part)
+        batch = RaggedBatch.build([0, TOKENS], start_positions=[0])
+        rows = compress(spec, hidden_states(), weights, RopeTable.build(MODEL, TOKENS), batch)
+        assert torch.equal(got[f"{part}.rows"], rows.values.bfloat16())
+        assert got[f"{part}.rows"].shape[0] == TOKENS // spec.ratio > 0
+        assert got[f"{part}.state"].shape == (TOKENS - spec.live_start(TOKENS), spec.state_dim)
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp32"])
+@pytest.mark.parametrize("layer", [CSA, HCA])
+def test_chunks_and_interruptions_do_not_show(model, hidden, tmp_path, layer, format):
+    whole = run(model, hidden, tmp_path / "whole", layer, chunk=TOKENS, format=format).read_bytes()
+    for name, chunk, stops in (("ones", 1, (3,)), ("odd", 7, (1, 130, 2)), ("even", 128, (128,)), ("late", 50, (299,))):
+        assert run(model, hidden, tmp_path / name, layer, chunk, stops, format=format).read_bytes() == whole
+
+
+@given(chunk=st.integers(1, 90), stops=st.lists(st.integers(1, 70), max_size=3))
+def test_any_interruption_gives_the_same_file(model, hidden, tmp_path_factory, chunk, stops):
+    folder = tmp_path_factory.mktemp("runs")
+    whole = run(model, hidden, folder / "whole", chunk=TOKENS).read_bytes()
+    assert run(model, hidden, folder / "cut", chunk=chunk, stops=stops).read_bytes() == whole
+
+
+def test_a_file_with_only_the_further_tokens(model, hidden, tmp_path):
+    whole = run(model, hidden, tmp_path / "whole").read_bytes()
+    x = hidden_states()
+    save_file({"hidden_states": x[None, :101].contiguous()}, tmp_path / "a")
+    save_file({"hidden_states": x[101:].contiguous()}, tmp_path / "b", metadata={"first_position": "101"})
+    save_file({"anything": x[101:].contiguous()}, tmp_path / "c")
+    run(model, tmp_path / "a", tmp_path / "out")
+    middle = (tmp_path / "out").read_bytes()
+    for rest in (HiddenFile.open(tmp_path / "b", CSA), HiddenFile.open(tmp_path / "c", CSA, first_position=101)):
+        (tmp_path / "out").write_bytes(middle)
+        sequence = Sequence.start(model, CSA)
+        sequence.resume(tmp_path / "out")
+        assert sequence.feed(rest) == TOKENS - 101
+        sequence.save(tmp_path / "out")
+        assert (tmp_path / "out").read_bytes() == whole
+
+
+def test_hidden_states_that_do_not_continue_are_refused(model, hidden, tmp_path):
+    run(model, hidden, tmp_path / "out", stops=())
+    save_file({"hidden_states": hidden_states(400, seed=9)}, tmp_path / "other")
+    save_file({"hidden_states": hidden_states(10)}, tmp_path / "short")
+    save_file({"hidden_states": hidden_states(10)}, tmp_path / "far", metadata={"first_position": "500"})
+    for file, message in (("other", "another hidden state"), ("short", "reaches"), ("far", "reaches")):
+        sequence = Sequence.start(model, CSA)
+        sequence.resume(tmp_path / "out")
+        with pytest.raises(KvCondenseError, match=message):
+            sequence.feed(HiddenFile.open(tmp_path / file, CSA))
+
+
+def test_resume_refuses_another_compressor(model, hidden, tmp_path):
+    out = run(model, hidden, tmp_path / "out")
+    other = write(tmp_path / "other", change=lambda t: {k: v + 1 for k, v in t.items()})
+    cases = {
+        "layer": Sequence.start(model, 3),
+        "format": Sequence.start(model, CSA, format="fp32"),
+        "parts": Sequence.start(model, CSA, rotate=False),
+    }
+    for key, sequence in cases.items():
+        with pytest.raises(KvCondenseError, match=f"out {key}: expected"):
+            sequence.resume(out)
+    with pytest.raises(KvCondenseError, match="parts"):
+        Sequence.start(other, CSA).resume(out)
+
+
+def tampered(out, target, tensors=lambda t: t, header=lambda h: h):
+    with safe_open(out, "pt") as handle:
+        content = {k: handle.get_tensor(k) for k in handle.keys()}  # noqa: SIM118
+        found = json.loads(handle.metadata()["kvcondense"])
+    text = header(found)
+    metadata = None if text is None else {"kvcondense": text if isinstance(text, str) else json.dumps(text)}
+    save_file(tensors(content), target, metadata=metadata)
+    return target
+
+
+TAMPER = {
+    "no header": ({"header": lambda h: None}, "header"),
+    "no json": ({"header": lambda h: "{"}, "JSON"),
+    "a list": ({"header": lambda h: []}, "schema"),
+    "future schema": ({"header": lambda h: {**h, "schema": 2}}, "schema"),
+    "position type": ({"header": lambda h: {**h, "position": "300"}}, "position"),
+    "position sign": ({"header": lambda h: {**h, "position": -1}}, "position"),
+    "position": ({"header": lambda h: {**h, "position": 301}}, r"main\.state"),
+    "missing state": ({"tensors": lambda t: {k: v for k, v in t.items() if k != "main.state"}}, r"main\.state"),
+    "short rows": ({"tensors": lambda t: {**t, "main.rows": t["main.rows"][:-1].clone()}}, r"main\.rows"),
+    "state dtype": ({"tensors": lambda t: {**t, "main.state": t["main.state"].bfloat16()}}, r"main\.state"),
+}
+
+
+@pytest.mark.parametrize("case", TAMPER)
+def test_resume_refuses_a_tampered_file(model, hidden, tmp_path, case):
+    change, message = TAMPER[case]
+    out = run(model, hidden, tmp_path / "out")
+    sequence = Sequence.start(model, CSA)
+    with pytest.raises(KvCondenseError, match=message):
+        sequence.resume(tampered(out, tmp_path / "bad", **change))
+    assert sequence.position == 0
+
+
+HIDDEN_FILES = {
+    "no such tensor": ({"a": torch.ones(3, HIDDEN), "b": torch.ones(3, HIDDEN)}, None, "a tensor called"),
+    "vector": ({"hidden_states": torch.ones(3)}, None, r"\[T, D\]"),
+    "batch of two": ({"hidden_states": torch.ones(2, 3, HIDDEN)}, None, r"\[1, T, D\]"),
+    "width": ({"hidden_states": torch.ones(3, HIDDEN + 1)}, None, "channels"),
+    "dtype": ({"hidden_states": torch.ones(3, HIDDEN, dtype=torch.int32)}, None, "^x: expected"),
+    "first position": ({"hidden_states": torch.ones(3, HIDDEN)}, {"first_position": "-4"}, "first_position"),
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN_FILES)
+def test_bad_hidden_files_are_refused(model, tmp_path, case):
+    content, metadata, message = HIDDEN_FILES[case]
+    save_file(content, tmp_path / "h", metadata=metadata)
+    with pytest.raises(KvCondenseError, match=message):
+        Sequence.start(model, CSA).feed(HiddenFile.open(tmp_path / "h", CSA))
+
+
+def test_limits_are_checked(model, hidden, tmp_path):
+    states = HiddenFile.open(hidden, CSA)
+    for option in ({"chunk": 0}, {"limit": 0}):
+        with pytest.raises(KvCondenseError, match=next(iter(option))):
+            Sequence.start(model, CSA).feed(states, **option)
+    save_file({"hidden_states": torch.zeros(4097, HIDDEN)}, tmp_path / "long")
+    with pytest.raises(KvCondenseError, match="positions below 4096"):
+        Sequence.start(model, CSA).feed(HiddenFile.open(tmp_path / "long", CSA))
+    with pytest.raises(KvCondenseError, match="a model directory"):
+        Sequence.start(tmp_path, CSA)
+    with pytest.raises(KvCondenseError, match="layer"):
+        Sequence.start(model, 0)
+
+
+def test_an_interrupted_save_keeps_the_old_file(model, hidden, tmp_path, monkeypatch):
+    out = run(model, hidden, tmp_path / "out")
+    before = out.read_bytes()
+    sequence = Sequence.start(model, CSA)
+    sequence.feed(HiddenFile.open(hidden, CSA), limit=5)
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        sequence.save(out)
+    assert out.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
