@@ -1,0 +1,45 @@
+"""The README tells the truth: its example runs, its commands exist, its table is the one the code prints."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvcondense.cli import app
+from kvcondense.cli.info import HEADINGS, compressors
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+COMMANDS = re.findall(r"^kvcondense ((?:verify|info)[^#\n]*)", README, flags=re.MULTILINE)
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_example_runs(capsys):
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+    assert "tensor([448, 449])" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(command):
+    assert CliRunner().invoke(app, shlex.split(command)).exit_code == 0
+
+
+def test_there_are_commands_to_run():
+    assert len(COMMANDS) >= 4
+
+
+def test_the_table_is_what_info_prints():
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
+    lines += ["| " + " | ".join(row[h] for h in HEADINGS) + " |" for row in compressors()]
+    assert "\n".join(lines) in README
+
+
+def test_targets_of_make_exist():
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
