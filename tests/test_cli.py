@@ -1,6 +1,7 @@
 """The command line: exit statuses, what is printed, JSON, and that every mutant makes ``verify`` fail."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import kvcondense
 from checkpoints import HIDDEN, write
 from kvcondense.cli import app, main
 from kvcondense.conformance.mutants import MUTANTS
+from kvcondense.stream import Sequence
 
 OUTPUTS = ["kv", "kv_state", "score_state", "kv_cache"]
 
@@ -128,6 +130,24 @@ def test_compress_chunked_resumed_and_one_go_are_byte_equal(folder):
     assert got["main.rows"].shape == (37, 16)
     assert got["indexer.rows"].shape == (37, 8)
     assert got["main.state"].shape == (6, 64)
+
+
+def test_ctrl_c_saves_the_chunks_that_are_done(folder, monkeypatch):
+    compress(folder, "whole")
+    feed = Sequence.feed
+
+    def interrupted(self, hidden, *, progress, **options):
+        def once(tokens):
+            signal.raise_signal(signal.SIGINT)
+            progress(tokens)
+
+        return feed(self, hidden, progress=once, **options)
+
+    monkeypatch.setattr(Sequence, "feed", interrupted)
+    assert "interrupted" in compress(folder, "out", "--chunk", 40, status=130)
+    monkeypatch.undo()
+    assert "resumed at 40" in compress(folder, "out", "--resume")
+    assert (folder / "out").read_bytes() == (folder / "whole").read_bytes()
 
 
 def test_compress_options_reach_the_rows(folder):

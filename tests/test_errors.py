@@ -251,6 +251,13 @@ def test_batch_names_the_argument(case):
 
 
 CONSTRUCTORS = {
+    "ring spec": ("spec", lambda: StatePool.ring(None, 1)),
+    "paged spec": ("spec", lambda: StatePool.paged("csa", 1, 1)),
+    "rope config": ("config", lambda: RopeTable.build({})),
+    "plan spec": ("spec", lambda: Plan.build(None, good()["batch"])),
+    "plan layout": ("state_layout", lambda: Plan.build(SPEC, good()["batch"], state_layout=4)),
+    "load spec": ("spec", lambda: CompressorWeights.load(".", None, 1, hidden_size=1)),
+    "load part": ("part", lambda: CompressorWeights.load(".", SPEC, 1, hidden_size=1, part="query")),
     "ring slots": ("num_slots", lambda: StatePool.ring(SPEC, 0)),
     "ring rows": ("ring_rows", lambda: StatePool.ring(SPEC, 1, 0)),
     "page rows": ("page_rows", lambda: StatePool.paged(SPEC, 1, -1)),

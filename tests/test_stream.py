@@ -92,16 +92,54 @@ def test_a_file_with_only_the_further_tokens(model, hidden, tmp_path):
         assert (tmp_path / "out").read_bytes() == whole
 
 
+def test_a_file_that_does_not_say_where_it_starts(model, hidden, tmp_path):
+    """It holds the whole sequence if the last token stands in it, else further tokens."""
+    whole = run(model, hidden, tmp_path / "whole").read_bytes()
+    x = hidden_states()
+    save_file({"hidden_states": x[:101].contiguous()}, tmp_path / "a")
+    save_file({"hidden_states": x[101:].contiguous()}, tmp_path / "rest")
+    for name in ("h", "rest"):
+        out = run(model, tmp_path / "a", tmp_path / "out")
+        sequence = Sequence.start(model, CSA)
+        sequence.resume(out)
+        file = HiddenFile.open(hidden if name == "h" else tmp_path / name, CSA)
+        assert sequence.locate(file) == (0 if name == "h" else 101)
+        assert sequence.feed(file) == TOKENS - 101
+        sequence.save(out)
+        assert out.read_bytes() == whole
+
+
 def test_hidden_states_that_do_not_continue_are_refused(model, hidden, tmp_path):
     run(model, hidden, tmp_path / "out", stops=())
-    save_file({"hidden_states": hidden_states(400, seed=9)}, tmp_path / "other")
-    save_file({"hidden_states": hidden_states(10)}, tmp_path / "short")
-    save_file({"hidden_states": hidden_states(10)}, tmp_path / "far", metadata={"first_position": "500"})
-    for file, message in (("other", "another hidden state"), ("short", "reaches"), ("far", "reaches")):
+    for name, tokens, first in (("other", 400, 0), ("short", 10, 0), ("far", 10, 500)):
+        content = {"hidden_states": hidden_states(tokens, seed=9)}
+        save_file(content, tmp_path / name, metadata={"first_position": str(first)})
+    for file, message in (("other", "another hidden state"), ("short", "reach 300"), ("far", "reach 300")):
         sequence = Sequence.start(model, CSA)
         sequence.resume(tmp_path / "out")
         with pytest.raises(KvCondenseError, match=message):
             sequence.feed(HiddenFile.open(tmp_path / file, CSA))
+
+
+def test_what_was_done_before_an_interruption_can_be_saved(model, hidden, tmp_path):
+    whole = run(model, hidden, tmp_path / "whole").read_bytes()
+    sequence = Sequence.start(model, CSA)
+    seen = []
+
+    def progress(tokens):
+        seen.append(tokens)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sequence.feed(HiddenFile.open(hidden, CSA), chunk=33, progress=progress)
+    assert sequence.position == 99
+    sequence.save(tmp_path / "out")
+    sequence = Sequence.start(model, CSA)
+    sequence.resume(tmp_path / "out")
+    sequence.feed(HiddenFile.open(hidden, CSA))
+    sequence.save(tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == whole
 
 
 def test_resume_refuses_another_compressor(model, hidden, tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from kvcondense import validate
 from kvcondense.backends import Backend, Step, backend_names, get_backend, select
-from kvcondense.errors import DeviceError, RangeError
+from kvcondense.errors import DeviceError, RangeError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.plan import Plan
@@ -88,7 +88,7 @@ def store(rows: torch.Tensor, slot_mapping: torch.Tensor, cache: PagedCache) -> 
 
     Mutates ``cache``. Raises before anything is written if a slot is out of range or named twice.
     """
-    validate.instance("cache", cache, PagedCache)
+    require("cache", cache, PagedCache)
     validate.tensor("rows", rows, (None, cache.head_dim), (torch.float32, torch.float64, torch.bfloat16))
     if rows.device != cache.data.device:
         raise DeviceError("rows", f"device {cache.data.device} as the cache", rows.device)

@@ -43,3 +43,10 @@ class StateMismatchError(KvCondenseError):
 
 class CheckpointError(KvCondenseError):
     """A file lacks a tensor, has one too many, or has one of the wrong shape."""
+
+
+def require(name: str, value: object, kind: type | tuple[type, ...]) -> None:
+    """Raise DtypeError unless ``value`` is a ``kind``."""
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        raise DtypeError(name, f"a {' or '.join(k.__name__ for k in kinds)}", type(value).__name__)

@@ -52,14 +52,15 @@ class HiddenFile:
     name: str
     tokens: int
     hidden_size: int
-    first_position: int
+    first_position: int | None
+    """Position of the first token; None if nobody says so, see :meth:`Sequence.feed`."""
     batched: bool
 
     @classmethod
     def open(cls, path: Path, layer: int, first_position: int | None = None, tensor: str | None = None) -> HiddenFile:
         """Find the tensor: ``tensor``, or layers.<layer>.hidden_states, hidden_states, or the only one in the file.
 
-        The first position is the argument, the file's metadata entry ``first_position``, or 0.
+        The first position is the argument, or the file's metadata entry ``first_position``, or open.
         """
         with open_safetensors(path) as handle:
             names = list(handle.keys())
@@ -74,25 +75,19 @@ class HiddenFile:
         if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 1):
             raise ShapeError(name, "shape [T, D] or [1, T, D]", f"shape {shape}")
         if first_position is None:
-            text = metadata.get("first_position", "0")
-            if not text.isdecimal():
+            text = metadata.get("first_position")
+            if text is not None and not text.isdecimal():
                 raise CheckpointError("first_position in the file's metadata", "a whole number", repr(text))
-            first_position = int(text)
-        if first_position < 0:
+            first_position = None if text is None else int(text)
+        if first_position is not None and first_position < 0:
             raise RangeError("first_position", "at least 0", first_position)
         return cls(path, name, shape[-2], shape[-1], first_position, len(shape) == 3)
 
-    @property
-    def end(self) -> int:
-        """Position after the last token."""
-        return self.first_position + self.tokens
-
     def read(self, start: int, end: int) -> torch.Tensor:
-        """Hidden states of positions start .. end - 1: [end - start, D]."""
-        a, b = start - self.first_position, end - self.first_position
+        """Hidden states of tokens start .. end - 1 of the file: [end - start, D]."""
         with open_safetensors(self.path) as handle:
             view = handle.get_slice(self.name)
-            return view[0, a:b] if self.batched else view[a:b]
+            return view[0, start:end] if self.batched else view[start:end]
 
 
 @dataclass
@@ -159,7 +154,7 @@ class Sequence:
 
         tensors = {}
         for name, c in self.parts.items():
-            tensors[f"{name}.rows"] = c.rows.contiguous()
+            tensors[f"{name}.rows"] = c.rows[: c.spec.visible_rows(self.position)].contiguous()
             tensors[f"{name}.state"] = export_live(c.spec, c.state, self._at(self.position))
         temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
@@ -209,12 +204,19 @@ class Sequence:
         impl: str = "auto",
         progress: Callable[[int], object] = id,
     ) -> int:
-        """Compress the tokens of ``hidden`` from ``position`` on, at most ``limit`` of them; returns how many."""
-        self._check_continues(hidden)
+        """Compress the tokens of ``hidden`` from ``position`` on, at most ``limit`` of them; returns how many.
+
+        A file that does not say where it starts holds the whole sequence if the token before ``position`` stands in it
+        at its place, and further tokens otherwise. ``progress`` is called between chunks with the tokens done; if it
+        raises, everything up to there is kept and can be saved.
+        """
+        offset = self.locate(hidden)
         for name, value in (("chunk", chunk), ("limit", limit)):
             if value is not None and value < 1:
                 raise RangeError(name, "at least 1", value)
-        first, end = self.position, hidden.end if limit is None else min(hidden.end, self.position + limit)
+        first, end = self.position, offset + hidden.tokens
+        if limit is not None:
+            end = min(end, first + limit)
         if end > self.config.max_positions:
             raise RangeError("tokens", f"positions below {self.config.max_positions}", end)
         rope = RopeTable.build(self.config, end)
@@ -222,12 +224,12 @@ class Sequence:
             self.parts[name] = replace(c, rows=_grown(c.rows, c.spec.visible_rows(end)))
         while self.position < end:
             stop = min(end, self.position + chunk)
-            x = hidden.read(self.position, stop)
+            x = hidden.read(self.position - offset, stop - offset)
             for c in self.parts.values():
                 self._compress(c, x, stop, rope, impl)
             self.last_hidden = hashlib.sha256(_bytes(x[-1])).hexdigest()
-            progress(stop - self.position)
-            self.position = stop
+            done, self.position = stop - self.position, stop
+            progress(done)
         return end - first
 
     def _compress(self, c: Compressor, x: torch.Tensor, stop: int, rope: RopeTable, impl: str) -> None:
@@ -240,24 +242,29 @@ class Sequence:
             batch = replace(batch, block_table=None)
         compress(c.spec, x, c.weights, rope, batch, state=c.state, cache=cache, impl=impl)
 
-    def _check_continues(self, hidden: HiddenFile) -> None:
+    def locate(self, hidden: HiddenFile) -> int:
+        """Position of the file's first token; raises unless the file goes on where the sequence stands."""
         if hidden.hidden_size != self.config.hidden_size:
             raise ShapeError(hidden.name, f"{self.config.hidden_size} channels", f"{hidden.hidden_size}")
-        if not hidden.first_position <= self.position <= hidden.end:
-            raise RangeError(
+        if hidden.first_position is None:
+            return 0 if self._holds_last(hidden, 0) else self.position
+        first, end = hidden.first_position, hidden.first_position + hidden.tokens
+        if not first <= self.position <= end:
+            raise RangeError("hidden states", f"positions that reach {self.position}", f"{first}..{end - 1}")
+        if self.position > first and not self._holds_last(hidden, first):
+            raise KvCondenseError(
                 "hidden states",
-                f"a file that reaches from position {self.position} or before to after it (see --first-position)",
-                f"positions {hidden.first_position}..{hidden.end - 1}",
+                f"the sequence that was compressed up to position {self.position}",
+                f"another hidden state at position {self.position - 1}",
             )
-        if self.position > hidden.first_position:
-            last = hidden.read(self.position - 1, self.position)[0]
-            if hashlib.sha256(_bytes(last)).hexdigest() != self.last_hidden:
-                raise KvCondenseError(
-                    "hidden states",
-                    f"the sequence that was compressed up to position {self.position} "
-                    "(a file that holds only further tokens needs --first-position)",
-                    f"another hidden state at position {self.position - 1}",
-                )
+        return first
+
+    def _holds_last(self, hidden: HiddenFile, first: int) -> bool:
+        """True if the file, when it starts at ``first``, has the last compressed token where it belongs."""
+        at = self.position - first
+        if not 0 < at <= hidden.tokens:
+            return False
+        return hashlib.sha256(_bytes(hidden.read(at - 1, at)[0])).hexdigest() == self.last_hidden
 
     @staticmethod
     def _at(position: int) -> RaggedBatch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeError, ShapeError
+from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeError, ShapeError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.plan import Plan
@@ -37,16 +37,10 @@ def tensor(
     return value
 
 
-def instance(name: str, value: object, kind: type) -> None:
-    """Raise DtypeError unless ``value`` is a ``kind``."""
-    if not isinstance(value, kind):
-        raise DtypeError(name, f"a {kind.__name__}", type(value).__name__)
-
-
 def projection(spec: CompressorSpec, x: torch.Tensor, weights: CompressorWeights) -> None:
     """Check the arguments of ``project``."""
-    instance("spec", spec, CompressorSpec)
-    instance("weights", weights, CompressorWeights)
+    require("spec", spec, CompressorSpec)
+    require("weights", weights, CompressorWeights)
     if weights.w is None:
         raise KvCondenseError("weights.w", f"a tensor [{spec.projected}, D]", "None")
     tensor("weights.w", weights.w, (spec.projected, None), WEIGHT_DTYPES)
@@ -86,14 +80,14 @@ def batch_and_plan(
     spec: CompressorSpec, batch: RaggedBatch, plan: Plan | None, state: StatePool | None, cache: PagedCache | None
 ) -> None:
     """Check the types of a call before a plan is built from them."""
-    instance("spec", spec, CompressorSpec)
-    instance("batch", batch, RaggedBatch)
+    require("spec", spec, CompressorSpec)
+    require("batch", batch, RaggedBatch)
     if state is not None:
-        instance("state", state, StatePool)
+        require("state", state, StatePool)
     if cache is not None:
-        instance("cache", cache, PagedCache)
+        require("cache", cache, PagedCache)
     if plan is not None:
-        instance("plan", plan, Plan)
+        require("plan", plan, Plan)
         if plan.batch is not batch:
             raise KvCondenseError("plan", "the plan of this batch", "a plan of another batch")
 
@@ -109,7 +103,7 @@ def slots(slot: torch.Tensor, cache: PagedCache, name: str = "slot_mapping") -> 
 
 
 def _weights(spec: CompressorSpec, weights: CompressorWeights, device: torch.device) -> None:
-    instance("weights", weights, CompressorWeights)
+    require("weights", weights, CompressorWeights)
     exact = (torch.float32, torch.float64)
     tensor("weights.norm", weights.norm, (spec.head_dim,), exact, device)
     if spec.has_ape:
@@ -127,7 +121,7 @@ def _rope(spec: CompressorSpec, rope: RopeTable | None, plan: Plan, device: torc
         return
     if rope is None:
         raise KvCondenseError("rope", f"a RopeTable (rope_dim is {spec.rope_dim})", "None")
-    instance("rope", rope, RopeTable)
+    require("rope", rope, RopeTable)
     for name, table in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
         tensor(name, table, (None, spec.rope_dim // 2), (torch.float32, torch.float64), device)
     if plan.num_windows:

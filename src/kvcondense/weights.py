@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kvcondense.errors import CheckpointError
+from kvcondense.errors import CheckpointError, RangeError, require
 from kvcondense.spec import CompressorSpec
 
 _MAX_INDEX_BYTES = 64 << 20
@@ -79,6 +79,9 @@ class CompressorWeights:
         Reads the headers and the few tensors of this compressor, nothing else. Raises CheckpointError that names the
         tensor when one is missing, misshapen, of an unusable dtype, or there is one that ``spec`` has no use for.
         """
+        require("spec", spec, CompressorSpec)
+        if part not in _SCHEMES:
+            raise RangeError("part", " or ".join(map(repr, _SCHEMES)), repr(part))
         directory = Path(directory)
         files = tensor_files(directory)
         names = _find_names(files, spec, layer, part)

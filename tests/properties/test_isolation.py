@@ -77,6 +77,12 @@ def test_inert_requests_and_slot_minus_one():
     assert (state.data[8:16] != 3.0).any()
 
 
+def test_what_an_inert_request_carries_is_not_looked_at():
+    batch = RaggedBatch.build([0, 2, 5], positions=[7, 8, -9, 40, 3], state_slots=[0, -1])
+    assert batch.start_positions.tolist() == [7, -1]
+    assert batch.active.tolist() == [True, False]
+
+
 def test_slot_zero_is_a_legal_slot():
     spec = SPECS["csa"]
     cache = PagedCache.allocate(16, 1, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,7 +44,11 @@ def compress(
     """Stream hidden states through a layer's compressors and write cache rows, live state and header.
 
     The result does not depend on --chunk, nor on whether it was made in one go or with --resume: the files are equal
-    byte for byte. --out is replaced only when the run is complete.
+    byte for byte. --out is replaced whole. Ctrl-C saves the chunks that are done.
+
+    With --resume, a hidden file that says where it starts (--first-position, or its metadata) must continue the
+    sequence. One that does not say so holds the whole sequence if the last compressed token stands in it at its place;
+    otherwise it holds further tokens.
     """
     profiles = {r.value: r for r in Rounding}
     if rounding not in profiles:
@@ -55,27 +60,63 @@ def compress(
     if resume:
         sequence.resume(out)
     states = HiddenFile.open(hidden, layer, first_position, tensor)
+    before, offset = sequence.position, sequence.locate(states)
+    total = offset + states.tokens - before
     begun = time.perf_counter()
-    with Progress(
-        TextColumn("compress"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tokens"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
-        total = states.end - sequence.position
+    console = Console(stderr=True)
+    columns = (TextColumn("compress"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
+    interrupted = False
+    with (
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+        _BetweenChunks() as chunks,
+    ):
         task = bar.add_task("tokens", total=total if limit is None else min(total, limit))
-        done = sequence.feed(states, chunk=chunk, limit=limit, impl=backend, progress=lambda n: bar.advance(task, n))
+
+        def progress(tokens: int) -> None:
+            bar.advance(task, tokens)
+            chunks.check()
+
+        try:
+            sequence.feed(states, chunk=chunk, limit=limit, impl=backend, progress=progress)
+        except KeyboardInterrupt:
+            interrupted = True
     sequence.save(out)
-    seconds = time.perf_counter() - begun
+    done, seconds = sequence.position - before, time.perf_counter() - begun
     output = Output(json_file)
+    if resume:
+        output.say(f"resumed at {before}; {hidden.name} starts at position {offset}")
     output.say(f"layer {layer}: {done} tokens in {seconds:.1f} s, sequence now {sequence.position} tokens -> {out}")
     for name, c in sequence.parts.items():
+        rows = c.spec.visible_rows(sequence.position)
         live = sequence.position - c.spec.live_start(sequence.position)
         output.say(
-            f"  {name:<8} ratio {c.spec.ratio:<4} rows {list(c.rows.shape)} {format}, "
-            f"{c.rows.numel() * c.rows.element_size()} bytes; live state {live} rows"
+            f"  {name:<8} ratio {c.spec.ratio:<4} rows [{rows}, {c.spec.head_dim}] {format}, "
+            f"{rows * c.rows.shape[1] * c.rows.element_size()} bytes; live state {live} rows"
         )
-    output.finish({**sequence.header(), "tokens": done, "seconds": seconds})
+    output.finish({**sequence.header(), "tokens": done, "seconds": seconds, "interrupted": interrupted})
+    if interrupted:
+        output.say("interrupted; the rest can be done with --resume")
+        raise typer.Exit(130)
+
+
+class _BetweenChunks:
+    """Ctrl-C waits for the end of a chunk, where the sequence can be saved; a second one does not wait."""
+
+    def __enter__(self) -> _BetweenChunks:
+        self.asked = False
+        self.before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def _note(self, *_: object) -> None:
+        if self.asked:
+            signal.signal(signal.SIGINT, self.before)
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if Ctrl-C was pressed."""
+        if self.asked:
+            raise KeyboardInterrupt

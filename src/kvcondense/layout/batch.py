@@ -60,10 +60,13 @@ class RaggedBatch:
         requests = lengths.shape[0]
         if (start_positions is None) == (positions is None):
             raise KvCondenseError("positions", "exactly one of positions and start_positions", "both or neither")
+        slots = None if state_slots is None else _ints("state_slots", state_slots, 1, device, rows=requests)
+        inert = torch.zeros_like(lengths, dtype=torch.bool) if slots is None else slots < 0
         if positions is not None:
-            starts = _starts(_ints("positions", positions, 1, device), qsl, lengths)
+            starts = _starts(_ints("positions", positions, 1, device), qsl, lengths, inert)
         else:
             starts = _ints("start_positions", start_positions, 1, device, rows=requests)
+        starts = torch.where(inert, -1, starts)  # whatever an inert request carries is not looked at
         if bool((starts < -1).any()):
             raise RangeError("start_positions", "at least 0, or -1 for an inert request", int(starts.min()))
         drafts = (
@@ -83,7 +86,7 @@ class RaggedBatch:
         if slot_mapping is not None and block_table is not None:
             raise KvCondenseError("slot_mapping", "slot_mapping or block_table, not both", "both")
         optional = {
-            "state_slots": (state_slots, 1, requests),
+            "state_slots": (slots, 1, requests),
             "state_block_table": (state_block_table, 2, requests),
             "slot_mapping": (slot_mapping, 1, None),
             "block_table": (block_table, 2, requests),
@@ -134,7 +137,7 @@ def _ints(
     return value.to(torch.int64)
 
 
-def _starts(positions: torch.Tensor, qsl: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def _starts(positions: torch.Tensor, qsl: torch.Tensor, lengths: torch.Tensor, inert: torch.Tensor) -> torch.Tensor:
     """First position of each request; the positions of a live request must be consecutive."""
     total = int(qsl[-1])
     if positions.shape[0] < total:
@@ -145,7 +148,7 @@ def _starts(positions: torch.Tensor, qsl: torch.Tensor, lengths: torch.Tensor) -
     starts = torch.where(lengths > 0, positions[qsl[:-1].clamp(max=total - 1)], torch.zeros_like(lengths))
     request = torch.repeat_interleave(torch.arange(lengths.shape[0], device=qsl.device), lengths)
     expected = starts[request] + torch.arange(total, device=qsl.device) - qsl[request]
-    wrong = (positions[:total] != expected) & (starts[request] >= 0)
+    wrong = (positions[:total] != expected) & (starts[request] >= 0) & ~inert[request]
     if bool(wrong.any()):
         t = int(wrong.nonzero()[0, 0])
         raise RangeError(f"positions[{t}]", f"{int(expected[t])} (consecutive within a request)", int(positions[t]))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvcondense.errors import DtypeError, KvCondenseError, RangeError, ShapeError
+from kvcondense.errors import KvCondenseError, RangeError, ShapeError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.state import PagedLayout, RingLayout, live_starts
 from kvcondense.spec import CompressorSpec
@@ -51,8 +51,10 @@ class Plan:
         ``page_rows`` is the cache's page size; it is needed with ``batch.block_table``. Raises when the ring is too
         short for the draft rows, a table entry is missing, or two requests or rows collide. Nothing is written.
         """
-        if not isinstance(batch, RaggedBatch):
-            raise DtypeError("batch", "a RaggedBatch", type(batch).__name__)
+        require("spec", spec, CompressorSpec)
+        require("batch", batch, RaggedBatch)
+        if state_layout is not None:
+            require("state_layout", state_layout, (RingLayout, PagedLayout))
         if page_rows is not None and (isinstance(page_rows, bool) or not isinstance(page_rows, int) or page_rows < 1):
             raise RangeError("page_rows", "None or an integer of at least 1", repr(page_rows))
         if state_layout is not None:

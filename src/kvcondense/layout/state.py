@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcondense.errors import DtypeError, RangeError, ShapeError, StateMismatchError
+from kvcondense.errors import DtypeError, RangeError, ShapeError, StateMismatchError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.spec import CompressorSpec
 
@@ -100,7 +100,8 @@ class StatePool:
     """State rows of many requests: ``data`` [num_rows, state_dim], fp32 by default, and how to address them.
 
     ``tags`` [num_rows] int64 holds the absolute position stored in each row (-1: nothing). It lets the host check,
-    before anything is written, that every row a step reads is the one it means; ``None`` switches the check off.
+    before anything is written, that every row a step reads is the one it means; ``None`` switches the check off. Tags
+    know positions, not owners: a ring forgets what it held from a request's start position on, pages do not.
     """
 
     data: torch.Tensor
@@ -128,6 +129,7 @@ class StatePool:
         device: torch.device | str = "cpu",
     ) -> StatePool:
         """A ring of ``ring_rows`` rows per slot (default: the window, the least without drafts)."""
+        require("spec", spec, CompressorSpec)
         return cls._new(
             spec, RingLayout(num_slots, spec.required_ring_rows(0) if ring_rows is None else ring_rows), dtype, device
         )
@@ -153,6 +155,7 @@ class StatePool:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> StatePool:
+        require("spec", spec, CompressorSpec)
         for name, value in vars(layout).items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RangeError(name, "an integer of at least 1", repr(value))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kvcondense.config import ModelConfig
-from kvcondense.errors import RangeError, ShapeError
+from kvcondense.errors import RangeError, ShapeError, require
 from kvcondense.numerics import round_bf16
 from kvcondense.spec import Rounding
 
@@ -35,6 +35,7 @@ class RopeTable:
         angle = fp32(p) * inv_i as one fp32 product, then cos and sin in fp32, as DeepSeek's inference/model.py forms
         them. A table made with fp64 angles differs: near p = 1e6 an fp32 angle is off by up to 0.03 rad.
         """
+        require("config", config, ModelConfig)
         size = config.max_positions if max_positions is None else max_positions
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise RangeError("max_positions", "an integer of at least 0", repr(size))
