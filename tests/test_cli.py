@@ -51,6 +51,13 @@ def test_verify_takes_start_positions(start):
     assert text.count("PASS") == 4
 
 
+@pytest.mark.parametrize(
+    ("words", "title"), [(["--ratio", 4], "csa:"), (["--ratio", 4, "--kind", "indexer"], "indexer:")]
+)
+def test_verify_takes_a_ratio(words, title):
+    assert invoke("verify", *words, "--history", 30, "--batch", 1).startswith(title)
+
+
 def test_verify_flash_with_yarn():
     assert invoke("verify", "--preset", "flash", "--kind", "csa", "--history", 100, "--batch", 1).count("PASS") == 4
 
@@ -77,8 +84,8 @@ def test_verify_json_says_what_was_printed():
 @pytest.mark.parametrize(
     "words",
     [
-        ["--kind", "mla"], ["--preset", "x"], ["--backend", "cuda"], ["--mutant", "none"], ["--start-pos", "a"],
-        ["--start-pos", "99999999"], ["--history", "-1"], ["--batch", "0"], ["--no-such-option"],
+        ["--kind", "mla"], ["--ratio", "8"], ["--ratio", "4", "--kind", "hca"], ["--preset", "x"],
+        ["--backend", "cuda"], ["--mutant", "none"], ["--start-pos", "a"], ["--start-pos", "99999999"], ["--history", "-1"], ["--batch", "0"], ["--no-such-option"],
     ],
 )  # fmt: skip
 def test_verify_refuses_with_status_2(words):

@@ -49,6 +49,13 @@ def test_the_original_kernels_forms_pass(stages):
     assert all(r.passed for r in results.values()), results
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_rounding_is_noticed_by_the_case_itself(kind):
+    results = verify(MUTANTS["no-bf16-before-norm"], kind=kind, history=600, rotate=False)
+    assert not results["kv_cache"].passed
+    assert "bit-equal" in results["kv_cache"].detail
+
+
 def test_fused_profile_passes_against_its_own_reference():
     results = verify(kind="csa", history=40, rounding=Rounding.FUSED, rotate=False)
     assert all(r.passed for r in results.values()), results

@@ -19,7 +19,10 @@ EXAMPLE = "Example: kvcondense verify --kind csa --history 1000 --start-pos 1000
 
 
 def verify(
-    kind: Annotated[str, typer.Option(help="hca (ratio 128), csa (ratio 4, overlapping) or indexer.")] = "hca",
+    kind: Annotated[
+        str | None, typer.Option(help="hca (ratio 128; the default), csa (ratio 4, overlapping) or indexer.")
+    ] = None,
+    ratio: Annotated[int | None, typer.Option(help="128 for hca, 4 for csa: instead of --kind.")] = None,
     preset: Annotated[str, typer.Option(help="Constants of the model: demo, flash or pro.")] = "demo",
     backend: Annotated[str, typer.Option(help="Backend to check, or auto.")] = "reference",
     history: Annotated[int, typer.Option(help="Random earlier tokens; 0 is the original's empty state.")] = 1000,
@@ -51,6 +54,7 @@ def verify(
     impl: str | Backend = MUTANTS[mutant] if mutant else backend
     if isinstance(impl, str) and impl != "auto":
         get_backend(impl)  # a wrong name is an error before any work
+    kind = _kind(kind, ratio)
     case = GoldenCase(
         kind=kind,
         preset=preset,
@@ -99,6 +103,15 @@ def verify(
         passed = caught is None
     output.finish(report)
     raise typer.Exit(0 if passed else 1)
+
+
+def _kind(kind: str | None, ratio: int | None) -> str:
+    if ratio is None:
+        return kind or "hca"
+    kinds = {128: ("hca",), 4: ("csa", "indexer")}
+    if ratio not in kinds or (kind or kinds[ratio][0]) not in kinds[ratio]:
+        raise RangeError("--ratio", "128 (hca) or 4 (csa, indexer)", f"{ratio} with --kind {kind}" if kind else ratio)
+    return kind or kinds[ratio][0]
 
 
 def _positions(text: str | None) -> tuple[int, ...] | None:

@@ -21,9 +21,15 @@ from kvcondense.weights import CompressorWeights
 
 
 def comparators(inputs: GoldenInputs) -> dict[str, Comparator]:
-    """The bounds of each output: states as in PR 270, rows without its outlier budget."""
+    """The bounds of each output: states as in PR 270, rows without its outlier budget.
+
+    With history the cache holds enough rows to ask for 99.9 % equal bits. Not after a rotation: PR 270's Hadamard is a
+    bf16 matrix, off by 1e-4, where kvcondense scales butterflies in fp32.
+    """
     states, rows = allclose(atol=1e-3, rtol=1e-3), row_bounds(inputs.spec)
-    return {"kv": rows, "kv_state": states, "score_state": states, "kv_cache": rows}
+    history = max(h.shape[0] for h in inputs.x_history) >= 2 * inputs.spec.window
+    cache = row_bounds(inputs.spec, 0.999 if history and not inputs.spec.rotate else 0.0)
+    return {"kv": rows, "kv_state": states, "score_state": states, "kv_cache": cache}
 
 
 @dataclass(frozen=True)
