@@ -84,12 +84,21 @@ def test_verify_json_says_what_was_printed():
 @pytest.mark.parametrize(
     "words",
     [
-        ["--kind", "mla"], ["--ratio", "8"], ["--ratio", "4", "--kind", "hca"], ["--preset", "x"],
-        ["--backend", "cuda"], ["--mutant", "none"], ["--start-pos", "a"], ["--start-pos", "99999999"], ["--history", "-1"], ["--batch", "0"], ["--no-such-option"],
+        "--kind mla",
+        "--ratio 8",
+        "--ratio 4 --kind hca",
+        "--preset x",
+        "--backend cuda",
+        "--mutant none",
+        "--start-pos a",
+        "--start-pos 99999999",
+        "--history -1",
+        "--batch 0",
+        "--no-such-option",
     ],
-)  # fmt: skip
+)
 def test_verify_refuses_with_status_2(words):
-    invoke("verify", *words, status=2)
+    invoke("verify", *words.split(), status=2)
 
 
 @pytest.mark.parametrize("command", ["verify", "compress", "info"])
@@ -172,13 +181,21 @@ def test_compress_options_reach_the_rows(folder):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--layer", 0], ["--layer", 77], ["--rounding", "none"], ["--format", "fp8"], ["--chunk", 0], ["--resume"],
-        ["--backend", "cpu"], ["--tensor", "x"], ["--first-position", -1], ["--checkpoint", "nowhere"],
-        ["--hidden", "nowhere"],
+        "--layer 0",
+        "--layer 77",
+        "--rounding none",
+        "--format fp8",
+        "--chunk 0",
+        "--resume",
+        "--backend cpu",
+        "--tensor x",
+        "--first-position -1",
+        "--checkpoint nowhere",
+        "--hidden nowhere",
     ],
-)  # fmt: skip
+)
 def test_compress_refuses_with_status_2_and_writes_nothing(folder, words):
-    compress(folder, "out", *words, status=2)
+    compress(folder, "out", *words.split(), status=2)
     assert not (folder / "out").exists()
 
 

@@ -230,6 +230,12 @@ BATCH = {
     "drafts length": ("draft_rows", {"draft_rows": [1, 1]}),
     "drafts too many": ("draft_rows", {"draft_rows": [5]}),
     "drafts negative": ("draft_rows", {"draft_rows": -1}),
+    "drafts bool": ("draft_rows", {"draft_rows": True}),
+    "table ragged": (
+        "block_table",
+        {"query_start_loc": [0, 1, 2], "start_positions": [0, 0], "block_table": [[0], [1, 2]]},
+    ),
+    "slots text": ("state_slots", {"state_slots": "a"}),
     "slots dtype": ("state_slots", {"state_slots": torch.tensor([True])}),
     "slots length": ("state_slots", {"state_slots": [0, 1]}),
     "slots range": ("state_slots", {"state_slots": [-2]}),

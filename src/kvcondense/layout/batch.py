@@ -69,18 +69,6 @@ class RaggedBatch:
         starts = torch.where(inert, -1, starts)  # whatever an inert request carries is not looked at
         if bool((starts < -1).any()):
             raise RangeError("start_positions", "at least 0, or -1 for an inert request", int(starts.min()))
-        drafts = (
-            torch.full((requests,), draft_rows, dtype=torch.int64, device=device)
-            if isinstance(draft_rows, int)
-            else _ints("draft_rows", draft_rows, 1, device, rows=requests)
-        )
-        if bool((drafts < 0).any()):
-            raise RangeError("draft_rows", "at least 0", int(drafts.min()))
-        # A scalar applies to requests that are wide enough; per-request values must fit exactly.
-        if isinstance(draft_rows, int):
-            drafts = torch.minimum(drafts, lengths)
-        elif bool((drafts > lengths).any()):
-            raise RangeError("draft_rows", "at most the tokens of the request", drafts.tolist())
         if state_slots is not None and state_block_table is not None:
             raise KvCondenseError("state_slots", "state_slots or state_block_table, not both", "both")
         if slot_mapping is not None and block_table is not None:
@@ -97,7 +85,7 @@ class RaggedBatch:
         for name in ("state_slots", "slot_mapping"):
             if name in given and bool((given[name] < -1).any()):
                 raise RangeError(name, "at least 0, or -1", int(given[name].min()))
-        return cls(qsl, starts, drafts, **given)
+        return cls(qsl, starts, _drafts(draft_rows, lengths), **given)
 
     @property
     def num_requests(self) -> int:
@@ -115,13 +103,14 @@ class RaggedBatch:
         return alive if self.state_slots is None else alive & (self.state_slots >= 0)
 
 
-def _ints(
-    name: str, value: IntTensor | None, dim: int, device: torch.device | None, rows: int | None = None
-) -> torch.Tensor:
+def _ints(name: str, value: object, dim: int, device: torch.device | None, rows: int | None = None) -> torch.Tensor:
     if value is None:
         raise KvCondenseError(name, "a value", "None")
     if not isinstance(value, torch.Tensor):
-        value = torch.as_tensor(value, device=device)
+        try:
+            value = torch.as_tensor(value, device=device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DtypeError(name, "integers, in rows of equal length", error) from error
         if value.numel() == 0:
             value = value.to(torch.int64)
     if value.dtype not in (torch.int32, torch.int64):
@@ -135,6 +124,19 @@ def _ints(
     if value.is_meta:
         raise DeviceError(name, "a device that holds values", value.device)
     return value.to(torch.int64)
+
+
+def _drafts(draft_rows: IntTensor | int, lengths: torch.Tensor) -> torch.Tensor:
+    """Draft rows per request: a scalar stops at the length of a request, values of one's own must fit."""
+    if isinstance(draft_rows, int) and not isinstance(draft_rows, bool):
+        drafts = torch.minimum(torch.full_like(lengths, draft_rows), lengths)
+    else:
+        drafts = _ints("draft_rows", draft_rows, 1, lengths.device, rows=lengths.shape[0])
+    if bool((drafts < 0).any()):
+        raise RangeError("draft_rows", "at least 0", int(drafts.min()))
+    if bool((drafts > lengths).any()):
+        raise RangeError("draft_rows", "at most the tokens of the request", drafts.tolist())
+    return drafts
 
 
 def _starts(positions: torch.Tensor, qsl: torch.Tensor, lengths: torch.Tensor, inert: torch.Tensor) -> torch.Tensor:
