@@ -209,3 +209,8 @@ def test_module_and_script_end_with_one_line_and_status_2(monkeypatch, capsys):
         main()
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: impl: expected")
+    monkeypatch.setattr(sys, "argv", ["kvcondense", "info", "--json", "/nowhere/at/all.json"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "/nowhere/at/all.json" in capsys.readouterr().err

@@ -209,6 +209,22 @@ def test_bad_hidden_files_are_refused(model, tmp_path, case):
         Sequence.start(model, CSA).feed(HiddenFile.open(tmp_path / "h", CSA))
 
 
+@pytest.mark.parametrize("layer", [CSA, HCA])
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_sequences_too_short_for_a_row(model, tmp_path, tokens, layer):
+    save_file({"hidden_states": hidden_states(tokens)}, tmp_path / "h")
+    got = load_file(run(model, tmp_path / "h", tmp_path / "out", layer))
+    assert got["main.rows"].shape == (0, 16)
+    assert got["main.state"].shape[0] == tokens
+    assert not got["main.state"].isnan().any()
+    save_file({"hidden_states": hidden_states()}, tmp_path / "all")
+    sequence = Sequence.start(model, layer)
+    sequence.resume(tmp_path / "out")
+    sequence.feed(HiddenFile.open(tmp_path / "all", layer))
+    sequence.save(tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == run(model, tmp_path / "all", tmp_path / "whole", layer).read_bytes()
+
+
 def test_limits_are_checked(model, hidden, tmp_path):
     states = HiddenFile.open(hidden, CSA)
     for option in ({"chunk": 0}, {"limit": 0}):

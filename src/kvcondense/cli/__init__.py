@@ -23,9 +23,9 @@ app.command("info", epilog=info.EXAMPLE)(info.info)
 
 
 def main() -> None:
-    """Entry point: errors that the library raises on purpose end with exit status 2 and one line."""
+    """Entry point: errors raised on purpose, and files that cannot be used, end with exit status 2 and one line."""
     try:
         app()
-    except KvCondenseError as error:
+    except (KvCondenseError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

@@ -76,6 +76,8 @@ def verify(
         f"{batch} rows at {_span(inputs.start_pos)}, {_span([h.shape[0] for h in inputs.x_history])} earlier tokens, "
         f"{'rotate' if rotate else 'no rotate'}, seed {seed}"
     )
+    ending = sum((p + 1) % spec.ratio == 0 for p in inputs.start_pos)
+    say(f"the decoded token ends a window in {ending} of {batch} rows; where it does not, kv is 0")
     results = compare(inputs, run_backend(inputs, impl), run_reference(inputs))
     say(f"{'output':<12} {'result':<6} {'worst |error|':>14} {'bit-equal':>10} {'worst ulp':>10}")
     for name, r in results.items():
