@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from kvcondense import CompressorSpec, CompressorWeights, ModelConfig, RopeTable, project
 from kvcondense.golden.decode import sylvester
 from kvcondense.numerics import ordered_bits, round_bf16, tree_sum, ulp_distance
+from kvcondense.rope_table import inverse_frequencies
 from kvcondense.spec import Rounding
 from kvcondense.stages import hadamard, norm, pool, rope
-from kvcondense.stages.rope import inverse_frequencies
 
 
 def randn(*shape, seed=0):

@@ -14,10 +14,10 @@ from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
 from kvcondense.numerics import compute_dtype
+from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
 from kvcondense.stages import project as project_stage
 from kvcondense.stages import store as store_stage
-from kvcondense.stages.rope import RopeTable
 from kvcondense.weights import CompressorWeights
 
 

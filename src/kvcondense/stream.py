@@ -25,8 +25,8 @@ from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.snapshot import export_live, import_live
 from kvcondense.layout.state import StatePool
+from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
-from kvcondense.stages.rope import RopeTable
 from kvcondense.weights import CompressorWeights, open_safetensors
 
 SCHEMA = 1

@@ -9,8 +9,8 @@ from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool, check_stateless
+from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
-from kvcondense.stages.rope import RopeTable
 from kvcondense.weights import WEIGHT_DTYPES, CompressorWeights
 
 

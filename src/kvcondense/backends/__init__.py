@@ -12,8 +12,8 @@ from kvcondense.errors import DtypeError, UnsupportedError
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
+from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
-from kvcondense.stages.rope import RopeTable
 
 
 @dataclass(frozen=True)

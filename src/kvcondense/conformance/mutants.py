@@ -15,9 +15,9 @@ from kvcondense.backends import Step
 from kvcondense.backends.reference import ReferenceBackend, Stages
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import RingLayout, StatePool, live_starts
+from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec, Rounding
 from kvcondense.stages import norm, pool, rope, store, window
-from kvcondense.stages.rope import RopeTable
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.snapshot import import_live
 from kvcondense.layout.state import StatePool
 from kvcondense.numerics import FP32_LOWEST
+from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
-from kvcondense.stages.rope import RopeTable
 from kvcondense.weights import CompressorWeights
 
 # Flash with narrow heads: real theta, YaRN and eps; ratios 4 (overlapping) and 128.

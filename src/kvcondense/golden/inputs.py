@@ -10,8 +10,9 @@ from kvcondense.config import PRESETS
 from kvcondense.errors import RangeError, UnsupportedError
 from kvcondense.golden.decode import sylvester
 from kvcondense.numerics import FP32_LOWEST
+from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec, Rounding
-from kvcondense.stages.rope import RopeTable, selector_matrices
+from kvcondense.stages.rope import selector_matrices
 
 KINDS = ("hca", "csa", "indexer")
 MAX_POSITIONS = 1 << 17

@@ -16,7 +16,7 @@ from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.snapshot import import_live
 from kvcondense.layout.state import StatePool
 from kvcondense.numerics import FP32_LOWEST
-from kvcondense.stages.rope import RopeTable
+from kvcondense.rope_table import RopeTable
 from kvcondense.weights import CompressorWeights
 
 
