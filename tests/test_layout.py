@@ -177,6 +177,28 @@ def test_boundary_needs_no_rows_without_overlap_and_r_with_it():
     assert all(n - SPECS["csa"].live_start(n) == 4 for n in (4, 8, 1 << 20))
 
 
+def test_tags_notice_positions_that_only_rejected_drafts_reached():
+    spec = SPECS["csa"]
+    machine = Machine(spec, [tokens(spec, 40)], max_draft=7)
+    machine.feed([16])
+    machine.feed([8], drafts=7, junk=1e4, accept=1)
+    machine.feed([1])
+    machine.done = [20]  # rows 18 and 19 hold drafts that were taken back
+    with pytest.raises(KvCondenseError, match="expected position 18"):
+        machine.feed([1])
+
+
+def test_tags_notice_that_a_slot_has_a_new_owner():
+    spec = SPECS["csa"]
+    machine = Machine(spec, [tokens(spec, 40)])
+    machine.feed([15])
+    machine.done = [0]
+    machine.feed([2])
+    machine.done = [15]
+    with pytest.raises(KvCondenseError, match="expected position 8"):
+        machine.feed([1])
+
+
 def test_tags_notice_a_row_that_a_later_chunk_overwrote():
     spec = SPECS["csa"]
     machine = Machine(spec, [tokens(spec, 40)])

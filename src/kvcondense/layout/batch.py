@@ -17,7 +17,7 @@ class RaggedBatch:
     """Prefill, chunk, decode and verify requests of one step. Build it with :meth:`build`; all fields are int64.
 
     query_start_loc [R+1]: request q owns tokens query_start_loc[q] .. query_start_loc[q+1]-1; later tokens are padding.
-    start_positions [R]: absolute position of each request's first token; -1 makes the request inert.
+    start_positions [R]: absolute position of each request's first token; -1 if the request is inert.
     draft_rows [R]: how many of the request's last tokens may be taken back (rejected drafts).
     state_slots [R] or state_block_table [R, pages]: where the state lives; state slot -1 makes the request inert.
     slot_mapping [T] or block_table [R, pages]: the cache row of the window that token t completes (-1: do not write),
@@ -99,8 +99,7 @@ class RaggedBatch:
     @property
     def active(self) -> torch.Tensor:
         """Requests that read and write anything at all [R] bool."""
-        alive = (self.start_positions >= 0) & (self.lengths > 0)
-        return alive if self.state_slots is None else alive & (self.state_slots >= 0)
+        return (self.start_positions >= 0) & (self.lengths > 0)
 
 
 def _ints(name: str, value: object, dim: int, device: torch.device | None, rows: int | None = None) -> torch.Tensor:
