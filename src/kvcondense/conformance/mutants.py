@@ -173,7 +173,6 @@ def _keep_first_writer(plan: Plan, rows: torch.Tensor, state: StatePool) -> None
     assert state.tags is not None
     new = state.tags[plan.keep_row] != plan.keep_position
     state.data[plan.keep_row[new]] = rows[plan.keep_token[new]]
-    state.tags[plan.keep_row] = plan.keep_position
 
 
 def _forget_drafts(step: Step) -> Step:

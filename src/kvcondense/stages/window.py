@@ -92,4 +92,3 @@ def _scores(
 def keep(plan: Plan, rows: torch.Tensor, state: StatePool) -> None:
     """Write the rows that later steps can read into the state (after all reads of this step)."""
     state.data[plan.keep_row] = rows[plan.keep_token].to(state.data.dtype)
-    state.tag(plan.batch, plan.keep_row, plan.keep_position)
