@@ -65,6 +65,21 @@ def test_positions_per_token_and_int32_give_the_same_batch():
     assert Plan.build(spec, a).window_index.tolist() == [1, 0]
 
 
+def test_padding_positions_make_a_request_inert():
+    batch = RaggedBatch.build([0, 2, 4], positions=[3, 4, -1, -1])
+    assert batch.active.tolist() == [True, False]
+    assert Plan.build(SPECS["r2"], batch).window_request.tolist() == [0]
+
+
+def test_a_scalar_of_draft_rows_stops_at_the_length_of_a_request():
+    batch = RaggedBatch.build([0, 1, 5], start_positions=[9, 9], draft_rows=3)
+    assert batch.draft_rows.tolist() == [1, 3]
+    spec = SPECS["csa"]
+    short = StatePool.ring(spec, 1, spec.required_ring_rows(1))
+    decode = RaggedBatch.build([0, 1], start_positions=[0], state_slots=[0], draft_rows=3)
+    condense(spec, tokens(spec, 1), weights(spec), rope(spec, 1), decode, state=short)
+
+
 def test_padded_plan_does_the_same_work():
     spec = SPECS["csa"]
     w, table = weights(spec), rope(spec, 32)

@@ -1,13 +1,14 @@
 """I1, I5, I6, I10: any split of a sequence gives the same cache bytes and live state, from memory full of NaN."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcondense import CompressorWeights, ModelConfig, RaggedBatch, RopeTable, condense
 from machine import SPECS, Machine, same, tokens
-
-BOUNDARY = {"csa": 40, "hca": 520}
 
 
 def partitions(total, cuts):
@@ -79,6 +80,26 @@ def test_state_dtype_does_not_break_composition(name, dtype):
     for n in (1, spec.window, spec.ratio - 1, spec.window):
         machine.feed([n])
     assert same(machine.cache_of(0), machine.whole(0).cache_of(0))
+
+
+@pytest.mark.parametrize("name", ["csa", "hca", "indexer"])
+def test_thread_count_does_not_matter(name):
+    """At real width, where torch splits the work."""
+    spec = replace(SPECS[name], head_dim=512, rope_dim=64)
+    gen = torch.Generator().manual_seed(0)
+    kv_score = torch.randn(600, spec.projected, generator=gen)
+    weights = CompressorWeights(norm=torch.ones(512), ape=torch.randn(spec.ratio, spec.width, generator=gen))
+    rope = RopeTable.build(ModelConfig.FLASH, 600)
+    rows = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            batch = RaggedBatch.build([0, 600], start_positions=[0])
+            rows.append(condense(spec, kv_score, weights, rope, batch).values)
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0], rows[2])
 
 
 @pytest.mark.parametrize("name", ["csa", "hca"])
