@@ -153,12 +153,12 @@ def test_paged_state_needs_only_the_pages_it_touches():
     w, table = weights(spec), rope(spec, 64)
     whole = condense(spec, tokens(spec, 22), w, table, RaggedBatch.build([0, 22], start_positions=[0]))
     # Rows 8.. of the first 14 tokens are kept (pages 2 and 3); pages 0 and 1 were never given out.
-    first = RaggedBatch.build([0, 14], start_positions=[0], state_block_table=[[-1, -1, 2, 0]])
+    first = RaggedBatch.build([0, 14], start_positions=[0], state_block_table=[[-100, 10**9, 2, 0]])
     condense(spec, tokens(spec, 22)[:14], w, table, first, state=state)
-    second = RaggedBatch.build([0, 8], start_positions=[14], state_block_table=[[-1, -1, 2, 0, 1, -1]])
+    second = RaggedBatch.build([0, 8], start_positions=[14], state_block_table=[[-100, 10**9, 2, 0, 1, -1]])
     with pytest.raises(KvCondenseError, match=r"state_block_table\[0, 5\]"):
         condense(spec, tokens(spec, 22)[14:], w, table, second, state=state)
-    second = RaggedBatch.build([0, 6], start_positions=[14], state_block_table=[[-1, -1, 2, 0, 1, -1]])
+    second = RaggedBatch.build([0, 6], start_positions=[14], state_block_table=[[-100, 10**9, 2, 0, 1, -1]])
     rows = condense(spec, tokens(spec, 22)[14:20], w, table, second, state=state)
     assert torch.equal(rows.values, whole.values[3:5])
     shared = RaggedBatch.build([0, 2, 4], start_positions=[0, 0], state_block_table=[[1], [1]])
