@@ -85,6 +85,15 @@ def test_v41_has_no_ape_and_ratio_one_no_gate(tmp_path):
     assert got.w.shape == (spec.projected, HIDDEN)
 
 
+def test_other_files_may_lie_beside_the_model(tmp_path):
+    folder = write(tmp_path)
+    (folder / "result.safetensors").write_bytes(b"not a model")
+    assert load(folder).w is not None
+    alone = write(tmp_path / "alone")
+    (alone / "model.safetensors").rename(alone / "weights.safetensors")
+    assert load(alone).w is not None
+
+
 def rewrite_index(folder, edit):
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -94,7 +103,9 @@ def rewrite_index(folder, edit):
 
 FILES = {
     "no files": lambda f: (f / "model.safetensors").unlink(),
-    "two files": lambda f: (f / "other.safetensors").write_bytes((f / "model.safetensors").read_bytes()),
+    "two files": lambda f: (
+        [(f / n).write_bytes(b"") for n in ("a.safetensors", "b.safetensors")] + [(f / "model.safetensors").unlink()]
+    ),
     "truncated": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
     "not safetensors": lambda f: (f / "model.safetensors").write_bytes(b"PK" + bytes(100)),
     "huge header": lambda f: (f / "model.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}"),

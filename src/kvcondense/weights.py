@@ -96,7 +96,7 @@ class CompressorWeights:
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> file, from model.safetensors.index.json or from the only safetensors file."""
+    """Tensor name -> file, from model.safetensors.index.json, model.safetensors, or the only safetensors file."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
         if index.stat().st_size > _MAX_INDEX_BYTES:
@@ -110,10 +110,14 @@ def tensor_files(directory: Path) -> dict[str, Path]:
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise CheckpointError(f"{index.name} entry {name!r}", "a safetensors file of the same folder", file)
         return {name: directory / file for name, file in entries}
-    single = sorted(directory.glob("*.safetensors"))
+    # Results and hidden states may lie in the same folder: the conventional name comes first.
+    model = directory / "model.safetensors"
+    single = [model] if model.is_file() else sorted(directory.glob("*.safetensors"))
     if len(single) != 1:
         raise CheckpointError(
-            str(directory), "model.safetensors.index.json or one .safetensors file", f"{len(single)} files"
+            str(directory),
+            "model.safetensors.index.json, model.safetensors or one .safetensors file",
+            f"{len(single)} files",
         )
     with open_safetensors(single[0]) as handle:
         return dict.fromkeys(handle.keys(), single[0])
