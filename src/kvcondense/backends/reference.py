@@ -47,8 +47,8 @@ class ReferenceBackend:
         tokens = do.state_rows(spec, step.kv_score, step.ape, positions, state_dtype)  # [T, state_dim]
         live = plan.window_request >= 0
         dense = plan.without_padding()
-        kv, score, masked = do.gather(spec, dense, tokens, step.state, step.ape)  # [E, W, d]
-        row = do.norm(do.pool(kv, score, masked), step.gamma, spec.eps, spec.rounding)  # [E, d]
+        kv, score = do.gather(spec, dense, tokens, step.state, step.ape)  # [E, W, d]
+        row = do.norm(do.pool(kv, score), step.gamma, spec.eps, spec.rounding)  # [E, d]
         if step.latent is not None:
             step.latent[live] = row.to(step.latent.dtype)
         if step.rope is not None:

@@ -36,19 +36,19 @@ class Mutant:
         ReferenceBackend(self.name, self.stages).run(self.alter(step))
 
 
-Candidates = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Candidates = tuple[torch.Tensor, torch.Tensor]
 
 
-def _pool_current(kv: torch.Tensor, score: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+def _pool_current(kv: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
     return kv[:, -1]
 
 
-def _pool_uniform(kv: torch.Tensor, score: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    return pool.two_pass(kv, torch.zeros_like(score), masked)
+def _pool_uniform(kv: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+    return pool.two_pass(kv, torch.where(torch.isneginf(score), score, 0.0))
 
 
-def _pool_scalar_gate(kv: torch.Tensor, score: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    return pool.two_pass(kv, score.mean(-1, keepdim=True).expand_as(score), masked)
+def _pool_scalar_gate(kv: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+    return pool.two_pass(kv, score.mean(-1, keepdim=True).expand_as(score))
 
 
 def _rows_with_ape(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -74,31 +74,30 @@ def _gather_then(change: Callable[[CompressorSpec, Plan, StatePool | None, Candi
 
 
 def _no_overlap(spec: CompressorSpec, plan: Plan, state: StatePool | None, c: Candidates) -> Candidates:
-    kv, score, masked = (t.clone() for t in c)
+    kv, score = c
     if spec.overlap:
-        score[:, : spec.ratio], masked[:, : spec.ratio] = float("-inf"), True
-    return kv, score, masked
+        score[:, : spec.ratio] = float("-inf")
+    return kv, score
 
 
 def _neighbour(spec: CompressorSpec, plan: Plan, state: StatePool | None, c: Candidates) -> Candidates:
     if not spec.overlap:
         return c
-    kv, score, masked = (t.clone() for t in c)
-    for t in (kv, score, masked):
+    for t in c:
         t[:, : spec.ratio] = t[:, : spec.ratio].roll(1, 0)
-    return kv, score, masked
+    return c
 
 
 def _previous_occupant(spec: CompressorSpec, plan: Plan, state: StatePool | None, c: Candidates) -> Candidates:
     if state is None or not isinstance(state.layout, RingLayout) or not spec.overlap:
         return c
-    kv, score, masked = c
+    kv, score = c
     request = plan.window_request[:, None]
     position = (plan.window_index[:, None] + 1) * spec.ratio - spec.window + torch.arange(spec.window)
     old = state.data[state.layout.address(plan.batch, request, position)]  # a negative position wraps into the ring
-    old = old.view(*masked.shape, 2, spec.halves, spec.head_dim)[:, :, :, 0]
-    use = masked[:, :, None]
-    return torch.where(use, old[:, :, 0], kv), torch.where(use, old[:, :, 1], score), torch.zeros_like(masked)
+    old = old.view(*position.shape, 2, spec.halves, spec.head_dim)[:, :, :, 0]
+    use = (position < 0)[:, :, None]
+    return torch.where(use, old[:, :, 0], kv), torch.where(use, old[:, :, 1], score)
 
 
 def _gather_swapped(

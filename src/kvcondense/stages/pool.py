@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 
 
-def two_pass(kv: torch.Tensor, score: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Maximum first, then one pass oldest to newest: kv, score [E, W, d], masked [E, W] -> [E, d].
+def two_pass(kv: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+    """Maximum first, then one pass oldest to newest: kv, score [E, W, d] -> [E, d].
 
-    P = (sum_j e^(z_j - m) K_j) / (sum_j e^(z_j - m)); masked candidates are skipped, not subtracted.
+    P = (sum_j e^(z_j - m) K_j) / (sum_j e^(z_j - m)). A score of -inf has weight exactly 0.
     """
     top = score.amax(dim=1)  # [E, d]
     weight = torch.exp(score - top[:, None])  # [E, W, d]
-    weight = torch.where(masked[:, :, None], 0.0, weight)
     total = torch.zeros_like(top)
     pooled = torch.zeros_like(top)
     for j in range(kv.shape[1]):
@@ -21,19 +20,22 @@ def two_pass(kv: torch.Tensor, score: torch.Tensor, masked: torch.Tensor) -> tor
     return pooled / total
 
 
-def online(kv: torch.Tensor, score: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+def online(kv: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
     """The running form of pypto-lib's PR 270: (m, l, o) start from the last candidate, then oldest to newest.
 
-    m' = max(m, z); l' = l e^(m - m') + e^(z - m'); o' = o e^(m - m') + K e^(z - m'); P = o / l. The last candidate is
-    never masked, so m is never -inf.
+    m' = max(m, z); l' = l e^(m - m') + e^(z - m'); o' = o e^(m - m') + K e^(z - m'); P = o / l. A score of -inf is
+    skipped, never subtracted: -inf minus -inf is no number.
     """
-    m, o = score[:, -1], kv[:, -1]  # [E, d]
-    l = torch.ones_like(m)  # noqa: E741 - the name of the literature
+    m = score[:, -1]  # [E, d]
+    empty = torch.isneginf(m)
+    l = torch.where(empty, 0.0, torch.ones_like(m))  # noqa: E741 - the name of the literature
+    o = torch.where(empty, 0.0, kv[:, -1])
     for j in range(kv.shape[1] - 1):
-        top = torch.maximum(m, score[:, j])
-        old, new = torch.exp(m - top), torch.exp(score[:, j] - top)
-        skip = masked[:, j, None]
+        z = score[:, j]
+        skip = torch.isneginf(z)
+        top = torch.maximum(m, z)
+        old, new = torch.exp(m - top), torch.exp(z - top)
         l = torch.where(skip, l, l * old + new)  # noqa: E741
         o = torch.where(skip, o, o * old + kv[:, j] * new)
-        m = torch.where(skip, m, top)
+        m = top
     return o / l

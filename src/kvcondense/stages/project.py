@@ -7,7 +7,7 @@ import torch
 from kvcondense.numerics import compute_dtype
 
 TILE = 64
-"""Tokens per GEMM of the batch-invariant form: every GEMM has this many rows, padded with zeros."""
+"""Tokens per GEMM of the batch-invariant form: every GEMM has this many rows, whatever the spare ones hold."""
 
 
 def project(x: torch.Tensor, w: torch.Tensor, tile: int | None = TILE) -> torch.Tensor:
@@ -26,6 +26,5 @@ def project(x: torch.Tensor, w: torch.Tensor, tile: int | None = TILE) -> torch.
     for start in range(0, tokens, tile):
         rows = min(tile, tokens - start)
         block[:rows] = x[start : start + rows]
-        block[rows:] = 0
         out[start : start + rows] = (block @ w)[:rows]
     return out

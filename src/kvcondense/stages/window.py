@@ -43,17 +43,17 @@ def state_rows(
 
 def gather(
     spec: CompressorSpec, plan: Plan, rows: torch.Tensor, state: StatePool | None, ape: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Candidates of each window, oldest first: kv [E, W, d], score [E, W, d], masked [E, W] bool.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Candidates of each window, oldest first: kv and score [E, W, d] each.
 
     Candidate j of window c is position (c + 1) * r - W + j. It reads channels [0, d) if it lies before the window
-    (overlap) and the last d channels if it lies in it. Positions below 0 are masked: kv 0, score -inf.
+    (overlap) and the last d channels if it lies in it. Positions below 0 are kv 0, score -inf.
     """
     batch, d = plan.batch, spec.head_dim
     request = plan.window_request[:, None]  # [E, 1]
     step = torch.arange(spec.window, device=request.device)
     position = (plan.window_index[:, None] + 1) * spec.ratio - spec.window + step  # [E, W]
-    masked = position < 0
+    missing = position < 0
     start = batch.start_positions[request]
     in_call = position >= start
     token = torch.where(in_call, batch.query_start_loc[request] + position - start, 0)
@@ -62,15 +62,15 @@ def gather(
     by_half = rows.view(rows.shape[0], parts, spec.halves, d)  # [T, parts, c, d]
     picked = by_half[token, :, half]  # [E, W, parts, d]
     if state is not None:
-        stored = ~in_call & ~masked
+        stored = ~in_call & ~missing
         address = state.layout.address(batch, request, torch.where(stored, position, start))
         # Lanes that read nothing from the state still need a legal index; their value is dropped.
         address = torch.where(stored, address, 0)
         old = state.data.view(state.data.shape[0], parts, spec.halves, d)[address, :, half].to(rows.dtype)
         picked = torch.where(stored[:, :, None, None], old, picked)
-    kv = torch.where(masked[:, :, None], 0.0, picked[:, :, 0])
-    score = torch.where(masked[:, :, None], float("-inf"), _scores(spec, picked, position, half, ape))
-    return kv, score, masked
+    kv = torch.where(missing[:, :, None], 0.0, picked[:, :, 0])
+    score = torch.where(missing[:, :, None], float("-inf"), _scores(spec, picked, position, half, ape))
+    return kv, score
 
 
 def _scores(
