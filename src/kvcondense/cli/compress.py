@@ -28,7 +28,7 @@ def compress(
     limit: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the sequence that --out holds.")] = False,
     first_position: Annotated[
-        int | None, typer.Option(help="Position of the file's first token (default: its metadata, or 0).")
+        int | None, typer.Option(help="Position of the file's first token (default: its metadata, else see --resume).")
     ] = None,
     tensor: Annotated[str | None, typer.Option(help="Name of the hidden states in the file.")] = None,
     format: Annotated[str, typer.Option(help="Cache format of the rows: bf16 or fp32.")] = "bf16",
