@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from checkpoints import CONFIG as TINY
 from kvcondense import CompressorSpec, KvCondenseError, ModelConfig
 
 FLASH_JSON = {
@@ -19,13 +20,7 @@ FLASH_JSON = {
     "index_head_dim": 128,
     "rope_theta": 10000,
     "compress_rope_theta": 160000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 16,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "original_max_position_embeddings": 65536,
-    },
+    "rope_scaling": TINY["rope_scaling"],
     "max_position_embeddings": 1048576,
 }
 

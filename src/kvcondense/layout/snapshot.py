@@ -6,7 +6,7 @@ import torch
 
 from kvcondense.errors import DtypeError, RangeError, ShapeError
 from kvcondense.layout.batch import RaggedBatch
-from kvcondense.layout.state import StatePool
+from kvcondense.layout.state import StatePool, live_rows
 from kvcondense.spec import CompressorSpec
 
 
@@ -16,7 +16,7 @@ def export_live(spec: CompressorSpec, state: StatePool, batch: RaggedBatch) -> t
     Request after request, oldest position first: live_start(p) .. p - 1 for a request at p. Lengths are ignored.
     Raises StateMismatchError if the pool does not hold them.
     """
-    request, position = _live(spec, batch)
+    request, position = live_rows(spec, batch.start_positions.clamp(min=0))
     address = state.layout.address(batch, request, position)
     state.check_rows(batch, request, position)
     return state.data[address].clone()
@@ -28,7 +28,7 @@ def import_live(spec: CompressorSpec, state: StatePool, batch: RaggedBatch, rows
     Raises ShapeError, DtypeError or RangeError before anything is written: the number of rows follows from the spec
     and the positions alone, and the dtype must be the pool's.
     """
-    request, position = _live(spec, batch)
+    request, position = live_rows(spec, batch.start_positions.clamp(min=0))
     if tuple(rows.shape) != (position.shape[0], spec.state_dim):
         raise ShapeError("rows", f"shape [{position.shape[0]}, {spec.state_dim}]", f"shape {list(rows.shape)}")
     if rows.dtype != state.data.dtype:
@@ -39,11 +39,3 @@ def import_live(spec: CompressorSpec, state: StatePool, batch: RaggedBatch, rows
     state.data[address] = rows
     if state.tags is not None:
         state.tags[address] = position
-
-
-def _live(spec: CompressorSpec, batch: RaggedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    positions = [
-        (q, p) for q, end in enumerate(batch.start_positions.tolist()) for p in range(spec.live_start(end), end)
-    ]
-    pairs = torch.tensor(positions, dtype=torch.int64, device=batch.start_positions.device).view(-1, 2)
-    return pairs[:, 0], pairs[:, 1]

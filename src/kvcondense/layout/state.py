@@ -168,7 +168,7 @@ class StatePool:
     def check_continues(self, spec: CompressorSpec, batch: RaggedBatch) -> None:
         """Raise StateMismatchError unless every stored row that ``batch`` may read holds the position it should."""
         if self.tags is not None:
-            self.check_rows(batch, *_history(spec, batch))
+            self.check_rows(batch, *live_rows(spec, torch.where(batch.active, batch.start_positions, 0)))
 
     def check_rows(self, batch: RaggedBatch, request: torch.Tensor, position: torch.Tensor) -> None:
         """Raise StateMismatchError unless the pool holds each (request, position)."""
@@ -196,20 +196,18 @@ class StatePool:
         self.tags[address] = position
 
 
-def _history(spec: CompressorSpec, batch: RaggedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(request, position) of every stored row that the live requests of ``batch`` continue from."""
-    active = batch.active
-    start = torch.where(active, batch.start_positions, 0)
+def live_rows(spec: CompressorSpec, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(request, position) of every row that requests at positions ``start`` [R] go on from: live_start(p) .. p - 1."""
     low = live_starts(spec, start)
-    request = torch.repeat_interleave(torch.arange(batch.num_requests, device=start.device), start - low)
-    first = torch.cumsum(start - low, 0) - (start - low)
-    position = low[request] + torch.arange(request.shape[0], device=start.device) - first[request]
-    return request, position
+    count = start - low
+    request = torch.repeat_interleave(torch.arange(start.shape[0], device=start.device), count)
+    before = torch.cumsum(count, 0) - count
+    return request, low[request] + torch.arange(request.shape[0], device=start.device) - before[request]
 
 
 def check_stateless(spec: CompressorSpec, batch: RaggedBatch) -> None:
     """Raise StateMismatchError if a request continues from rows that only a state pool could hold."""
-    request, position = _history(spec, batch)
+    request, position = live_rows(spec, torch.where(batch.active, batch.start_positions, 0))
     if request.shape[0]:
         raise StateMismatchError(
             "state",
