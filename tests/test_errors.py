@@ -291,6 +291,12 @@ CONSTRUCTORS = {
             SPEC, StatePool.ring(SPEC, 1), RaggedBatch.build([0, 0], start_positions=[5], state_slots=[0])
         ),
     ),
+    "export beyond the pool": (
+        "batch",
+        lambda: export_live(
+            SPEC, StatePool.ring(SPEC, 1), RaggedBatch.build([0, 0], start_positions=[5], state_slots=[3])
+        ),
+    ),
     "drafts": ("max_draft", lambda: SPEC.required_ring_rows(-1)),
 }
 

@@ -80,7 +80,7 @@ def condense(
     step = _step(spec, kv_score, weights, rope, batch, plan, state, cache, latent)
     select(impl, step).run(step)
     plan = step.plan
-    if state is not None:
+    if state is not None and state.tags is not None:
         kept = plan.without_padding()
         state.tag(batch, kept.keep_row, kept.keep_position)
     return CondensedRows(step.rows, plan.window_request, plan.window_index, plan.window_slot, step.latent)

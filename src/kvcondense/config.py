@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kvcondense.errors import CheckpointError, DtypeError, RangeError, ShapeError, UnsupportedError
+from kvcondense.errors import CheckpointError, DtypeError, RangeError, ShapeError, UnsupportedError, require_int
 
 _MAX_CONFIG_BYTES = 4 << 20
 
@@ -54,8 +54,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in ("hidden_size", "num_hidden_layers", "max_positions", "head_dim", "index_head_dim"):
-            _integer(field, getattr(self, field), low=1)
-        _integer("rope_dim", self.rope_dim, low=0)
+            require_int(field, getattr(self, field), low=1)
+        require_int("rope_dim", self.rope_dim, low=0)
         for field in ("eps", "compress_rope_theta"):
             if not (math.isfinite(getattr(self, field)) and getattr(self, field) > 0):
                 raise RangeError(field, "a positive finite number", getattr(self, field))
@@ -66,7 +66,7 @@ class ModelConfig:
                 "compress_ratios", f"at least {self.num_hidden_layers} entries", f"{len(self.compress_ratios)} entries"
             )
         for i, ratio in enumerate(self.compress_ratios):
-            _integer(f"compress_ratios[{i}]", ratio, low=0)
+            require_int(f"compress_ratios[{i}]", ratio, low=0)
         for layer in self.kv_source_layers or ():
             if not 0 <= layer < self.num_hidden_layers or self.compress_ratios[layer] == 0:
                 raise RangeError("kv_source_layers", "layers with a compress ratio above 0", layer)
@@ -105,14 +105,6 @@ class ModelConfig:
         return _parse(text, name=path.parent.name or "model")
 
 
-def _integer(name: str, value: object, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise DtypeError(name, "an integer", repr(value))
-    if value < low:
-        raise RangeError(name, f"at least {low}", value)
-    return value
-
-
 def _get(data: dict[str, Any], key: str) -> Any:
     if data.get(key) is None:
         raise CheckpointError(f"config.json key {key!r}", "to be present", "nothing")
@@ -142,8 +134,8 @@ def _parse(data: dict[str, Any], name: str) -> ModelConfig:
     if model_type not in generations:
         raise UnsupportedError("config.json key 'model_type'", f"one of {', '.join(generations)}", repr(model_type))
     generation = generations[model_type]
-    layers = _integer("num_hidden_layers", _get(data, "num_hidden_layers"), low=1)
-    head_dim = _integer("head_dim", _get(data, "head_dim"), low=1)
+    layers = require_int("num_hidden_layers", _get(data, "num_hidden_layers"), low=1)
+    head_dim = require_int("head_dim", _get(data, "head_dim"), low=1)
     ratios, overlap = _ratios(data, generation, layers)
     nested = data.get("rope_parameters") or {}
     compress_rope = nested.get("compress") if isinstance(nested, dict) else None
@@ -191,8 +183,8 @@ def _ratios(data: dict[str, Any], generation: str, layers: int) -> tuple[tuple[i
     if (listed := data.get("compress_ratios")) is not None:
         if not isinstance(listed, list):
             raise DtypeError("compress_ratios", "a list of integers", type(listed).__name__)
-        from_list = tuple(_integer(f"compress_ratios[{i}]", r, low=0) for i, r in enumerate(listed))
-        extra = _integer("num_nextn_predict_layers", data.get("num_nextn_predict_layers", 0), low=0)
+        from_list = tuple(require_int(f"compress_ratios[{i}]", r, low=0) for i, r in enumerate(listed))
+        extra = require_int("num_nextn_predict_layers", data.get("num_nextn_predict_layers", 0), low=0)
         if len(from_list) not in (layers, layers + extra):
             raise ShapeError(
                 "compress_ratios", f"{layers} entries, or {layers + extra} with MTP layers", f"{len(from_list)} entries"
@@ -212,7 +204,7 @@ def _ratios(data: dict[str, Any], generation: str, layers: int) -> tuple[tuple[i
         csa, hca = table["compressed_sparse_attention"], table["heavily_compressed_attention"]
         if csa is not None and csa == hca:
             raise RangeError("compress_rates", "different rates for overlapping and plain windows", rates)
-        from_types = tuple(_integer(f"compress_rates[{kind}]", table[kind], low=0) for kind in types)
+        from_types = tuple(require_int(f"compress_rates[{kind}]", table[kind], low=0) for kind in types)
         overlap = (csa,) if csa is not None else ()
     if from_list is not None and from_types is not None and from_list[:layers] != from_types:
         raise CheckpointError("config.json layer ratios", "compress_ratios and layer_types that agree", from_list)
@@ -240,7 +232,7 @@ def _yarn(data: dict[str, Any], compress_rope: dict[str, Any]) -> Yarn | None:
         found.append(
             Yarn(
                 factor=_number("factor", _get(block, "factor")),
-                original_max_positions=_integer(
+                original_max_positions=require_int(
                     "original_max_position_embeddings", _get(block, "original_max_position_embeddings"), low=1
                 ),
                 beta_fast=_number("beta_fast", _get(block, "beta_fast")),

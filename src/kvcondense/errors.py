@@ -50,3 +50,12 @@ def require(name: str, value: object, kind: type | tuple[type, ...]) -> None:
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         raise DtypeError(name, f"a {' or '.join(k.__name__ for k in kinds)}", type(value).__name__)
+
+
+def require_int(name: str, value: object, low: int) -> int:
+    """``value`` if it is an integer (no bool) of at least ``low``; raises DtypeError or RangeError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DtypeError(name, "an integer", repr(value))
+    if value < low:
+        raise RangeError(name, f"at least {low}", value)
+    return value

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvcondense.config import ModelConfig
-from kvcondense.errors import DtypeError, RangeError, UnsupportedError
+from kvcondense.errors import DtypeError, RangeError, UnsupportedError, require_int
 
 
 class Rounding(enum.Enum):
@@ -42,11 +42,7 @@ class CompressorSpec:
 
     def __post_init__(self) -> None:
         for field, low in (("ratio", 1), ("head_dim", 1), ("rope_dim", 0)):
-            value: Any = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise DtypeError(field, "an integer", repr(value))
-            if value < low:
-                raise RangeError(field, f"at least {low}", value)
+            require_int(field, getattr(self, field), low)
         if self.rope_dim % 2 or self.rope_dim > self.head_dim:
             raise RangeError("rope_dim", f"an even number up to head_dim {self.head_dim}", self.rope_dim)
         if not (isinstance(self.eps, float) and math.isfinite(self.eps) and self.eps > 0):
@@ -82,15 +78,19 @@ class CompressorSpec:
         """The compressor that ``layer`` owns; ``part`` is ``"main"`` or, in a CSA layer, ``"indexer"``."""
         if part not in ("main", "indexer"):
             raise RangeError("part", "'main' or 'indexer'", repr(part))
+        if part not in cls.parts_of_layer(config, layer):
+            raise UnsupportedError("part", f"'main' (layer {layer} has no indexer compressor)", repr(part))
+        return (
+            _of(config, config.compress_ratios[layer], **changes) if part == "main" else cls.indexer(config, **changes)
+        )
+
+    @staticmethod
+    def parts_of_layer(config: ModelConfig, layer: int) -> tuple[str, ...]:
+        """Compressors that ``layer`` owns: the main one and, in a CSA layer, the indexer's; raises if it owns none."""
         if not config.owns_compressor(layer):
             owners = ", ".join(map(str, config.compressor_layers))
             raise UnsupportedError("layer", f"a layer that owns a compressor ({owners})", layer)
-        ratio = config.compress_ratios[layer]
-        if part == "main":
-            return _of(config, ratio, **changes)
-        if ratio not in config.overlap_ratios:
-            raise UnsupportedError("part", f"'main' (layer {layer} has no indexer compressor)", repr(part))
-        return cls.indexer(config, **changes)
+        return ("main", "indexer") if config.compress_ratios[layer] in config.overlap_ratios else ("main",)
 
     @property
     def halves(self) -> int:

@@ -26,7 +26,7 @@ from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.snapshot import export_live, import_live
 from kvcondense.layout.state import StatePool
 from kvcondense.rope_table import RopeTable
-from kvcondense.spec import CompressorSpec
+from kvcondense.spec import CompressorSpec, Rounding
 from kvcondense.weights import CompressorWeights, open_safetensors
 
 SCHEMA = 1
@@ -40,6 +40,7 @@ class Compressor:
 
     spec: CompressorSpec
     weights: CompressorWeights
+    weights_sha256: str
     state: StatePool
     rows: torch.Tensor
 
@@ -109,35 +110,32 @@ class Sequence:
         layer: int,
         *,
         format: str = "bf16",
-        parts: tuple[str, ...] | None = None,
-        **changes: Any,
+        rotate: bool = True,
+        rounding: Rounding = Rounding.REFERENCE,
     ) -> Sequence:
-        """Load the compressors that ``layer`` of a model directory owns; ``changes`` go into their specs."""
+        """Load the compressors that ``layer`` of a model directory owns; ``rotate`` concerns the indexer's alone."""
         config_file = checkpoint / "config.json"
         if not config_file.is_file():
             raise CheckpointError(str(checkpoint), "a model directory with config.json", "none there")
         config = ModelConfig.from_json(config_file)
         element = get_format(format).element
-        main = CompressorSpec.for_layer(config, layer, **{k: v for k, v in changes.items() if k != "rotate"})
-        chosen = parts or (("main", "indexer") if main.overlap else ("main",))
         loaded = {}
-        for part in chosen:
-            keep = changes if part == "indexer" else {k: v for k, v in changes.items() if k != "rotate"}
-            spec = CompressorSpec.for_layer(config, layer, part, **keep)
+        for part in CompressorSpec.parts_of_layer(config, layer):
+            spec = CompressorSpec.for_layer(config, layer, part, rounding=rounding)
+            if part == "indexer":
+                spec = replace(spec, rotate=rotate)
             weights = CompressorWeights.load(checkpoint, spec, layer, hidden_size=config.hidden_size, part=part)
+            digest = _digest(*(t for t in (weights.w, weights.ape, weights.norm) if t is not None))
             rows = torch.empty(0, spec.head_dim, dtype=element)
-            loaded[part] = Compressor(spec, weights, StatePool.ring(spec, 1), rows)
+            loaded[part] = Compressor(spec, weights, digest, StatePool.ring(spec, 1), rows)
         return cls(config, layer, format, loaded)
 
     def header(self) -> dict[str, Any]:
         """What a file needs to say so that somebody else can go on with it."""
 
         def describe(c: Compressor) -> dict[str, Any]:
-            digest = hashlib.sha256()
-            for tensor in (c.weights.w, c.weights.ape, c.weights.norm):
-                digest.update(b"" if tensor is None else _bytes(tensor))
             spec = {**asdict(c.spec), "rounding": c.spec.rounding.value}
-            return {"spec": spec, "weights_sha256": digest.hexdigest(), "state_dtype": "float32"}
+            return {"spec": spec, "weights_sha256": c.weights_sha256, "state_dtype": "float32"}
 
         return {
             "schema": SCHEMA,
@@ -220,14 +218,14 @@ class Sequence:
         if end > self.config.max_positions:
             raise RangeError("tokens", f"positions below {self.config.max_positions}", end)
         rope = RopeTable.build(self.config, end)
-        for name, c in self.parts.items():
-            self.parts[name] = replace(c, rows=_grown(c.rows, c.spec.visible_rows(end)))
+        for c in self.parts.values():
+            c.rows = _grown(c.rows, c.spec.visible_rows(end))
         while self.position < end:
             stop = min(end, self.position + chunk)
             x = hidden.read(self.position - offset, stop - offset)
             for c in self.parts.values():
                 self._compress(c, x, stop, rope, impl)
-            self.last_hidden = hashlib.sha256(_bytes(x[-1])).hexdigest()
+            self.last_hidden = _digest(x[-1])
             done, self.position = stop - self.position, stop
             progress(done)
         return end - first
@@ -264,7 +262,7 @@ class Sequence:
         at = self.position - first
         if not 0 < at <= hidden.tokens:
             return False
-        return hashlib.sha256(_bytes(hidden.read(at - 1, at)[0])).hexdigest() == self.last_hidden
+        return _digest(hidden.read(at - 1, at)[0]) == self.last_hidden
 
     @staticmethod
     def _at(position: int) -> RaggedBatch:
@@ -275,8 +273,12 @@ def _grown(rows: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat([rows, rows.new_zeros(size - rows.shape[0], rows.shape[1])])
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def _digest(*tensors: torch.Tensor) -> str:
+    """sha256 of the bytes of ``tensors``, one after the other."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _read_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:

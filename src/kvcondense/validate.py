@@ -20,8 +20,8 @@ def tensor(
     shape: tuple[int | None, ...],
     dtypes: tuple[torch.dtype, ...],
     device: torch.device | None = None,
-) -> torch.Tensor:
-    """``value`` if it is a tensor of ``shape`` (None: any size), one of ``dtypes``, on ``device``."""
+) -> None:
+    """Raise unless ``value`` is a tensor of ``shape`` (None: any size), one of ``dtypes``, on ``device``."""
     if not isinstance(value, torch.Tensor):
         raise DtypeError(name, "a tensor", type(value).__name__)
     fits = value.dim() == len(shape) and all(
@@ -34,7 +34,6 @@ def tensor(
         raise DtypeError(name, " or ".join(str(d).removeprefix("torch.") for d in dtypes), value.dtype)
     if device is not None and value.device != device:
         raise DeviceError(name, f"device {device}", value.device)
-    return value
 
 
 def projection(spec: CompressorSpec, x: torch.Tensor, weights: CompressorWeights) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -55,8 +55,7 @@ def compress(
         raise RangeError("--rounding", " or ".join(profiles), repr(rounding))
     if not out.parent.is_dir():
         raise CheckpointError("--out", "a file in a folder that exists", str(out))
-    changes: dict[str, Any] = {"rounding": profiles[rounding], "rotate": rotate}
-    sequence = Sequence.start(checkpoint, layer, format=format, **changes)
+    sequence = Sequence.start(checkpoint, layer, format=format, rotate=rotate, rounding=profiles[rounding])
     if resume:
         sequence.resume(out)
     states = HiddenFile.open(hidden, layer, first_position, tensor)

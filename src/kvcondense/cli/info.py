@@ -48,7 +48,8 @@ def compressors() -> list[dict[str, str]]:
     for config in PRESETS.values():
         specs: dict[CompressorSpec, int] = {}
         for layer in config.compressor_layers:
-            for spec in _specs(config, layer):
+            for part in CompressorSpec.parts_of_layer(config, layer):
+                spec = CompressorSpec.for_layer(config, layer, part)
                 specs[spec] = specs.get(spec, 0) + 1
         for spec, layers in specs.items():
             row_bytes = 4 * spec.state_dim
@@ -64,11 +65,6 @@ def compressors() -> list[dict[str, str]]:
             )
             lines.append(dict(zip(HEADINGS, values, strict=True)))
     return lines
-
-
-def _specs(config: ModelConfig, layer: int) -> list[CompressorSpec]:
-    main = CompressorSpec.for_layer(config, layer)
-    return [main, CompressorSpec.for_layer(config, layer, "indexer")] if main.overlap else [main]
 
 
 def _kind(config: ModelConfig, spec: CompressorSpec) -> str:

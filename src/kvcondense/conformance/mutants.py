@@ -13,7 +13,8 @@ import torch
 
 from kvcondense.backends import Step
 from kvcondense.backends.reference import ReferenceBackend, Stages
-from kvcondense.layout.plan import Plan
+from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.plan import KEEP_FIELDS, Plan
 from kvcondense.layout.state import RingLayout, StatePool, live_starts
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec, Rounding
@@ -152,16 +153,16 @@ def _emit_late(step: Step) -> Step:
     return replace(step, plan=replace(plan, window_slot=torch.where(due, plan.window_slot, -1)))
 
 
-def _scatter_twice(rows: torch.Tensor, slot: torch.Tensor, cache: store.PagedCache) -> None:
+def _scatter_twice(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache) -> None:
     store.scatter(rows, torch.where(slot + 1 < cache.num_rows, slot + 1, -1), cache)
     store.scatter(rows, slot, cache)
 
 
-def _scatter_clamped(rows: torch.Tensor, slot: torch.Tensor, cache: store.PagedCache) -> None:
+def _scatter_clamped(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache) -> None:
     store.scatter(rows, slot.clamp(min=0), cache)
 
 
-def _scatter_int32(rows: torch.Tensor, slot: torch.Tensor, cache: store.PagedCache) -> None:
+def _scatter_int32(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache) -> None:
     size = cache.format.row_bytes(cache.head_dim)
     offset = (slot * size).to(torch.int32).to(torch.int64)  # wraps
     store.scatter(rows, torch.where(slot < 0, -1, offset // size % cache.num_rows), cache)
@@ -179,7 +180,7 @@ def _forget_drafts(step: Step) -> Step:
     plan, batch = step.plan, step.plan.batch
     low = live_starts(step.spec, batch.start_positions + batch.lengths)
     needed = plan.keep_position >= low[plan.keep_request]
-    kept = {n: getattr(plan, n)[needed] for n in ("keep_token", "keep_request", "keep_position", "keep_row")}
+    kept = {n: getattr(plan, n)[needed] for n in KEEP_FIELDS}
     return replace(step, plan=replace(plan, **kept))
 
 
@@ -194,46 +195,42 @@ def _keep_all_backwards(plan: Plan, rows: torch.Tensor, state: StatePool) -> Non
             state.data[address[i]] = rows[int(batch.query_start_loc[q]) + i]
 
 
-def _stages(**changes: Callable) -> Stages:
-    return replace(Stages(), **changes)
-
-
 _ALL = (
-    Mutant("current-token-only", "uses the last token of the window alone", _stages(pool=_pool_current)),
-    Mutant("uniform-average", "averages the window instead of weighing it", _stages(pool=_pool_uniform)),
-    Mutant("scalar-gate", "one gate per token instead of one per channel", _stages(pool=_pool_scalar_gate)),
-    Mutant("ape-dropped", "scores without ape", _stages(state_rows=_rows_with_ape(torch.zeros_like))),
-    Mutant("ape-shifted", "ape of the next slot", _stages(state_rows=_rows_with_ape(lambda ape: ape.roll(-1, 0)))),
-    Mutant("overlap-ignored", "the previous window has no weight", _stages(gather=_gather_then(_no_overlap))),
-    Mutant("overlap-swapped", "channel halves of previous and current window swapped", _stages(gather=_gather_swapped)),
+    Mutant("current-token-only", "uses the last token of the window alone", Stages(pool=_pool_current)),
+    Mutant("uniform-average", "averages the window instead of weighing it", Stages(pool=_pool_uniform)),
+    Mutant("scalar-gate", "one gate per token instead of one per channel", Stages(pool=_pool_scalar_gate)),
+    Mutant("ape-dropped", "scores without ape", Stages(state_rows=_rows_with_ape(torch.zeros_like))),
+    Mutant("ape-shifted", "ape of the next slot", Stages(state_rows=_rows_with_ape(lambda ape: ape.roll(-1, 0)))),
+    Mutant("overlap-ignored", "the previous window has no weight", Stages(gather=_gather_then(_no_overlap))),
+    Mutant("overlap-swapped", "channel halves of previous and current window swapped", Stages(gather=_gather_swapped)),
     Mutant(
-        "neighbour-window", "previous window taken from the batch neighbour", _stages(gather=_gather_then(_neighbour))
+        "neighbour-window", "previous window taken from the batch neighbour", Stages(gather=_gather_then(_neighbour))
     ),
-    Mutant("rope-at-row-index", "rotates row w at w", _stages(rope_position=lambda plan: plan.window_index)),
+    Mutant("rope-at-row-index", "rotates row w at w", Stages(rope_position=lambda plan: plan.window_index)),
     Mutant(
         "rope-at-last-position",
         "rotates at the window's last position",
-        _stages(rope_position=lambda plan: (plan.window_index + 1) * plan.ratio - 1),
+        Stages(rope_position=lambda plan: (plan.window_index + 1) * plan.ratio - 1),
     ),
-    Mutant("half-split-pairs", "rotates channels (i, i + rd/2)", _stages(rope=_rope_half_split)),
+    Mutant("half-split-pairs", "rotates channels (i, i + rd/2)", Stages(rope=_rope_half_split)),
     Mutant("theta-1e4", "RoPE base of the uncompressed layers", alter=_other_theta(1e4)),
     Mutant("no-yarn", "frequencies without YaRN", alter=_other_theta(160000.0)),
-    Mutant("eps-times-10", "eps 1e-5 instead of 1e-6", _stages(norm=_norm_with_eps)),
-    Mutant("no-bf16-before-norm", "REFERENCE profile without its first rounding", _stages(norm=_norm_unrounded)),
-    Mutant("gamma-dropped", "norm without its weight", _stages(norm=_norm_without_gamma)),
-    Mutant("rotate-ignored", "no Hadamard although asked for", _stages(hadamard=lambda row: row)),
-    Mutant("row-0-for-minus-1", "slot -1 is clamped to the legal row 0", _stages(scatter=_scatter_clamped)),
+    Mutant("eps-times-10", "eps 1e-5 instead of 1e-6", Stages(norm=_norm_with_eps)),
+    Mutant("no-bf16-before-norm", "REFERENCE profile without its first rounding", Stages(norm=_norm_unrounded)),
+    Mutant("gamma-dropped", "norm without its weight", Stages(norm=_norm_without_gamma)),
+    Mutant("rotate-ignored", "no Hadamard although asked for", Stages(hadamard=lambda row: row)),
+    Mutant("row-0-for-minus-1", "slot -1 is clamped to the legal row 0", Stages(scatter=_scatter_clamped)),
     Mutant(
         "state-not-reset",
         "a new request reads its slot's last occupant",
-        _stages(gather=_gather_then(_previous_occupant)),
+        Stages(gather=_gather_then(_previous_occupant)),
     ),
     Mutant("emission-late", "the row waits for one more token", alter=_emit_late),
-    Mutant("emission-twice", "the row is emitted a second time, into the next slot", _stages(scatter=_scatter_twice)),
-    Mutant("stale-draft-row", "a rejected draft's state row is not overwritten", _stages(keep=_keep_first_writer)),
+    Mutant("emission-twice", "the row is emitted a second time, into the next slot", Stages(scatter=_scatter_twice)),
+    Mutant("stale-draft-row", "a rejected draft's state row is not overwritten", Stages(keep=_keep_first_writer)),
     Mutant("drafts-not-kept-for", "keeps no rows for the case that drafts are rejected", alter=_forget_drafts),
-    Mutant("ring-race", "tokens of a long chunk overwrite each other's ring row", _stages(keep=_keep_all_backwards)),
-    Mutant("int32-address", "byte offsets wrap at 2^31", _stages(scatter=_scatter_int32)),
+    Mutant("ring-race", "tokens of a long chunk overwrite each other's ring row", Stages(keep=_keep_all_backwards)),
+    Mutant("int32-address", "byte offsets wrap at 2^31", Stages(scatter=_scatter_int32)),
 )
 
 MUTANTS: dict[str, Mutant] = {m.name: m for m in _ALL}

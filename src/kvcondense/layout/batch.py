@@ -88,10 +88,6 @@ class RaggedBatch:
         return cls(qsl, starts, _drafts(draft_rows, lengths), **given)
 
     @property
-    def num_requests(self) -> int:
-        return self.query_start_loc.shape[0] - 1
-
-    @property
     def lengths(self) -> torch.Tensor:
         """Tokens per request [R]."""
         return self.query_start_loc.diff()
@@ -100,6 +96,13 @@ class RaggedBatch:
     def active(self) -> torch.Tensor:
         """Requests that read and write anything at all [R] bool."""
         return (self.start_positions >= 0) & (self.lengths > 0)
+
+
+def spread(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R] counts -> for each of sum(counts) items its owner, and its running number with that owner."""
+    owner = torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts)
+    before = torch.cumsum(counts, 0) - counts
+    return owner, torch.arange(owner.shape[0], device=counts.device) - before[owner]
 
 
 def _ints(name: str, value: object, dim: int, device: torch.device | None, rows: int | None = None) -> torch.Tensor:
@@ -147,8 +150,8 @@ def _starts(positions: torch.Tensor, qsl: torch.Tensor, lengths: torch.Tensor, i
         return torch.zeros_like(lengths)
     # An empty request has no first token: any index will do, the value is never used.
     starts = torch.where(lengths > 0, positions[qsl[:-1].clamp(max=total - 1)], torch.zeros_like(lengths))
-    request = torch.repeat_interleave(torch.arange(lengths.shape[0], device=qsl.device), lengths)
-    expected = starts[request] + torch.arange(total, device=qsl.device) - qsl[request]
+    request, offset = spread(lengths)
+    expected = starts[request] + offset
     wrong = (positions[:total] != expected) & (starts[request] >= 0) & ~inert[request]
     if bool(wrong.any()):
         t = int(wrong.nonzero()[0, 0])

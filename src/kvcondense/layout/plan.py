@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvcondense.errors import KvCondenseError, RangeError, ShapeError, require
-from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.batch import RaggedBatch, spread
 from kvcondense.layout.state import PagedLayout, RingLayout, live_starts
 from kvcondense.spec import CompressorSpec
 
-_WINDOW_FIELDS = ("window_request", "window_index", "window_slot")
-_KEEP_FIELDS = ("keep_token", "keep_request", "keep_position", "keep_row")
+WINDOW_FIELDS = ("window_request", "window_index", "window_slot")
+KEEP_FIELDS = ("keep_token", "keep_request", "keep_position", "keep_row")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Plan:
         end = start + torch.where(active, batch.lengths, 0)
         # Window c ends inside [start, end) iff start // r <= c < end // r.
         first = start // spec.ratio
-        request, offset = _spread(end // spec.ratio - first)
+        request, offset = spread(end // spec.ratio - first)
         window = first[request] + offset
         last_token = batch.query_start_loc[request] + (window + 1) * spec.ratio - 1 - start[request]
         slot = _slots(batch, request, window, last_token, page_rows)
@@ -75,7 +75,7 @@ class Plan:
         else:
             low = torch.maximum(start, live_starts(spec, end - torch.where(active, batch.draft_rows, 0)))
             keep = end - low
-        keep_request, keep_offset = _spread(keep)
+        keep_request, keep_offset = spread(keep)
         position = low[keep_request] + keep_offset
         row = state_layout.address(batch, keep_request, position) if state_layout is not None else position
         if row.unique().shape[0] != row.shape[0]:
@@ -107,8 +107,8 @@ class Plan:
             return self
         return replace(
             self,
-            **{name: getattr(self, name)[windows] for name in _WINDOW_FIELDS},
-            **{name: getattr(self, name)[keeps] for name in _KEEP_FIELDS},
+            **{name: getattr(self, name)[windows] for name in WINDOW_FIELDS},
+            **{name: getattr(self, name)[keeps] for name in KEEP_FIELDS},
         )
 
     def padded(self, windows: int, keeps: int) -> Plan:
@@ -120,15 +120,8 @@ class Plan:
                 raise RangeError(f"capacity of {name}", f"at least {values.shape[0]}", size)
             return torch.cat([values, values.new_full((size - values.shape[0],), -1)])
 
-        sizes = dict.fromkeys(_WINDOW_FIELDS, windows) | dict.fromkeys(_KEEP_FIELDS, keeps)
+        sizes = dict.fromkeys(WINDOW_FIELDS, windows) | dict.fromkeys(KEEP_FIELDS, keeps)
         return replace(self, **{name: fill(name, size) for name, size in sizes.items()})
-
-
-def _spread(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[R] counts -> owner and running number of each of sum(counts) items."""
-    owner = torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts)
-    before = torch.cumsum(counts, 0) - counts
-    return owner, torch.arange(owner.shape[0], device=counts.device) - before[owner]
 
 
 def _slots(
@@ -136,18 +129,16 @@ def _slots(
 ) -> torch.Tensor:
     """Cache row of each window, -1 for none."""
     if batch.slot_mapping is not None:
-        slot = batch.slot_mapping[last_token]
-    elif batch.block_table is not None:
-        if page_rows is None:
-            raise KvCondenseError("page_rows", "the cache's page size (block_table is given)", "None")
-        table, page = batch.block_table, window // page_rows
-        if bool((page >= table.shape[1]).any()):
-            raise ShapeError("block_table", f"at least {int(page.max()) + 1} pages", f"{table.shape[1]}")
-        entry = table[request, page]
-        if bool((entry < 0).any()):
-            i = int((entry < 0).nonzero()[0, 0])
-            raise RangeError(f"block_table[{int(request[i])}, {int(page[i])}]", "a page of the cache", int(entry[i]))
-        slot = entry * page_rows + window % page_rows
-    else:
+        return batch.slot_mapping[last_token]
+    if batch.block_table is None:
         return torch.full_like(window, -1)
-    return slot
+    if page_rows is None:
+        raise KvCondenseError("page_rows", "the cache's page size (block_table is given)", "None")
+    table, page = batch.block_table, window // page_rows
+    if bool((page >= table.shape[1]).any()):
+        raise ShapeError("block_table", f"at least {int(page.max()) + 1} pages", f"{table.shape[1]}")
+    entry = table[request, page]
+    if bool((entry < 0).any()):
+        i = int((entry < 0).nonzero()[0, 0])
+        raise RangeError(f"block_table[{int(request[i])}, {int(page[i])}]", "a page of the cache", int(entry[i]))
+    return entry * page_rows + window % page_rows

@@ -14,12 +14,11 @@ def export_live(spec: CompressorSpec, state: StatePool, batch: RaggedBatch) -> t
     """Rows that the requests of ``batch`` need to go on at their start positions: [n, state_dim], a copy.
 
     Request after request, oldest position first: live_start(p) .. p - 1 for a request at p. Lengths are ignored.
-    Raises StateMismatchError if the pool does not hold them.
+    Raises RangeError if the batch names rows that the pool lacks, StateMismatchError if it holds others there.
     """
-    request, position = live_rows(spec, batch.start_positions.clamp(min=0))
-    address = state.layout.address(batch, request, position)
+    request, position, address = _rows(spec, state, batch)
     state.check_rows(batch, request, position)
-    return state.data[address].clone()
+    return state.data[address]
 
 
 def import_live(spec: CompressorSpec, state: StatePool, batch: RaggedBatch, rows: torch.Tensor) -> None:
@@ -28,14 +27,22 @@ def import_live(spec: CompressorSpec, state: StatePool, batch: RaggedBatch, rows
     Raises ShapeError, DtypeError or RangeError before anything is written: the number of rows follows from the spec
     and the positions alone, and the dtype must be the pool's.
     """
-    request, position = live_rows(spec, batch.start_positions.clamp(min=0))
+    _, position, address = _rows(spec, state, batch)
     if tuple(rows.shape) != (position.shape[0], spec.state_dim):
         raise ShapeError("rows", f"shape [{position.shape[0]}, {spec.state_dim}]", f"shape {list(rows.shape)}")
     if rows.dtype != state.data.dtype:
         raise DtypeError("rows", f"{state.data.dtype} as the state", rows.dtype)
-    address = state.layout.address(batch, request, position)
-    if bool(((address < 0) | (address >= state.data.shape[0])).any()) or address.unique().shape != address.shape:
-        raise RangeError("batch", f"state rows of its own in 0..{state.data.shape[0] - 1} for each position", "others")
     state.data[address] = rows
     if state.tags is not None:
         state.tags[address] = position
+
+
+def _rows(
+    spec: CompressorSpec, state: StatePool, batch: RaggedBatch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(request, position, state row) of everything the requests go on from; raises unless the rows exist, once each."""
+    request, position = live_rows(spec, batch.start_positions.clamp(min=0))
+    address = state.layout.address(batch, request, position)
+    if bool(((address < 0) | (address >= state.data.shape[0])).any()) or address.unique().shape != address.shape:
+        raise RangeError("batch", f"state rows of its own in 0..{state.data.shape[0] - 1} for each position", "others")
+    return request, position, address

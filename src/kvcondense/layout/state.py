@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kvcondense.errors import DtypeError, RangeError, ShapeError, StateMismatchError, require
-from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.batch import RaggedBatch, spread
 from kvcondense.spec import CompressorSpec
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -199,10 +199,8 @@ class StatePool:
 def live_rows(spec: CompressorSpec, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(request, position) of every row that requests at positions ``start`` [R] go on from: live_start(p) .. p - 1."""
     low = live_starts(spec, start)
-    count = start - low
-    request = torch.repeat_interleave(torch.arange(start.shape[0], device=start.device), count)
-    before = torch.cumsum(count, 0) - count
-    return request, low[request] + torch.arange(request.shape[0], device=start.device) - before[request]
+    request, offset = spread(start - low)
+    return request, low[request] + offset
 
 
 def check_stateless(spec: CompressorSpec, batch: RaggedBatch) -> None:

@@ -17,8 +17,3 @@ def scatter(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache) -> None:
     write = slot >= 0
     target = slot[write]
     cache.rows[target // cache.page_rows, target % cache.page_rows] = encode(rows[write], cache)
-
-
-def decode_rows(cache: PagedCache, slot: torch.Tensor) -> torch.Tensor:
-    """Rows at ``slot`` [E], widened to fp32: [E, d]."""
-    return cache.rows[slot // cache.page_rows, slot % cache.page_rows].to(torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kvcondense.layout.batch import spread
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
 from kvcondense.numerics import compute_dtype
@@ -14,8 +15,7 @@ def token_positions(plan: Plan, num_tokens: int) -> torch.Tensor:
     """Absolute position of every token of the call, 0 for tokens of inert requests and padding: [T] int64."""
     batch = plan.batch
     positions = batch.query_start_loc.new_zeros(num_tokens)
-    request = torch.repeat_interleave(torch.arange(batch.num_requests, device=positions.device), batch.lengths)
-    offset = torch.arange(request.shape[0], device=positions.device) - batch.query_start_loc[request]
+    request, offset = spread(batch.lengths)
     live = batch.active[request]
     positions[: request.shape[0]] = torch.where(live, batch.start_positions[request] + offset, 0)
     return positions
