@@ -15,11 +15,11 @@ ARROWS = {
     "numerics": set(),
     "config": {"errors"},
     "spec": {"config", "errors"},
-    "formats": {"errors"},
+    "formats": {"formats", "errors"},
     "rope_table": {"config", "errors"},
     "weights": {"spec", "errors"},
     "layout": {"layout", "formats", "spec", "errors"},
-    "stages": {"layout", "spec", "numerics"},
+    "stages": {"layout", "spec", "numerics", "errors"},
     "backends": {"backends", "stages", "rope_table", "layout", "spec", "errors"},
     "validate": {"layout", "rope_table", "weights", "spec", "errors"},
     "api": {"validate", "backends", "stages", "rope_table", "layout", "weights", "spec", "numerics", "errors"},
@@ -31,10 +31,11 @@ ARROWS = {
         "conformance", "golden", "api", "backends", "layout", "stages", "rope_table", "weights", "formats", "spec",
         "config", "numerics", "errors",
     },
-    "stream": {"api", "layout", "rope_table", "weights", "formats", "spec", "config", "errors"},
+    "cachefile": {"api", "layout", "weights", "formats", "spec", "errors"},
+    "stream": {"cachefile", "api", "layout", "rope_table", "weights", "formats", "spec", "config", "errors"},
     "cli": {
-        "cli", "stream", "conformance", "golden", "api", "backends", "layout", "weights", "formats", "spec", "config",
-        "errors", "kvcondense",
+        "cli", "stream", "cachefile", "conformance", "golden", "api", "backends", "layout", "weights", "formats",
+        "spec", "config", "errors", "kvcondense",
     },
 }  # fmt: skip
 FREE = {"__init__", "__main__"}

@@ -16,7 +16,7 @@ from kvcondense.cli import app, main
 from kvcondense.conformance.mutants import MUTANTS
 from kvcondense.stream import Sequence
 
-OUTPUTS = ["kv", "kv_state", "score_state", "kv_cache"]
+OUTPUTS = ["kv", "kv_state", "score_state", "kv_cache", "kv_bytes"]
 
 
 def invoke(*words, status=0):
@@ -48,7 +48,7 @@ def test_verify_passes(kind, history, rotate):
 @pytest.mark.parametrize("start", ["127", "128", "1000", "511,1003"])
 def test_verify_takes_start_positions(start):
     text = invoke("verify", "--kind", "hca", "--start-pos", start, "--batch", 2, "--history", 200)
-    assert text.count("PASS") == 4
+    assert text.count("PASS") == 5
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_verify_takes_a_ratio(words, title):
 
 
 def test_verify_flash_with_yarn():
-    assert invoke("verify", "--preset", "flash", "--kind", "csa", "--history", 100, "--batch", 1).count("PASS") == 4
+    assert invoke("verify", "--preset", "flash", "--kind", "csa", "--history", 100, "--batch", 1).count("PASS") == 5
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -13,7 +13,7 @@ from kvcondense.golden.run import comparators, compare, run_backend, run_referen
 from kvcondense.spec import Rounding
 from kvcondense.stages import pool, rope
 
-OUTPUTS = ["kv", "kv_state", "score_state", "kv_cache"]
+OUTPUTS = ["kv", "kv_state", "score_state", "kv_cache", "kv_bytes"]
 
 
 def verify(impl="reference", **case):

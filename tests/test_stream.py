@@ -147,13 +147,13 @@ def test_resume_refuses_another_compressor(model, hidden, tmp_path):
     other = write(tmp_path / "other", change=lambda t: {k: v + 1 for k, v in t.items()})
     cases = {
         "layer": Sequence.start(model, 3),
-        "format": Sequence.start(model, CSA, format="fp32"),
-        "parts": Sequence.start(model, CSA, rotate=False),
+        r"parts\.main\.format": Sequence.start(model, CSA, format="fp32"),
+        r"parts\.indexer\.spec\.rotate": Sequence.start(model, CSA, rotate=False),
     }
     for key, sequence in cases.items():
         with pytest.raises(KvCondenseError, match=f"out {key}: expected"):
             sequence.resume(out)
-    with pytest.raises(KvCondenseError, match="parts"):
+    with pytest.raises(KvCondenseError, match=r"parts\.main\.weights_sha256"):
         Sequence.start(other, CSA).resume(out)
 
 
@@ -171,10 +171,10 @@ TAMPER = {
     "no header": ({"header": lambda h: None}, "header"),
     "no json": ({"header": lambda h: "{"}, "JSON"),
     "a list": ({"header": lambda h: []}, "schema"),
-    "future schema": ({"header": lambda h: {**h, "schema": 2}}, "schema"),
+    "future schema": ({"header": lambda h: {**h, "schema": 3}}, "schema"),
     "position type": ({"header": lambda h: {**h, "position": "300"}}, "position"),
     "position sign": ({"header": lambda h: {**h, "position": -1}}, "position"),
-    "position": ({"header": lambda h: {**h, "position": 301}}, r"main\.state"),
+    "position": ({"header": lambda h: {**h, "position": 301}}, r"indexer\.state"),
     "missing state": ({"tensors": lambda t: {k: v for k, v in t.items() if k != "main.state"}}, r"main\.state"),
     "short rows": ({"tensors": lambda t: {**t, "main.rows": t["main.rows"][:-1].clone()}}, r"main\.rows"),
     "state dtype": ({"tensors": lambda t: {**t, "main.state": t["main.state"].bfloat16()}}, r"main\.state"),

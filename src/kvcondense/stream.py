@@ -1,23 +1,20 @@
 """Hidden states of one layer, from a file, through its compressors: chunked, resumable, with a self-describing result.
 
-A result is a safetensors file: ``<part>.rows`` [n, head_dim] in the cache format, ``<part>.state`` [live, state_dim]
-fp32 (the rows that the next token needs), and a JSON header. It depends on the tokens alone, not on how they were cut
-into chunks or runs.
+A result is a cache file (``cachefile.py``). It depends on the tokens alone, not on how they were cut into chunks or
+runs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from kvcondense.api import compress
+from kvcondense.cachefile import PAGE_TOKENS, CacheFile, CachePart, empty_cache, first_difference
 from kvcondense.config import ModelConfig
 from kvcondense.errors import CheckpointError, KvCondenseError, RangeError, ShapeError
 from kvcondense.formats import get_format
@@ -29,10 +26,6 @@ from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec, Rounding
 from kvcondense.weights import CompressorWeights, open_safetensors
 
-SCHEMA = 1
-_HEADER = "kvcondense"
-_MAX_HEADER_BYTES = 1 << 20
-
 
 @dataclass
 class Compressor:
@@ -42,7 +35,7 @@ class Compressor:
     weights: CompressorWeights
     weights_sha256: str
     state: StatePool
-    rows: torch.Tensor
+    cache: PagedCache
 
 
 @dataclass(frozen=True)
@@ -97,7 +90,6 @@ class Sequence:
 
     config: ModelConfig
     layer: int
-    format: str
     parts: dict[str, Compressor]
     position: int = 0
     last_hidden: str = ""
@@ -110,88 +102,64 @@ class Sequence:
         layer: int,
         *,
         format: str = "bf16",
+        indexer_format: str | None = None,
+        page_tokens: int = PAGE_TOKENS,
+        tensor_scale: float | None = None,
+        strict: bool = True,
         rotate: bool = True,
         rounding: Rounding = Rounding.REFERENCE,
     ) -> Sequence:
-        """Load the compressors that ``layer`` of a model directory owns; ``rotate`` concerns the indexer's alone."""
+        """Load the compressors that ``layer`` of a model directory owns; ``rotate`` concerns the indexer's alone.
+
+        The indexer's rows are in ``indexer_format``, or in ``format`` if that fits them. ``page_tokens``,
+        ``tensor_scale`` and ``strict``: see :func:`cachefile.empty_cache` and :class:`PagedCache`.
+        """
         config_file = checkpoint / "config.json"
         if not config_file.is_file():
             raise CheckpointError(str(checkpoint), "a model directory with config.json", "none there")
         config = ModelConfig.from_json(config_file)
-        element = get_format(format).element
+        if tensor_scale is not None and not any(get_format(f).tensor_scale for f in (format, indexer_format or format)):
+            raise KvCondenseError("tensor_scale", f"None ({format} has no scale for the whole cache)", tensor_scale)
         loaded = {}
         for part in CompressorSpec.parts_of_layer(config, layer):
             spec = CompressorSpec.for_layer(config, layer, part, rounding=rounding)
+            fmt = get_format(format)
             if part == "indexer":
-                spec = replace(spec, rotate=rotate)
+                spec, fmt = replace(spec, rotate=rotate), get_format(indexer_format or format)
+            cache = empty_cache(spec, fmt, 0, page_tokens=page_tokens, tensor_scale=tensor_scale, strict=strict)
             weights = CompressorWeights.load(checkpoint, spec, layer, hidden_size=config.hidden_size, part=part)
             digest = _digest(*(t for t in (weights.w, weights.ape, weights.norm) if t is not None))
-            rows = torch.empty(0, spec.head_dim, dtype=element)
-            loaded[part] = Compressor(spec, weights, digest, StatePool.ring(spec, 1), rows)
-        return cls(config, layer, format, loaded)
+            loaded[part] = Compressor(spec, weights, digest, StatePool.ring(spec, 1), cache)
+        return cls(config, layer, loaded)
 
-    def header(self) -> dict[str, Any]:
-        """What a file needs to say so that somebody else can go on with it."""
-
-        def describe(c: Compressor) -> dict[str, Any]:
-            spec = {**asdict(c.spec), "rounding": c.spec.rounding.value}
-            return {"spec": spec, "weights_sha256": c.weights_sha256, "state_dtype": "float32"}
-
-        return {
-            "schema": SCHEMA,
-            "layer": self.layer,
-            "format": self.format,
-            "position": self.position,
-            "last_hidden_sha256": self.last_hidden,
-            "parts": {name: describe(c) for name, c in self.parts.items()},
+    def file(self) -> CacheFile:
+        """The sequence as a cache file; rows are shared, not copied."""
+        at = self._at(self.position)
+        parts = {
+            name: CachePart(c.spec, c.weights_sha256, c.cache, export_live(c.spec, c.state, at))
+            for name, c in self.parts.items()
         }
+        return CacheFile(self.layer, self.position, self.last_hidden, parts)
 
     def save(self, path: Path) -> None:
         """Write rows, live state and header to ``path``, which keeps its old content until the new one is complete."""
-        from safetensors.torch import save_file
-
-        tensors = {}
-        for name, c in self.parts.items():
-            tensors[f"{name}.rows"] = c.rows[: c.spec.visible_rows(self.position)].contiguous()
-            tensors[f"{name}.state"] = export_live(c.spec, c.state, self._at(self.position))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            save_file(tensors, temporary, metadata={_HEADER: json.dumps(self.header(), sort_keys=True)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        self.file().save(path)
 
     def resume(self, path: Path) -> None:
         """Take over rows, state and position of a saved sequence; raises if it is not one of these compressors."""
-        with open_safetensors(path) as handle:
-            found = _read_header(path, handle.metadata() or {})
-            position = found.get("position")
-            if isinstance(position, bool) or not isinstance(position, int) or position < 0:
-                raise CheckpointError(f"{path.name} position", "a whole number", repr(position))
-            wanted = {**self.header(), "position": position, "last_hidden_sha256": found.get("last_hidden_sha256")}
-            for key, value in wanted.items():
-                if found.get(key) != value:
-                    raise KvCondenseError(f"{path.name} {key}", _short(value), _short(found.get(key)))
-            batch = self._at(position)
-            expected = {}
-            for name, c in self.parts.items():
-                live = position - c.spec.live_start(position)
-                expected[f"{name}.rows"] = ([c.spec.visible_rows(position), c.spec.head_dim], c.rows.dtype)
-                expected[f"{name}.state"] = ([live, c.spec.state_dim], c.state.data.dtype)
-            tensors = {}
-            for name, (shape, dtype) in expected.items():
-                if name not in handle.keys():  # noqa: SIM118 - a handle is no dict
-                    raise CheckpointError(f"{path.name} {name}", "a tensor", "nothing")
-                got = list(handle.get_slice(name).get_shape())
-                if got != shape:
-                    raise CheckpointError(f"{path.name} {name}", f"shape {shape}", f"shape {got}")
-                tensors[name] = handle.get_tensor(name)
-                if tensors[name].dtype != dtype:
-                    raise CheckpointError(f"{path.name} {name}", dtype, tensors[name].dtype)
+        file = CacheFile.load(path)
+        wanted = {**self.file().header(), "position": file.position, "last_hidden_sha256": file.last_hidden}
+        if (difference := first_difference(wanted, file.header())) is not None:
+            where, expected, got = difference
+            raise KvCondenseError(f"{path.name} {where}", expected, got)
         for name, c in self.parts.items():
-            c.rows = tensors[f"{name}.rows"]
-            import_live(c.spec, c.state, batch, tensors[f"{name}.state"])
-        self.position, self.last_hidden = position, found["last_hidden_sha256"]
+            found = file.parts[name].cache
+            scales = [None if s is None else float(s) for s in (c.cache.tensor_scale, found.tensor_scale)]
+            if scales[0] != scales[1]:
+                raise KvCondenseError(f"{path.name} {name}.scales", str(scales[0]), scales[1])
+            c.cache = replace(found, strict=c.cache.strict)
+            import_live(c.spec, c.state, self._at(file.position), file.parts[name].state)
+        self.position, self.last_hidden = file.position, file.last_hidden
 
     def feed(
         self,
@@ -219,7 +187,7 @@ class Sequence:
             raise RangeError("tokens", f"positions below {self.config.max_positions}", end)
         rope = RopeTable.build(self.config, end)
         for c in self.parts.values():
-            c.rows = _grown(c.rows, c.spec.visible_rows(end))
+            c.cache = _grown(c.cache, c.spec.visible_rows(end))
         while self.position < end:
             stop = min(end, self.position + chunk)
             x = hidden.read(self.position - offset, stop - offset)
@@ -231,13 +199,15 @@ class Sequence:
         return end - first
 
     def _compress(self, c: Compressor, x: torch.Tensor, stop: int, rope: RopeTable, impl: str) -> None:
+        # The pages of the sequence follow one another: slot and row index are the same number.
+        pages = torch.arange(c.cache.data.shape[0])[None]
         batch = RaggedBatch.build(
-            [0, stop - self.position], start_positions=[self.position], state_slots=[0], block_table=[[0]]
+            [0, stop - self.position],
+            start_positions=[self.position],
+            state_slots=[0],
+            block_table=pages if pages.shape[1] else None,
         )
-        # One page that is as long as the sequence: slot and row index are the same number.
-        cache = PagedCache.wrap(c.rows[None]) if c.rows.shape[0] else None
-        if cache is None:
-            batch = replace(batch, block_table=None)
+        cache = c.cache if pages.shape[1] else None
         compress(c.spec, x, c.weights, rope, batch, state=c.state, cache=cache, impl=impl)
 
     def locate(self, hidden: HiddenFile) -> int:
@@ -269,8 +239,14 @@ class Sequence:
         return RaggedBatch.build([0, 0], start_positions=[position], state_slots=[0])
 
 
-def _grown(rows: torch.Tensor, size: int) -> torch.Tensor:
-    return torch.cat([rows, rows.new_zeros(size - rows.shape[0], rows.shape[1])])
+def _grown(cache: PagedCache, rows: int) -> PagedCache:
+    """The same pages and as many zeroed ones as ``rows`` rows need."""
+    more = max(0, -(-rows // cache.page_rows) - cache.data.shape[0])
+    data = torch.cat([cache.data, cache.data.new_zeros(more, cache.data.shape[1])])
+    scales = cache.scales
+    if scales is not None and scales.dim():
+        scales = torch.cat([scales, scales.new_zeros(more, cache.page_rows)])
+    return replace(cache, data=data, scales=scales)
 
 
 def _digest(*tensors: torch.Tensor) -> str:
@@ -279,21 +255,3 @@ def _digest(*tensors: torch.Tensor) -> str:
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _read_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    text = metadata.get(_HEADER)
-    if text is None or len(text) > _MAX_HEADER_BYTES:
-        raise CheckpointError(path.name, f"a {_HEADER!r} header of at most {_MAX_HEADER_BYTES} bytes", "none")
-    try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path.name} header", "a JSON object", error) from error
-    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path.name} header", f"an object of schema {SCHEMA}", _short(header))
-    return header
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return text if len(text) <= 200 else text[:197] + "..."

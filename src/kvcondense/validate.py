@@ -134,6 +134,7 @@ def _cache(spec: CompressorSpec, cache: PagedCache | None, plan: Plan, device: t
         return
     if cache.head_dim != spec.head_dim:
         raise ShapeError("cache", f"rows of {spec.head_dim} channels", f"{cache.head_dim}")
+    cache.format.check(spec.head_dim, spec.rope_dim)
     if cache.data.device != device:
         raise DeviceError("cache", f"device {device}", cache.data.device)
     if plan.batch.slot_mapping is None and plan.batch.block_table is None:

@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kvcondense.cachefile import PAGE_TOKENS
+from kvcondense.cli.convert import IndexerFormat, PageTokens, Strict, TensorScale, describe
 from kvcondense.cli.output import JsonFile, Output
 from kvcondense.errors import CheckpointError, RangeError
 from kvcondense.spec import Rounding
@@ -31,7 +33,11 @@ def compress(
         int | None, typer.Option(help="Position of the file's first token (default: its metadata, else see --resume).")
     ] = None,
     tensor: Annotated[str | None, typer.Option(help="Name of the hidden states in the file.")] = None,
-    format: Annotated[str, typer.Option(help="Cache format of the rows: bf16 or fp32.")] = "bf16",
+    format: Annotated[str, typer.Option(help="Cache format of the rows; see kvcondense info --formats.")] = "bf16",
+    indexer_format: IndexerFormat = None,
+    page_tokens: PageTokens = PAGE_TOKENS,
+    tensor_scale: TensorScale = None,
+    strict: Strict = True,
     rounding: Annotated[
         str, typer.Option(help="Rounding profile: reference or fused (fp32 throughout).")
     ] = "reference",
@@ -55,7 +61,17 @@ def compress(
         raise RangeError("--rounding", " or ".join(profiles), repr(rounding))
     if not out.parent.is_dir():
         raise CheckpointError("--out", "a file in a folder that exists", str(out))
-    sequence = Sequence.start(checkpoint, layer, format=format, rotate=rotate, rounding=profiles[rounding])
+    sequence = Sequence.start(
+        checkpoint,
+        layer,
+        format=format,
+        indexer_format=indexer_format,
+        page_tokens=page_tokens,
+        tensor_scale=tensor_scale,
+        strict=strict,
+        rotate=rotate,
+        rounding=profiles[rounding],
+    )
     if resume:
         sequence.resume(out)
     states = HiddenFile.open(hidden, layer, first_position, tensor)
@@ -79,20 +95,16 @@ def compress(
             sequence.feed(states, chunk=chunk, limit=limit, impl=backend, progress=progress)
         except KeyboardInterrupt:
             interrupted = True
-    sequence.save(out)
+    file = sequence.file()
+    file.save(out)
     done, seconds = sequence.position - before, time.perf_counter() - begun
     output = Output(json_file)
     if resume:
         output.say(f"resumed at {before}; {hidden.name} starts at position {offset}")
     output.say(f"layer {layer}: {done} tokens in {seconds:.1f} s, sequence now {sequence.position} tokens -> {out}")
-    for name, c in sequence.parts.items():
-        rows = c.spec.visible_rows(sequence.position)
-        live = sequence.position - c.spec.live_start(sequence.position)
-        output.say(
-            f"  {name:<8} ratio {c.spec.ratio:<4} rows [{rows}, {c.spec.head_dim}] {format}, "
-            f"{rows * c.rows.shape[1] * c.rows.element_size()} bytes; live state {live} rows"
-        )
-    output.finish({**sequence.header(), "tokens": done, "seconds": seconds, "interrupted": interrupted})
+    for line in describe(file):
+        output.say(f"  {line}")
+    output.finish({**file.header(), "tokens": done, "seconds": seconds, "interrupted": interrupted})
     if interrupted:
         output.say("interrupted; the rest can be done with --resume")
         raise typer.Exit(130)

@@ -1,28 +1,61 @@
-"""``kvcondense info``: versions, what each backend can do here, and the compressors of the preset models."""
+"""``kvcondense info``: versions, what each backend can do here, the preset compressors, and the cache formats."""
 
 from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
 
 import torch
+import typer
 
 import kvcondense
 from kvcondense.api import explain
 from kvcondense.cli.output import JsonFile, Output
 from kvcondense.config import PRESETS, ModelConfig
-from kvcondense.formats import FORMATS, get_format
+from kvcondense.errors import UnsupportedError
+from kvcondense.formats import FORMATS, CacheFormat, describe, get_format
+from kvcondense.golden import calibrated
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.spec import CompressorSpec
 from kvcondense.weights import CompressorWeights
 
-EXAMPLE = "Example: kvcondense info --json -"
+EXAMPLE = "Example: kvcondense info --format fp8_model1 --error"
 HEADINGS = ("compressor", "layers", "ratio", "window", "head_dim", "state row", "state", "bf16 row")
 
 
-def info(json_file: JsonFile = None) -> None:
-    """Say which versions are installed, which backends can run here or why not, and what the presets compress."""
+def info(
+    formats: Annotated[bool, typer.Option("--formats", help="List the cache formats.")] = False,
+    names: Annotated[bool, typer.Option("--names", help="With --formats: the names alone, one a line.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="With --formats: the generated part of docs/formats.md.")
+    ] = False,
+    format: Annotated[str | None, typer.Option(help="Show one cache format: byte map and picture.")] = None,
+    error: Annotated[
+        bool, typer.Option("--error", help="With --format: its error on rows like a trained model's.")
+    ] = False,
+    head_dim: Annotated[int, typer.Option(help="Channels, for formats that take any number.")] = describe.EXAMPLE_DIM,
+    json_file: JsonFile = None,
+) -> None:
+    """Say which versions are installed, which backends can run here or why not, and what the presets compress.
+
+    With --formats or --format: the cache formats, down to the byte.
+    """
     output = Output(json_file)
+    for flag, given in (("--names", names), ("--markdown", markdown)):
+        if given and not formats:
+            raise UnsupportedError(flag, "it together with --formats", "it alone")
+    if error and format is None:
+        raise UnsupportedError("--error", "it together with --format NAME", "it alone")
+    if format is not None:
+        output.finish(_one_format(output, get_format(format), head_dim, error))
+    elif formats:
+        output.finish(_formats(output, names, markdown))
+    else:
+        output.finish(_machine(output))
+
+
+def _machine(output: Output) -> dict[str, Any]:
     versions = {"kvcondense": kvcondense.__version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "numba", "transformers"):
         try:
@@ -34,12 +67,66 @@ def info(json_file: JsonFile = None) -> None:
         output.say(f"{name:<14} {number}")
     for name, reason in backends.items():
         output.say(f"backend {name:<6} {'can run' if reason is None else reason}")
-    output.say(f"formats        {', '.join(FORMATS)}")
+    output.say(f"formats        {len(FORMATS)}: kvcondense info --formats")
     output.say()
     rows = compressors()
     for row in (dict(zip(HEADINGS, HEADINGS, strict=True)), *rows):
         output.say(" ".join(f"{row[h]:<{15 if h == 'compressor' else 10}}" for h in HEADINGS).rstrip())
-    output.finish({"versions": versions, "backends": backends, "formats": list(FORMATS), "compressors": rows})
+    return {"versions": versions, "backends": backends, "formats": list(FORMATS), "compressors": rows}
+
+
+def _formats(output: Output, names: bool, markdown: bool) -> dict[str, Any]:
+    rows = describe.overview()
+    if names:
+        for name in FORMATS:
+            output.say(name)
+    elif markdown:
+        output.say(describe.markdown().rstrip("\n"))
+    else:
+        shown = ("format", "head_dim", "row bytes", "page stride", "what it is")
+        _print_table(output, [{h: row[h] for h in shown} for row in rows])
+    return {"formats": rows}
+
+
+def _one_format(output: Output, fmt: CacheFormat, head_dim: int, error: bool) -> dict[str, Any]:
+    d = fmt.head_dim or head_dim
+    report: dict[str, Any] = {
+        "format": fmt.name,
+        "summary": fmt.summary,
+        "used_by": fmt.source,
+        "head_dim": d,
+        "row_bytes": fmt.row_bytes(d),
+        "page_stride": describe.stride(fmt, d),
+        "bytes": describe.byte_map(fmt, d),
+        "kinds": calibrated.kinds_of(fmt),
+    }
+    output.say(f"{fmt.name}: {fmt.summary}")
+    output.say(f"used by        {fmt.source}")
+    output.say(f"rows           {d} channels in {fmt.row_bytes(d)} bytes; fits {', '.join(report['kinds'])}")
+    examples = f"P = 64: {fmt.page_bytes(d, 64)}, P = 2: {fmt.page_bytes(d, 2)}"
+    output.say(f"page of P rows {report['page_stride']} bytes; {examples}")
+    output.say()
+    _print_table(output, report["bytes"])
+    output.say()
+    output.say("a page of 2 rows (the number over a box is its first byte):")
+    for line in describe.picture(fmt, d):
+        output.say(f"  {line}")
+    if error:
+        output.say()
+        output.say(f"error on {calibrated.ROWS} rows of a Flash compressor with calibrated weights, in RMS of the row:")
+        report["error"] = {kind: calibrated.error(fmt, calibrated.rows(kind)) for kind in report["kinds"]}
+        for kind, e in report["error"].items():
+            output.say(
+                f"  {kind:<8} mean {e['mean']:.2e}  max {e['max']:.2e}  "
+                f"cosine {e['cosine']:.7f} (least {e['least cosine']:.7f})"
+            )
+    return report
+
+
+def _print_table(output: Output, rows: list[dict[str, str]]) -> None:
+    widths = {h: max(len(h), *(len(row[h]) for row in rows)) for h in rows[0]}
+    for row in ({h: h for h in rows[0]}, *rows):
+        output.say("  ".join(f"{row[h]:<{w}}" for h, w in widths.items()).rstrip())
 
 
 def compressors() -> list[dict[str, str]]:

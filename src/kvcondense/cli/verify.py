@@ -30,6 +30,7 @@ def verify(
         str | None, typer.Option(help="Position of the decoded token, or one per row: 127 or 127,1000,1003.")
     ] = None,
     rotate: Annotated[bool, typer.Option("--rotate/--no-rotate", help="Hadamard rotation of the row.")] = True,
+    format: Annotated[str, typer.Option(help="Cache format; kvcondense info --formats lists them.")] = "bf16",
     batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 4,
     scale: Annotated[float, typer.Option(help="Standard deviation of x (with history).")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
@@ -39,8 +40,10 @@ def verify(
 ) -> None:
     """Compare a backend with the original kernel's golden reference: kv, kv_state, score_state, kv_cache.
 
-    Exit status 0 only if all four pass. With --mutant, a wrong compressor takes the backend's place and the status is
-    1 because it is caught: by the case itself, or, if the case cannot see that bug, by one of the built-in scenarios.
+    kv_bytes: every byte of the cache is what an independent encoder makes of the rows that the backend returned, and
+    bytes that belong to no row are untouched. Exit status 0 only if all five pass. With --mutant, a wrong compressor
+    takes the backend's place and the status is 1 because it is caught: by the case itself, or, if the case cannot see
+    that bug, by one of the built-in scenarios.
     """
     output = Output(json_file)
     say = output.say
@@ -65,12 +68,13 @@ def verify(
         scale=scale,
         seed=seed,
         rounding=Rounding.REFERENCE,
+        format=format,
     )
     inputs = make_inputs(case)
     spec = inputs.spec
     say(
         f"{kind}: ratio {spec.ratio}, window {spec.window}, head_dim {spec.head_dim}, preset {preset}, "
-        f"backend {mutant or backend}"
+        f"format {format}, backend {mutant or backend}"
     )
     say(
         f"{batch} rows at {_span(inputs.start_pos)}, {_span([h.shape[0] for h in inputs.x_history])} earlier tokens, "
@@ -81,12 +85,21 @@ def verify(
     results = compare(inputs, run_backend(inputs, impl), run_reference(inputs))
     say(f"{'output':<12} {'result':<6} {'worst |error|':>14} {'bit-equal':>10} {'worst ulp':>10}")
     for name, r in results.items():
-        say(f"{name:<12} {_word(r.passed):<6} {r.worst:>14.3g} {r.equal:>10.3%} {r.worst_ulp:>10}")
+        equal = "-" if r.equal is None else f"{r.equal:.3%}"
+        ulp = "-" if r.worst_ulp is None else str(r.worst_ulp)
+        say(f"{name:<12} {_word(r.passed):<6} {r.worst:>14.3g} {equal:>10} {ulp:>10}")
         if r.detail:
             say(f"             {r.detail}")
     passed = all(r.passed for r in results.values())
     report = {
-        "case": {"kind": kind, "preset": preset, "history": history, "start_pos": inputs.start_pos, "rotate": rotate},
+        "case": {
+            "kind": kind,
+            "preset": preset,
+            "history": history,
+            "start_pos": inputs.start_pos,
+            "rotate": rotate,
+            "format": format,
+        },
         "backend": mutant or backend,
         "outputs": {
             n: {"passed": r.passed, "worst": r.worst, "worst_ulp": r.worst_ulp, "bit_equal": r.equal}

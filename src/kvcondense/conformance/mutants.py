@@ -13,6 +13,10 @@ import torch
 
 from kvcondense.backends import Step
 from kvcondense.backends.reference import ReferenceBackend, Stages
+from kvcondense.formats import CacheFormat, Channels
+from kvcondense.formats.descriptor import PAD
+from kvcondense.formats.elements import E2M1, E2M1_TIES_DOWN, Element
+from kvcondense.formats.scales import ScaleRule
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.plan import KEEP_FIELDS, Plan
 from kvcondense.layout.state import RingLayout, StatePool, live_starts
@@ -168,6 +172,54 @@ def _scatter_int32(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache) ->
     store.scatter(rows, torch.where(slot < 0, -1, offset // size % cache.num_rows), cache)
 
 
+def _scatter_as(change: Callable[[CacheFormat], CacheFormat]) -> Callable[..., None]:
+    """Store in another format than the cache's, of the same size."""
+
+    def scatter(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache) -> None:
+        store.scatter(rows, slot, replace(cache, format=change(cache.format)))
+
+    return scatter
+
+
+def _with_channels(change: Callable[[Channels], Channels]) -> Callable[[CacheFormat], CacheFormat]:
+    def other(fmt: CacheFormat) -> CacheFormat:
+        return replace(fmt, channels=tuple(change(c) for c in fmt.channels))
+
+    return other
+
+
+class _RoundedDown(ScaleRule):
+    def exponent(self, amax: torch.Tensor, element: Element) -> torch.Tensor:
+        up = super().exponent(amax, element)
+        exact = torch.ldexp(torch.full_like(amax, element.largest), up) == amax
+        return up - (~exact).to(torch.int32)
+
+
+def _floor_on_scale(c: Channels) -> Channels:
+    return replace(c, scale=c.scale and replace(c.scale, floor_on_scale=True))
+
+
+def _round_down(c: Channels) -> Channels:
+    return replace(c, scale=c.scale and _RoundedDown(**vars(c.scale)))
+
+
+def _ties_down(c: Channels) -> Channels:
+    return replace(c, element=E2M1_TIES_DOWN if c.element == E2M1 else c.element)
+
+
+def _scatter_without_pad(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache) -> None:
+    stored = store.encode(rows[slot >= 0], cache)
+    cache.put(slot[slot >= 0], {name: values for name, values in stored.items() if name != PAD})
+
+
+def _scatter_nibbles_swapped(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache) -> None:
+    stored = store.encode(rows[slot >= 0], cache)
+    for c in cache.format.channels:
+        if c.element.bits == 4:
+            stored[c.name] = (stored[c.name] << 4) | (stored[c.name] >> 4)
+    cache.put(slot[slot >= 0], stored)
+
+
 def _keep_first_writer(plan: Plan, rows: torch.Tensor, state: StatePool) -> None:
     """Rows that already hold their position are left alone: a rejected draft survives its replacement."""
     assert state.tags is not None
@@ -230,6 +282,28 @@ _ALL = (
     Mutant("stale-draft-row", "a rejected draft's state row is not overwritten", Stages(keep=_keep_first_writer)),
     Mutant("drafts-not-kept-for", "keeps no rows for the case that drafts are rejected", alter=_forget_drafts),
     Mutant("ring-race", "tokens of a long chunk overwrite each other's ring row", Stages(keep=_keep_all_backwards)),
+    Mutant(
+        "scale-floor-on-scale",
+        "the scale has a floor where the format has one on amax",
+        Stages(scatter=_scatter_as(_with_channels(_floor_on_scale))),
+    ),
+    Mutant(
+        "scale-rounded-down",
+        "power-of-two scales are rounded down, and the largest values saturate",
+        Stages(scatter=_scatter_as(_with_channels(_round_down))),
+    ),
+    Mutant(
+        "fp4-ties-down",
+        "FP4 ties go down where the format rounds them to even",
+        Stages(scatter=_scatter_as(_with_channels(_ties_down))),
+    ),
+    Mutant("fp4-nibbles-swapped", "the even channel is in the high nibble", Stages(scatter=_scatter_nibbles_swapped)),
+    Mutant(
+        "scales-inline",
+        "scales follow their row instead of the page's rows",
+        Stages(scatter=_scatter_as(lambda f: replace(f, sections=(tuple(n for s in f.sections for n in s),)))),
+    ),
+    Mutant("pad-unwritten", "the pad byte keeps what was there", Stages(scatter=_scatter_without_pad)),
     Mutant("int32-address", "byte offsets wrap at 2^31", Stages(scatter=_scatter_int32)),
 )
 

@@ -15,8 +15,9 @@ import torch
 from kvcondense.api import condense
 from kvcondense.backends import Backend
 from kvcondense.config import ModelConfig
+from kvcondense.conformance import stored_bytes
 from kvcondense.errors import KvCondenseError
-from kvcondense.formats import get_format
+from kvcondense.formats import FORMATS, get_format
 from kvcondense.golden.compare import row_bounds
 from kvcondense.golden.decode import DecodeCompressor, sylvester
 from kvcondense.layout.batch import RaggedBatch
@@ -284,6 +285,9 @@ def scenarios() -> Iterator[Scenario]:
     for width in (1, 3, 7):
         yield Scenario(f"rollback-csa-{width}", _rollback(_SPECS["csa"], width))
     yield Scenario("rollback-hca-5", _rollback(_SPECS["hca"], 5))
+    for fmt in FORMATS.values():
+        if fmt.scaled is not None:
+            yield Scenario(f"bytes-{fmt.name}", stored_bytes.check(fmt))
     yield Scenario("beyond-int32", _beyond_int32)
 
 

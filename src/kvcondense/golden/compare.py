@@ -15,12 +15,15 @@ Comparator = Callable[[torch.Tensor, torch.Tensor], "Comparison"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Outcome for one output: the worst absolute error, the worst distance in ulp, and where it went wrong."""
+    """Outcome for one output: the worst absolute error, the worst distance in ulp, and where it went wrong.
+
+    None: the question makes no sense, as for the ulp between a row and its quantisation.
+    """
 
     passed: bool
     worst: float
-    worst_ulp: int
-    equal: float
+    worst_ulp: int | None
+    equal: float | None
     """Fraction of equal elements among those that are not zero on both sides (unwritten rows say nothing)."""
     detail: str = ""
 
@@ -75,14 +78,34 @@ def rowwise(comparator: Comparator) -> Comparator:
     return compare
 
 
-def row_bounds(spec: CompressorSpec, min_equal: float = 0.0) -> Comparator:
+def same_bytes(describe: Callable[[int], str]) -> Comparator:
+    """uint8 tensors that must be equal; worst counts the bytes that differ, ``describe`` says what byte i is."""
+
+    def compare(actual: torch.Tensor, expected: torch.Tensor) -> Comparison:
+        if actual.shape != expected.shape:
+            return Comparison(False, float("nan"), -1, 0.0, f"{list(actual.shape)} instead of {list(expected.shape)}")
+        wrong = (actual != expected).flatten().nonzero()[:, 0]
+        detail = ""
+        if wrong.shape[0]:
+            i = int(wrong[0])
+            pair = f"{int(actual.flatten()[i])} instead of {int(expected.flatten()[i])}"
+            detail = f"{wrong.shape[0]} of {actual.numel()} bytes; first at {describe(i)}: {pair}"
+        equal = 1 - wrong.shape[0] / max(actual.numel(), 1)
+        return Comparison(not wrong.shape[0], float(wrong.shape[0]), None, equal, detail)
+
+    return compare
+
+
+def row_bounds(
+    spec: CompressorSpec, min_equal: float = 0.0, quantisation: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> Comparator:
     """Rows [..., d] of a compressor against the reference: how far rare flips of a bf16 rounding can carry an element.
 
     A change of the summation order flips a few roundings before RoPE. Allowed per element: 1e-3 + 1e-3 |e|; two bf16
     steps of e; on RoPE channels 3.3 * 2^-8 * hypot(pair), since a flip in one channel of a pair reaches the other;
     after a Hadamard rotation, which spreads a flip over the row, 2^-7 of the row's RMS. No budget of outliers; PR 270's
     rules, 1e-3 or one step, fail correct outputs now and then. ``min_equal``: fraction of the elements that must be
-    bit-equal, which tells a missing rounding from a flipped one.
+    bit-equal, which tells a missing rounding from a flipped one. ``quantisation``: what the cache's format may add.
     """
 
     def compare(actual: torch.Tensor, expected: torch.Tensor) -> Comparison:
@@ -97,8 +120,12 @@ def row_bounds(spec: CompressorSpec, min_equal: float = 0.0) -> Comparator:
             pairs = e[..., -spec.rope_dim :].unflatten(-1, (-1, 2))
             reach = 3.3 * 2**-8 * pairs.norm(dim=-1).repeat_interleave(2, dim=-1)
             bound[..., -spec.rope_dim :] = torch.maximum(bound[..., -spec.rope_dim :], reach)
+        if quantisation is not None:
+            bound = bound + quantisation(expected)
         result = _compare(actual, expected, (actual.to(torch.float64) - e).abs() <= bound, 0.0)
-        if result.passed and result.equal < min_equal:
+        if quantisation is not None:
+            return replace(result, worst_ulp=None, equal=None)
+        if result.passed and result.equal is not None and result.equal < min_equal:
             detail = f"{result.equal:.2%} of the elements are bit-equal, at least {min_equal:.2%} must be"
             return replace(result, passed=False, detail=detail)
         return result

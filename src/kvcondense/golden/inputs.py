@@ -8,6 +8,7 @@ import torch
 
 from kvcondense.config import PRESETS
 from kvcondense.errors import RangeError, UnsupportedError
+from kvcondense.formats import CacheFormat, get_format
 from kvcondense.golden.decode import sylvester
 from kvcondense.numerics import FP32_LOWEST
 from kvcondense.rope_table import RopeTable
@@ -32,6 +33,7 @@ class GoldenCase:
     scale: float = 1.0
     seed: int = 0
     rounding: Rounding = Rounding.REFERENCE
+    format: str = "bf16"
 
     @property
     def spec(self) -> CompressorSpec:
@@ -70,9 +72,11 @@ class GoldenInputs:
     x [B, 1, D] bf16; wkv, wgate [D, N] bf16; ape [r, N], norm_w [d] fp32; cos, sin [positions, rd/2] fp32 (a row of
     NaN where the step may not look); even_select, odd_select [rd, rd/2] and hadamard [d, d] bf16; kv_state,
     score_state [B, c * r, N] fp32; kv_cache [B, maxlen / r, d] bf16; start_pos one int per row; rotate in ``spec``.
+    ``format``: what the cache of the run holds; kv_cache gives its shape.
     """
 
     spec: CompressorSpec
+    format: CacheFormat
     x: torch.Tensor
     x_history: list[torch.Tensor]
     wkv: torch.Tensor
@@ -93,6 +97,8 @@ class GoldenInputs:
 def make_inputs(case: GoldenCase) -> GoldenInputs:
     """Random inputs of ``case`` from its seed; raises before allocating anything if the case makes no sense."""
     spec, config, starts = case.spec, PRESETS[case.preset], case.starts()
+    fmt = get_format(case.format)
+    fmt.check(spec.head_dim, spec.rope_dim)
     for name, value, low in (("batch", case.batch, 1), ("history", case.history, 0)):
         if value < low:
             raise RangeError(name, f"at least {low}", value)
@@ -117,6 +123,7 @@ def make_inputs(case: GoldenCase) -> GoldenInputs:
     even, odd = selector_matrices(spec.rope_dim)
     return GoldenInputs(
         spec=spec,
+        format=fmt,
         x=(scale * randn(batch, 1, hidden)).bfloat16(),
         x_history=[(scale * randn(min(case.history, start), hidden)).bfloat16() for start in starts],
         wkv=(randn(hidden, width) / hidden**0.5).bfloat16(),

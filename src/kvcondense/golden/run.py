@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from kvcondense.api import condense, project
 from kvcondense.backends import Backend
-from kvcondense.golden.compare import Comparator, Comparison, allclose, row_bounds
+from kvcondense.golden import pages
+from kvcondense.golden.compare import Comparator, Comparison, allclose, row_bounds, same_bytes
 from kvcondense.golden.decode import DecodeCompressor
 from kvcondense.golden.inputs import GoldenInputs
 from kvcondense.layout.batch import RaggedBatch
@@ -19,27 +22,48 @@ from kvcondense.numerics import FP32_LOWEST
 from kvcondense.rope_table import RopeTable
 from kvcondense.weights import CompressorWeights
 
+TENSOR_SCALE = 0.05
+"""Scale of a golden run in formats that have one for the whole cache; rows of unit RMS stay below 448 times that."""
+CANARY = 0xA5
+"""What the bytes of a quantised cache hold before the run; those that nobody owns must hold it afterwards."""
+
 
 def comparators(inputs: GoldenInputs) -> dict[str, Comparator]:
-    """The bounds of each output: states as in PR 270, rows without its outlier budget.
+    """The bounds of each output: states as in PR 270, rows without its outlier budget, bytes exact.
 
-    With history the cache holds enough rows to ask for 99.9 % equal bits. Not after a rotation: PR 270's Hadamard is a
-    bf16 matrix, off by 1e-4, where kvcondense scales butterflies in fp32.
+    With history a bf16 cache holds enough rows to ask for 99.9 % equal bits. Not after a rotation: PR 270's Hadamard is
+    a bf16 matrix, off by 1e-4, where kvcondense scales butterflies in fp32. A quantised cache is read back and compared
+    with the reference's row before quantisation: half a step more, and twice that where a flip doubles a scale.
     """
-    states, rows = allclose(atol=1e-3, rtol=1e-3), row_bounds(inputs.spec)
-    history = max(h.shape[0] for h in inputs.x_history) >= 2 * inputs.spec.window
-    cache = row_bounds(inputs.spec, 0.999 if history and not inputs.spec.rotate else 0.0)
-    return {"kv": rows, "kv_state": states, "score_state": states, "kv_cache": cache}
+    spec, fmt = inputs.spec, inputs.format
+    states, rows = allclose(atol=1e-3, rtol=1e-3), row_bounds(spec)
+    history = max(h.shape[0] for h in inputs.x_history) >= 2 * spec.window
+    cache = row_bounds(spec, 0.999 if history and not spec.rotate else 0.0)
+    if fmt.name != "bf16":
+        scale = torch.tensor(TENSOR_SCALE) if fmt.tensor_scale else None
+
+        def step(expected: torch.Tensor) -> torch.Tensor:
+            flat = expected.flatten(0, -2)
+            return 2 * fmt.error_bound(flat, fmt.encode(flat, scale), scale).view(expected.shape)
+
+        cache = row_bounds(spec, quantisation=step)
+    bytes_of = same_bytes(functools.partial(_name_byte, inputs))
+    return {"kv": rows, "kv_state": states, "score_state": states, "kv_cache": cache, "kv_bytes": bytes_of}
 
 
 @dataclass(frozen=True)
 class GoldenOutputs:
-    """Outputs in PR 270's layout: kv [B, 1, d] fp32 (0 if no window ends), states [B, c * r, N], kv_cache bf16."""
+    """Outputs in PR 270's layout: kv [B, 1, d] fp32 (0 if no window ends), states [B, c * r, N], kv_cache bf16.
+
+    For a quantised format kv_cache is fp32: the reference's row, and what a reader gets from the backend's bytes.
+    kv_bytes: all bytes of the cache, and what they must be given the rows that the backend returned.
+    """
 
     kv: torch.Tensor
     kv_state: torch.Tensor
     score_state: torch.Tensor
     kv_cache: torch.Tensor
+    kv_bytes: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def run_reference(inputs: GoldenInputs) -> GoldenOutputs:
@@ -47,7 +71,7 @@ def run_reference(inputs: GoldenInputs) -> GoldenOutputs:
     spec = inputs.spec
     kv_out = torch.zeros(inputs.x.shape[0], 1, spec.head_dim)
     kv_state, score_state = inputs.kv_state.clone(), inputs.score_state.clone()
-    kv_cache = inputs.kv_cache.clone()
+    kv_cache = inputs.kv_cache.to(_cache_dtype(inputs))
     wkv, wgate = inputs.wkv.float(), inputs.wgate.float()
     for b, start in enumerate(inputs.start_pos):
         decode = DecodeCompressor(spec, inputs.ape, inputs.norm_w, inputs.cos, inputs.sin, inputs.hadamard)
@@ -57,7 +81,7 @@ def run_reference(inputs: GoldenInputs) -> GoldenOutputs:
         for i, position in enumerate(range(start - inputs.x_history[b].shape[0], start + 1)):
             row = decode.step(kv[i], score[i], position)
             if row is not None:
-                kv_cache[b, position // spec.ratio] = row.bfloat16()
+                kv_cache[b, position // spec.ratio] = row.to(_row_dtype(inputs)).to(kv_cache.dtype)
         if row is not None:
             kv_out[b, 0] = row
         kv_state[b], score_state[b] = decode.kv_state, decode.score_state
@@ -72,10 +96,10 @@ def run_backend(inputs: GoldenInputs, impl: str | Backend) -> GoldenOutputs:
     state = StatePool.ring(spec, batch)
     first = [s - h.shape[0] for s, h in zip(inputs.start_pos, inputs.x_history, strict=True)]
     _seed_empty(inputs, state, first)
-    kv_cache = inputs.kv_cache.clone()
-    cache = PagedCache.wrap(kv_cache)
+    cache = _cache(inputs)
     done = [0] * batch
     kv = torch.zeros(batch, 1, spec.head_dim)
+    returned: dict[int, torch.Tensor] = {}  # cache slot -> row
 
     def step(counts: list[int], x: torch.Tensor, drafts: int) -> None:
         starts = [f + n for f, n in zip(first, done, strict=True)]
@@ -88,6 +112,7 @@ def run_backend(inputs: GoldenInputs, impl: str | Backend) -> GoldenOutputs:
         )
         kv_score = project(spec, x, weights)
         rows = condense(spec, kv_score, weights, rope, metadata, state=state, cache=cache, impl=impl)
+        returned.update(zip(rows.slot.tolist(), rows.values, strict=True))
         if drafts:
             kv[rows.request, 0] = rows.values
         for b, n in enumerate(counts):
@@ -102,12 +127,90 @@ def run_backend(inputs: GoldenInputs, impl: str | Backend) -> GoldenOutputs:
     # PR 270; otherwise nothing of a finished window is kept.
     step([1] * batch, inputs.x[:, 0], drafts=1)
     kv_state, score_state = _original_layout(inputs, state)
-    return _comparable(inputs, GoldenOutputs(kv, kv_state, score_state, kv_cache))
+    expected = golden_bytes(_cache(inputs), returned)
+    outputs = GoldenOutputs(kv, kv_state, score_state, _read(inputs, cache, returned), (all_bytes(cache), expected))
+    return _comparable(inputs, outputs)
+
+
+def golden_bytes(cache: PagedCache, rows: dict[int, torch.Tensor]) -> torch.Tensor:
+    """All bytes of ``cache`` once :mod:`golden.pages` has written rows [d] to their slots; ``cache`` is left alone."""
+    data, scales = cache.data.clone(), None if cache.scales is None else cache.scales.clone()
+    target, name, scale = data.numpy(), cache.format.name, _tensor_scale(cache)
+    for slot, row in rows.items():
+        page, at = divmod(slot, cache.page_rows)
+        first, second = pages.encode_row(name, row, scale)
+        offsets = pages.place(name, cache.head_dim, cache.page_rows, at)
+        if cache.format.scales_outside and not cache.format.tensor_scale:
+            assert scales is not None
+            scales[page, at] = torch.from_numpy(np.frombuffer(second, np.float32).copy())[0]
+            second = b""
+        for offset, part in zip(offsets, (first, second), strict=True):
+            target[page, offset : offset + len(part)] = np.frombuffer(part, np.uint8)
+    return all_bytes(PagedCache(data, cache.format, cache.head_dim, cache.page_rows, scales))
+
+
+def all_bytes(cache: PagedCache) -> torch.Tensor:
+    """Bytes of the pages, one after the other, then those of the scales beside them."""
+    scales = [] if cache.scales is None else [cache.scales.flatten().view(torch.uint8)]
+    return torch.cat([cache.data.flatten(), *scales])
 
 
 def compare(inputs: GoldenInputs, actual: GoldenOutputs, expected: GoldenOutputs) -> dict[str, Comparison]:
-    """Compare the four outputs, in order."""
-    return {name: c(getattr(actual, name), getattr(expected, name)) for name, c in comparators(inputs).items()}
+    """Compare the outputs, in order; the bytes with those that follow from the rows of ``actual`` itself."""
+    assert actual.kv_bytes is not None
+    checks = comparators(inputs)
+    bytes_of = checks.pop("kv_bytes")
+    results = {name: c(getattr(actual, name), getattr(expected, name)) for name, c in checks.items()}
+    return {**results, "kv_bytes": bytes_of(*actual.kv_bytes)}
+
+
+def _cache(inputs: GoldenInputs) -> PagedCache:
+    """The empty cache of a run: one page per row of the batch; bf16 is PR 270's tensor of zeros."""
+    if inputs.format.name == "bf16":
+        return PagedCache.wrap(inputs.kv_cache.clone())
+    batch, rows, d = inputs.kv_cache.shape
+    scale = TENSOR_SCALE if inputs.format.tensor_scale else None
+    cache = PagedCache.allocate(d, batch, rows, format=inputs.format, tensor_scale=scale)
+    cache.data.fill_(CANARY)
+    return cache
+
+
+def _read(inputs: GoldenInputs, cache: PagedCache, written: dict[int, torch.Tensor]) -> torch.Tensor:
+    """The cache as :mod:`golden.pages` reads it, [B, maxlen / r, d]; rows that nobody wrote are 0."""
+    if inputs.format.name == "bf16":
+        return cache.rows
+    out = torch.zeros(inputs.kv_cache.shape)
+    name, scale, data = cache.format.name, _tensor_scale(cache), cache.data.numpy()
+    for slot in written:
+        page, at = divmod(slot, cache.page_rows)
+        offsets = pages.place(name, cache.head_dim, cache.page_rows, at)
+        sizes = (len(part) for part in pages.encode_row(name, torch.zeros(cache.head_dim), scale))
+        first, second = (data[page, o : o + n].tobytes() for o, n in zip(offsets, sizes, strict=True))
+        if cache.scales is not None and not cache.format.tensor_scale:
+            second = cache.scales[page, at].numpy().tobytes()
+        out[page, at] = torch.from_numpy(pages.decode_row(name, first, second, scale))
+    return out
+
+
+def _tensor_scale(cache: PagedCache) -> float:
+    return 1.0 if cache.tensor_scale is None else float(cache.tensor_scale)
+
+
+def _cache_dtype(inputs: GoldenInputs) -> torch.dtype:
+    return torch.bfloat16 if inputs.format.name == "bf16" else torch.float32
+
+
+def _row_dtype(inputs: GoldenInputs) -> torch.dtype:
+    return torch.float32 if inputs.format.name == "fp32" else torch.bfloat16
+
+
+def _name_byte(inputs: GoldenInputs, byte: int) -> str:
+    """Where byte ``byte`` of :func:`all_bytes` lies."""
+    batch, rows, d = inputs.kv_cache.shape
+    page, offset = divmod(byte, inputs.format.page_bytes(d, rows))
+    if page >= batch:
+        return "the scales beside the pages"
+    return f"page {page} byte {offset} ({inputs.format.name_byte(d, rows, offset)})"
 
 
 def _seed_empty(inputs: GoldenInputs, state: StatePool, first: list[int]) -> None:

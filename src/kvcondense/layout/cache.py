@@ -6,28 +6,46 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcondense.errors import DtypeError, RangeError, ShapeError
-from kvcondense.formats import FORMATS, CacheFormat, get_format
+from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeError, ShapeError, UnsupportedError
+from kvcondense.formats import CacheFormat, format_of_dtype, get_format
+from kvcondense.formats.descriptor import SCALES, check_tensor_scale
 
 
 @dataclass
 class PagedCache:
-    """Pages of compressed rows: ``data`` uint8 [num_pages, page_bytes].
+    """Pages of compressed rows: ``data`` uint8 [num_pages, page_bytes], pages at any stride.
 
-    Slot s is row s % page_rows of page s // page_rows.
+    Slot s is row s % page_rows of page s // page_rows. ``scales``: fp32 scales of formats that keep them outside the
+    pages, [num_pages, page_rows] or one for the whole cache []. ``strict`` is the validation mode: a row that the
+    format cannot hold (a saturated value, an infinity) raises RangeError before anything is written.
     """
 
     data: torch.Tensor
     format: CacheFormat
     head_dim: int
     page_rows: int
+    scales: torch.Tensor | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
-        page_bytes = self.format.page_bytes(self.head_dim, self.page_rows)
+        for name, value in (("head_dim", self.head_dim), ("page_rows", self.page_rows)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise RangeError(name, "an integer of at least 1", repr(value))
+        payload = self.page_rows * self.format.row_bytes(self.head_dim)
+        page = self.format.page_bytes(self.head_dim, self.page_rows)
         if self.data.dtype != torch.uint8:
             raise DtypeError("cache data", "uint8 bytes", self.data.dtype)
-        if self.data.dim() != 2 or self.data.shape[1] != page_bytes:
-            raise ShapeError("cache data", f"shape [num_pages, {page_bytes}]", f"shape {list(self.data.shape)}")
+        if self.data.dim() != 2 or self.data.shape[1] not in (payload, page) or self.data.stride(1) != 1:
+            wanted = f"{page}" if payload == page else f"{page} (or {payload}, without the page's tail)"
+            raise ShapeError("cache data", f"shape [num_pages, {wanted}], bytes in order", f"{list(self.data.shape)}")
+        wanted = self.format.scale_shape(self.data.shape[0], self.page_rows)
+        if (wanted is None) != (self.scales is None):
+            raise KvCondenseError("scales", "None" if wanted is None else f"fp32 {list(wanted)}", f"{self.scales}")
+        if self.scales is not None:
+            if self.scales.dtype != torch.float32 or tuple(self.scales.shape) != wanted:
+                raise ShapeError("scales", f"fp32 {wanted}", f"{self.scales.dtype} {list(self.scales.shape)}")
+            if self.scales.device != self.data.device:
+                raise DeviceError("scales", f"device {self.data.device}", self.scales.device)
 
     @classmethod
     def allocate(
@@ -36,26 +54,61 @@ class PagedCache:
         num_pages: int,
         page_rows: int,
         *,
-        format: str = "bf16",
+        format: str | CacheFormat = "bf16",
+        tensor_scale: float | None = None,
+        strict: bool = False,
         device: torch.device | str = "cpu",
     ) -> PagedCache:
-        """Zeroed pages of ``page_rows`` rows of ``head_dim`` channels."""
+        """Zeroed pages of ``page_rows`` rows of ``head_dim`` channels.
+
+        ``tensor_scale`` is the scale of formats that have one for the whole cache. Raises RangeError for a size that
+        makes no sense and UnsupportedError for a head_dim that the format does not have.
+        """
         for name, value, low in (("head_dim", head_dim, 1), ("num_pages", num_pages, 0), ("page_rows", page_rows, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise RangeError(name, f"an integer of at least {low}", repr(value))
-        fmt = get_format(format)
+        fmt = get_format(format) if isinstance(format, str) else format
+        if fmt.tensor_scale != (tensor_scale is not None):
+            wanted = "a positive number" if fmt.tensor_scale else "None"
+            raise KvCondenseError("tensor_scale", f"{wanted} for {fmt.name}", tensor_scale)
         data = torch.zeros(num_pages, fmt.page_bytes(head_dim, page_rows), dtype=torch.uint8, device=device)
-        return cls(data, fmt, head_dim, page_rows)
+        shape, scales = fmt.scale_shape(num_pages, page_rows), None
+        if shape is not None:
+            fill = 0.0 if tensor_scale is None else check_tensor_scale(tensor_scale)
+            scales = torch.full(shape, fill, dtype=torch.float32, device=device)
+        return cls(data, fmt, head_dim, page_rows, scales, strict)
 
     @classmethod
-    def wrap(cls, rows: torch.Tensor) -> PagedCache:
-        """An engine's own tensor [num_pages, page_rows, head_dim], written in place; the dtype says the format."""
-        formats = {f.element: f for f in FORMATS.values()}
-        if rows.dtype not in formats:
-            raise DtypeError("rows", " or ".join(map(str, formats)), rows.dtype)
-        if rows.dim() != 3 or not rows.is_contiguous():
-            raise ShapeError("rows", "a contiguous [num_pages, page_rows, head_dim]", f"{list(rows.shape)}")
-        return cls(rows.flatten(1).view(torch.uint8), formats[rows.dtype], rows.shape[2], rows.shape[1])
+    def wrap(
+        cls,
+        rows: torch.Tensor,
+        *,
+        format: str | CacheFormat | None = None,
+        head_dim: int | None = None,
+        scales: torch.Tensor | None = None,
+    ) -> PagedCache:
+        """An engine's own tensor [num_pages, page_rows, n], written in place; pages may lie at any stride.
+
+        n elements of any dtype make up the bytes of account of a row, as engines shape it: [.., 584] uint8 for
+        ``fp8_model1``. Within a page, the format's byte map counts, not the shape. Without ``format``, the dtype says
+        it (bf16 or fp32). ``head_dim`` is needed where neither the format nor n tells.
+        """
+        if rows.dim() != 3 or rows.stride(2) != 1 or rows.stride(1) != rows.shape[2]:
+            raise ShapeError("rows", "[num_pages, page_rows, n], contiguous within a page", f"{list(rows.shape)}")
+        if format is None:
+            fmt = format_of_dtype(rows.dtype)
+        else:
+            fmt = get_format(format) if isinstance(format, str) else format
+        if head_dim is None:
+            head_dim = fmt.head_dim or rows.shape[2]
+        if rows.shape[2] * rows.dtype.itemsize != fmt.row_bytes(head_dim):
+            raise ShapeError(
+                "rows",
+                f"{fmt.row_bytes(head_dim)} bytes a row for {fmt.name}",
+                f"{rows.shape[2] * rows.dtype.itemsize} bytes",
+            )
+        data = rows.as_strided((rows.shape[0], rows.shape[1] * rows.shape[2]), (rows.stride(0), 1))
+        return cls(data.view(torch.uint8), fmt, head_dim, rows.shape[1], scales)
 
     @property
     def num_rows(self) -> int:
@@ -64,5 +117,55 @@ class PagedCache:
 
     @property
     def rows(self) -> torch.Tensor:
-        """View [num_pages, page_rows, head_dim] in the element type of the format."""
-        return self.data.view(self.format.element).view(-1, self.page_rows, self.head_dim)
+        """View [num_pages, page_rows, head_dim] in the element type of a plain format (bf16, fp32)."""
+        if self.format.plain is None:
+            names = ", ".join(f.name for f in self.format.fields(self.head_dim))
+            raise UnsupportedError("rows", f"a plain format (use field: {names}; or decode_rows)", self.format.name)
+        return self.field("rows")
+
+    def field(self, name: str) -> torch.Tensor:
+        """View [num_pages, page_rows, count] of one field of the pages, or of the per-row scales beside them."""
+        if name == SCALES and self.scales is not None and self.scales.dim() == 2:
+            return self.scales[:, :, None]
+        fields = {f.name: f for f in self.format.fields(self.head_dim)}
+        if name not in fields:
+            raise RangeError("field", f"one of {', '.join(fields)}", repr(name))
+        f = fields[name]
+        begin = f.base * self.page_rows
+        section = self.data[:, begin : begin + f.stride * self.page_rows].unflatten(1, (self.page_rows, f.stride))
+        return section[:, :, f.offset : f.offset + f.nbytes].view(f.dtype)
+
+    def put(self, slot: torch.Tensor, stored: dict[str, torch.Tensor]) -> None:
+        """Write encoded rows (:meth:`CacheFormat.encode`) to their slots [E], all of them legal."""
+        page, at = slot // self.page_rows, slot % self.page_rows
+        for name, values in stored.items():
+            self.field(name)[page, at] = values
+
+    def get(self, slot: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encoded rows at the slots [E], field by field, as :meth:`put` takes them."""
+        page, at = slot // self.page_rows, slot % self.page_rows
+        names = [f.name for f in self.format.fields(self.head_dim)]
+        if self.scales is not None and self.scales.dim() == 2:
+            names.append(SCALES)
+        return {name: self.field(name)[page, at] for name in names}
+
+    @property
+    def tensor_scale(self) -> torch.Tensor | None:
+        """The scale of the whole cache, fp32 [], if the format has one."""
+        return self.scales if self.format.tensor_scale else None
+
+    def decode_rows(self, slot_mapping: torch.Tensor) -> torch.Tensor:
+        """What a reader sees: the rows at slot_mapping [E] as fp32 [E, head_dim], q * s; zeros for slot -1.
+
+        slot_mapping int32 or int64. Raises DtypeError or RangeError if a slot is neither -1 nor a row of the cache.
+        """
+        if slot_mapping.dtype not in (torch.int32, torch.int64) or slot_mapping.dim() != 1:
+            raise DtypeError("slot_mapping", "int32 or int64 [E]", f"{slot_mapping.dtype} {list(slot_mapping.shape)}")
+        slot = slot_mapping.to(torch.int64)
+        if bool(((slot < -1) | (slot >= self.num_rows)).any()):
+            wrong = slot[(slot < -1) | (slot >= self.num_rows)]
+            raise RangeError("slot_mapping", f"-1 or a cache row below {self.num_rows}", int(wrong[0]))
+        rows = torch.zeros(slot.shape[0], self.head_dim, dtype=torch.float32, device=self.data.device)
+        live = slot >= 0
+        rows[live] = self.format.decode(self.get(slot[live]), self.tensor_scale)
+        return rows

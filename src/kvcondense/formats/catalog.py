@@ -1,0 +1,162 @@
+"""The cache formats, one entry each. A variant's name says what differs. Adding a format is adding an entry here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from kvcondense.errors import DtypeError, UnsupportedError
+from kvcondense.formats.descriptor import PAD, SCALES, CacheFormat, Channels
+from kvcondense.formats.elements import BF16, E2M1, E2M1_TIES_DOWN, E4M3, FP32, INT8, Element
+from kvcondense.formats.scales import Scale, ScaleRule
+
+_AMAX_FLOOR = 1e-4
+"""Least amax of DeepSeek's FP8 act_quant, and the floor of everyone who floors the scale instead."""
+_REF = "DeepSeek-V4 inference/kernel.py"
+_MAIN, _INDEXER = 512, 128
+_ROWS = (("rows",),)
+_TWO_SECTIONS = (("values",), (SCALES,))
+
+
+def _plain(name: str, element: Element, summary: str, source: str) -> CacheFormat:
+    return CacheFormat(name, summary, source, (Channels("rows", element),), _ROWS)
+
+
+_FP8_MODEL1 = CacheFormat(
+    name="fp8_model1",
+    summary="main rows: 448 FP8 channels in blocks of 64, 64 RoPE channels in bf16; floor on amax",
+    source=f"FlashMLA MODEL1, vLLM fp8_ds_mla, SGLang; scales as in {_REF}",
+    channels=(
+        Channels("nope", E4M3, 0, 448, ScaleRule(Scale.POW2_BYTE, 64, _AMAX_FLOOR)),
+        Channels("rope", BF16, 448, 512),
+    ),
+    sections=(("nope", "rope"), (SCALES, PAD)),
+    head_dim=_MAIN,
+    rope_dim=64,
+    pad_bytes=1,
+    align=576,
+)
+_FP8_INDEXER = CacheFormat(
+    name="fp8_indexer_pow2",
+    summary="indexer keys: FP8, one fp32 scale that is a power of two; floor on amax",
+    source="vLLM's indexer cache",
+    channels=(Channels("values", E4M3, scale=ScaleRule(Scale.POW2_FP32, _INDEXER, _AMAX_FLOOR)),),
+    sections=_TWO_SECTIONS,
+    head_dim=_INDEXER,
+)
+_MXFP4_INDEXER = CacheFormat(
+    name="mxfp4_indexer",
+    summary="indexer keys: FP4 in blocks of 32 with power-of-two scales; ties to even",
+    source=f"{_REF}; vLLM's MXFP4 indexer cache",
+    channels=(Channels("values", E2M1, scale=ScaleRule(Scale.POW2_BYTE, 32, 6 * 2.0**-126)),),
+    sections=_TWO_SECTIONS,
+    head_dim=_INDEXER,
+)
+_FP4_V41 = CacheFormat(
+    name="fp4_v41",
+    summary="V4.1 main rows: FP4 over all 512 channels in blocks of 16 with e4m3 scales",
+    source="FlashMLA V41_FP4, SGLang KVLayout.V41_FP4",
+    channels=(Channels("values", E2M1, scale=ScaleRule(Scale.E4M3_BYTE, 16, 6 * 2.0**-9)),),
+    sections=_TWO_SECTIONS,
+    head_dim=_MAIN,
+    align=256,
+)
+_MXFP8_V41 = CacheFormat(
+    name="mxfp8_v41_window",
+    summary="V4.1 window rows: FP8 over all 512 channels in blocks of 32; floor on amax",
+    source="FlashMLA V41_FP8Sparse, vLLM and SGLang for V4.1",
+    channels=(Channels("values", E4M3, scale=ScaleRule(Scale.POW2_BYTE, 32, _AMAX_FLOOR)),),
+    sections=_TWO_SECTIONS,
+    head_dim=_MAIN,
+    align=512,
+)
+
+
+def _rescaled(form: CacheFormat, name: str, summary: str, source: str, rule: ScaleRule) -> CacheFormat:
+    """``form`` with another scale rule."""
+    channels = tuple(replace(c, scale=rule) if c.scale else c for c in form.channels)
+    return replace(form, name=name, summary=summary, source=source, channels=channels)
+
+
+def _floor_on_scale(form: CacheFormat, source: str) -> CacheFormat:
+    assert form.scaled is not None
+    assert form.scaled.scale is not None
+    summary = form.summary.replace("floor on amax", "floor on the scale")
+    return _rescaled(form, f"{form.name}_scale_floor", summary, source, replace(form.scaled.scale, floor_on_scale=True))
+
+
+def _through(form: CacheFormat) -> CacheFormat:
+    """The bf16 row that DeepSeek's code keeps: quantised and dequantised again."""
+    return CacheFormat(
+        name=f"bf16_via_{form.name}",
+        summary=f"bf16(q * s): what {form.name} gives back",
+        source=f"{_REF} (act_quant and fp4_act_quant in place)",
+        channels=(Channels("rows", BF16),),
+        sections=_ROWS,
+        head_dim=form.head_dim,
+        rope_dim=form.rope_dim,
+        through=form,
+    )
+
+
+_ALL = (
+    _plain("bf16", BF16, "bf16 rows, before any quantisation", "transformers, pypto-lib, vLLM and SGLang in bf16"),
+    _plain("fp32", FP32, "rows as computed, for fp32 models and for comparing", "kvcondense"),
+    _through(_FP8_MODEL1),
+    _through(_MXFP4_INDEXER),
+    _through(_FP4_V41),
+    _FP8_MODEL1,
+    _floor_on_scale(_FP8_MODEL1, "FlashMLA's test quantiser, vLLM on CPU and in CuTe-DSL"),
+    CacheFormat(
+        name="fp8_tensor",
+        summary="FP8 rows with one given scale for the whole cache",
+        source="FlashInfer, TensorRT-LLM",
+        channels=(Channels("rows", E4M3, scale=ScaleRule(Scale.TENSOR, None)),),
+        sections=_ROWS,
+    ),
+    _FP8_INDEXER,
+    _rescaled(
+        _FP8_INDEXER,
+        "fp8_indexer_plain",
+        "indexer keys: FP8, one fp32 scale amax / 448; floor on amax",
+        "SGLang's indexer cache",
+        ScaleRule(Scale.PLAIN_FP32, _INDEXER, _AMAX_FLOOR),
+    ),
+    _MXFP4_INDEXER,
+    replace(
+        _MXFP4_INDEXER,
+        name="mxfp4_indexer_ties_down",
+        summary="indexer keys: FP4 in blocks of 32 with power-of-two scales; 0.75, 1.75 and 3.5 go down",
+        source="SGLang's FP4 indexer cache",
+        channels=tuple(replace(c, element=E2M1_TIES_DOWN) for c in _MXFP4_INDEXER.channels),
+    ),
+    CacheFormat(
+        name="int8_indexer",
+        summary="indexer keys: int8, fp32 scales in a tensor of their own",
+        source="pypto-lib's sparse indexer",
+        channels=(Channels("rows", INT8, scale=ScaleRule(Scale.INVERSE_FP32, _INDEXER, _AMAX_FLOOR)),),
+        sections=_ROWS,
+        head_dim=_INDEXER,
+    ),
+    _FP4_V41,
+    _MXFP8_V41,
+    _floor_on_scale(_MXFP8_V41, "FlashMLA's test quantiser"),
+)
+
+FORMATS: dict[str, CacheFormat] = {f.name: f for f in _ALL}
+
+
+def get_format(name: str) -> CacheFormat:
+    """The format called ``name``; raises with the list of names otherwise."""
+    if name not in FORMATS:
+        raise UnsupportedError("format", f"one of {', '.join(FORMATS)}", repr(name))
+    return FORMATS[name]
+
+
+def format_of_dtype(dtype: torch.dtype) -> CacheFormat:
+    """The format of rows that are plain values of ``dtype``; raises DtypeError if there is none."""
+    by_dtype = {f.plain.dtype: f for f in FORMATS.values() if f.plain and not f.through}
+    if dtype not in by_dtype:
+        raise DtypeError("rows", " or ".join(map(str, by_dtype)) + " (or name the format)", dtype)
+    return by_dtype[dtype]

@@ -1,0 +1,113 @@
+"""Scale rules: which scale a block of channels gets, how it is stored, and how values are divided by it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+
+from kvcondense.formats.elements import (
+    E4M3,
+    UE8M0_NAN,
+    Element,
+    ceil_log2_ratio,
+    decode_ue8m0,
+    encode_ue8m0,
+)
+
+
+class Scale(enum.Enum):
+    """How the scale s of a block follows from amax, the largest magnitude in it; L is the element's largest value."""
+
+    POW2_BYTE = "2^ceil(log2(amax / L)) as a ue8m0 byte"
+    POW2_FP32 = "2^ceil(log2(amax / L)) as fp32"
+    PLAIN_FP32 = "amax / L as fp32; codes of x * (1 / s)"
+    E4M3_BYTE = "e4m3(amax / L); codes of x / s"
+    INVERSE_FP32 = "1 / (L / amax) as fp32; codes of x * (L / amax)"
+    TENSOR = "one fp32 for the whole cache, given; codes of x / s"
+
+
+POW2 = (Scale.POW2_BYTE, Scale.POW2_FP32)
+
+
+@dataclass(frozen=True)
+class ScaleRule:
+    """One scale per ``block`` channels (None: per cache). ``floor`` is the least amax, or the least s (floor_on_scale).
+
+    amax is taken over the finite values. A block with a NaN or an infinity, of elements that have no NaN code, gets
+    the NaN scale and codes 0 (which readers that take ue8m0 255 for 2^128 turn into 0 * inf = NaN as well).
+    """
+
+    kind: Scale
+    block: int | None
+    floor: float = 0.0
+    floor_on_scale: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage type of one scale."""
+        return torch.uint8 if self.kind in (Scale.POW2_BYTE, Scale.E4M3_BYTE) else torch.float32
+
+    def quantise(
+        self, x: torch.Tensor, element: Element, tensor_scale: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [E, n] fp32 -> codes [E, n] and stored scales [E, n / block] (None for a scale of the whole cache)."""
+        if self.kind is Scale.TENSOR:
+            assert tensor_scale is not None
+            return element.encode(x / tensor_scale), None
+        assert self.block is not None
+        blocks = x.unflatten(-1, (-1, self.block))  # [E, blocks, block]
+        finite = torch.isfinite(blocks)
+        amax = torch.where(finite, blocks.abs(), 0.0).amax(-1)  # [E, blocks]
+        if not self.floor_on_scale:
+            amax = amax.clamp(min=self.floor)
+        stored, scaled = self._apply(blocks, amax, element)
+        codes = element.encode(scaled)
+        if not element.has_nan:
+            poisoned = ~finite.all(-1)
+            codes = torch.where(poisoned[..., None], 0, codes)
+            stored = torch.where(poisoned, self._nan(stored), stored)
+        return codes.flatten(-2), stored
+
+    def values(self, stored: torch.Tensor) -> torch.Tensor:
+        """Stored scales -> fp32."""
+        if self.kind is Scale.POW2_BYTE:
+            return decode_ue8m0(stored)
+        return E4M3.decode(stored) if self.kind is Scale.E4M3_BYTE else stored
+
+    def exponent(self, amax: torch.Tensor, element: Element) -> torch.Tensor:
+        """Power-of-two rules: log2 of the scale, [E, blocks] int32."""
+        exponent = ceil_log2_ratio(amax, element.largest)
+        if self.floor_on_scale:
+            exponent = exponent.clamp(min=int(ceil_log2_ratio(torch.tensor(self.floor), 1.0)))
+        return exponent
+
+    def _apply(self, blocks: torch.Tensor, amax: torch.Tensor, element: Element) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stored scales [E, blocks], and the blocks divided by them."""
+        if self.kind in POW2:
+            exponent = self.exponent(amax, element)
+            # Dividing by a power of two is exact; -exponent is a legal exponent, as 2^-126 <= s <= 2^126.
+            scaled = blocks * decode_ue8m0(encode_ue8m0(-exponent))[..., None]
+            stored = encode_ue8m0(exponent)
+            return (stored if self.kind is Scale.POW2_BYTE else decode_ue8m0(stored)), scaled
+        if self.kind is Scale.PLAIN_FP32:
+            scale = _divide(amax, element.largest)
+            return scale, blocks * _divide(1.0, scale)[..., None]
+        if self.kind is Scale.E4M3_BYTE:
+            stored = E4M3.encode(_divide(amax, element.largest))
+            return stored, blocks / E4M3.decode(stored)[..., None]
+        multiplier = _divide(element.largest, amax)
+        return _divide(1.0, multiplier), blocks * multiplier[..., None]
+
+    def _nan(self, stored: torch.Tensor) -> torch.Tensor:
+        code = {Scale.POW2_BYTE: UE8M0_NAN, Scale.E4M3_BYTE: E4M3.nan_code}.get(self.kind, float("nan"))
+        return torch.full_like(stored, code or 0)
+
+
+def _divide(a: torch.Tensor | float, b: torch.Tensor | float) -> torch.Tensor:
+    """a / b as one fp32 division. With a Python number on either side torch may multiply by a rounded reciprocal."""
+    like = a if isinstance(a, torch.Tensor) else b
+    assert isinstance(like, torch.Tensor)
+    a, b = (t if isinstance(t, torch.Tensor) else torch.full_like(like, t) for t in (a, b))
+    return a / b

@@ -1,0 +1,227 @@
+"""Golden pages: a second implementation of every cache format, in numpy, that shares nothing with ``formats``.
+
+Codes are found by searching the table of all values for the nearest one, scales by comparing with powers of two in
+fp64, and bytes are laid down row by row. Layouts as published: FlashMLA, vLLM, SGLang and pypto-lib.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvcondense.errors import UnsupportedError
+
+_HALVES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+_BYTES = np.arange(127)
+_FP8 = np.where(_BYTES < 8, _BYTES / 512, (1 + _BYTES % 8 / 8) * 2.0 ** (_BYTES // 8 - 7.0))  # 0 .. 448
+_NAN_FP8 = 0x7F
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Bytes of the first and the second section per row, page rounding, and the row's encoder and decoder."""
+
+    data: int
+    scales: int
+    align: int
+
+
+_LAYOUTS = {
+    "fp8_model1": _Layout(576, 8, 576),
+    "fp8_indexer": _Layout(128, 4, 1),
+    "mxfp4_indexer": _Layout(64, 4, 1),
+    "int8_indexer": _Layout(128, 0, 1),
+    "fp4_v41": _Layout(256, 32, 256),
+    "mxfp8_v41_window": _Layout(512, 16, 512),
+}
+
+
+def encode_row(name: str, row: torch.Tensor, tensor_scale: float = 1.0) -> tuple[bytes, bytes]:
+    """One row [d] -> its bytes in the first section of a page, and in the second (for int8: outside the page)."""
+    if name == "fp32":
+        return np.where(np.isnan(x32 := row.float().numpy()), np.float32("nan"), x32).tobytes(), b""
+    x = row.bfloat16().float().numpy().astype(np.float64)
+    if name == "bf16":
+        return _bf16(x), b""
+    if name.startswith("bf16_via_"):
+        inner = name.removeprefix("bf16_via_")
+        return _bf16(decode_row(inner, *encode_row(inner, row))), b""
+    floor_on_scale = name.endswith("_scale_floor")
+    if name.startswith("fp8_model1"):
+        codes, exponents = _fp8_blocks(x[:448], 64, floor_on_scale)
+        return codes + _bf16(x[448:]), bytes(e + 127 for e in exponents) + b"\0"
+    if name.startswith("mxfp8_v41_window"):
+        codes, exponents = _fp8_blocks(x, 32, floor_on_scale)
+        return codes, bytes(e + 127 for e in exponents)
+    if name == "fp8_tensor":
+        return _nearest_fp8(_fp32(x / np.float64(np.float32(tensor_scale)))), b""
+    if name == "fp8_indexer_pow2":
+        codes, exponents = _fp8_blocks(x, 128, False)
+        return codes, np.float32(2.0 ** exponents[0]).tobytes()
+    if name == "fp8_indexer_plain":
+        scale = np.float32(max(_amax(x), np.float32(1e-4))) / np.float32(448)
+        return _nearest_fp8((x.astype(np.float32) * (np.float32(1) / scale)).astype(np.float64)), scale.tobytes()
+    if name.startswith("mxfp4_indexer"):
+        return _mxfp4(x, ties_down=name.endswith("_ties_down"))
+    if name == "fp4_v41":
+        return _fp4_v41(x)
+    if name == "int8_indexer":
+        if not np.isfinite(x).all():
+            return bytes(128), np.float32("nan").tobytes()
+        up = np.float32(127) / np.float32(max(_amax(x), np.float32(1e-4)))
+        codes = np.rint((x.astype(np.float32) * up).astype(np.float64)).clip(-127, 127)
+        return codes.astype(np.int8).tobytes(), (np.float32(1) / up).tobytes()
+    raise UnsupportedError("format", "a format with a golden encoder", name)
+
+
+def decode_row(name: str, data: bytes, scales: bytes, tensor_scale: float = 1.0) -> np.ndarray:
+    """Bytes of :func:`encode_row` -> the row in fp64, q * s rounded to fp32."""
+    if name == "fp32":
+        return np.frombuffer(data, np.float32).astype(np.float64)
+    if name.startswith("bf16"):
+        return _from_bf16(data)
+    if name.startswith("fp8_model1"):
+        nope = _from_fp8(data[:448]) * np.repeat(_powers(scales[:7]), 64)
+        return np.concatenate([nope, _from_bf16(data[448:])])
+    if name.startswith("mxfp8_v41_window"):
+        return _from_fp8(data) * np.repeat(_powers(scales), 32)
+    if name == "fp8_tensor":
+        return _fp32(_from_fp8(data) * np.float64(np.float32(tensor_scale)))
+    if name.startswith("fp8_indexer"):
+        return _fp32(_from_fp8(data) * np.float64(np.frombuffer(scales, np.float32)[0]))
+    if name.startswith("mxfp4_indexer"):
+        return _from_fp4(data) * np.repeat(_powers(scales), 32)
+    if name == "fp4_v41":
+        return _from_fp4(data) * np.repeat(_from_fp8(scales), 16)
+    if name == "int8_indexer":
+        return _fp32(np.frombuffer(data, np.int8) * np.float64(np.frombuffer(scales, np.float32)[0]))
+    raise UnsupportedError("format", "a format with a golden decoder", name)
+
+
+def page_bytes(name: str, head_dim: int, page_rows: int) -> int:
+    """Bytes of a page, its tail included."""
+    first, second, align = _geometry(name, head_dim)
+    payload = page_rows * (first + second)
+    return -(-payload // align) * align
+
+
+def place(name: str, head_dim: int, page_rows: int, row: int) -> tuple[int, int]:
+    """Offsets in its page of the two parts of row ``row`` of a page of ``page_rows`` rows."""
+    first, second, _ = _geometry(name, head_dim)
+    return first * row, first * page_rows + second * row
+
+
+def _geometry(name: str, head_dim: int) -> tuple[int, int, int]:
+    size = {"fp32": 4, "fp8_tensor": 1}.get(name, 2 if name.startswith("bf16") else 0)
+    if size:
+        return size * head_dim, 0, 1
+    layout = next(v for k, v in _LAYOUTS.items() if name.startswith(k))
+    return layout.data, layout.scales, layout.align
+
+
+def _amax(x: np.ndarray) -> float:
+    finite = x[np.isfinite(x)]
+    return float(np.abs(finite).max()) if finite.size else 0.0
+
+
+def _power_above(amax: float, largest: float) -> int:
+    """Least k with amax <= largest * 2^k."""
+    k = -160
+    while amax > largest * 2.0**k:
+        k += 1
+    return k
+
+
+def _fp8_blocks(x: np.ndarray, block: int, floor_on_scale: bool) -> tuple[bytes, list[int]]:
+    floor = float(np.float32(1e-4))
+    codes, exponents = b"", []
+    for part in x.reshape(-1, block):
+        amax = _amax(part)
+        k = max(_power_above(amax, 448.0), _power_above(floor, 1.0)) if floor_on_scale else None
+        k = _power_above(max(amax, floor), 448.0) if k is None else k
+        codes += _nearest_fp8(part / 2.0**k)
+        exponents.append(k)
+    return codes, exponents
+
+
+def _mxfp4(x: np.ndarray, ties_down: bool) -> tuple[bytes, bytes]:
+    codes, scales = [], []
+    for part in x.reshape(-1, 32):
+        if np.isfinite(part).all():
+            k = _power_above(max(_amax(part), 6 * 2.0**-126), 6.0)
+            codes.append(_nearest_fp4(part / 2.0**k, ties_down))
+            scales.append(k + 127)
+        else:
+            codes.append(np.zeros(32, np.uint8))
+            scales.append(255)
+    return _nibbles(np.concatenate(codes)), bytes(scales)
+
+
+def _fp4_v41(x: np.ndarray) -> tuple[bytes, bytes]:
+    codes, scales = [], b""
+    for part in x.reshape(-1, 16):
+        if np.isfinite(part).all():
+            scale = _nearest_fp8(_fp32(np.array([max(_amax(part), 6 * 2.0**-9)]) / 6))
+            codes.append(_nearest_fp4(part / _from_fp8(scale), False))
+            scales += scale
+        else:
+            codes.append(np.zeros(16, np.uint8))
+            scales += bytes([_NAN_FP8])
+    return _nibbles(np.concatenate(codes)), scales
+
+
+def _nearest(x: np.ndarray, table: np.ndarray, ties_down: bool) -> np.ndarray:
+    """Index of the entry nearest to |x|, the last one beyond the end; a tie goes to the even index, or down."""
+    a = np.minimum(np.abs(x), table[-1])
+    high = np.searchsorted(table, a).clip(1, len(table) - 1)  # table[high - 1] < a <= table[high]
+    below, above = a - table[high - 1], table[high] - a
+    down = (below < above) | ((below == above) & (ties_down | ((high - 1) % 2 == 0)))
+    return np.where(a == 0, 0, np.where(down, high - 1, high))
+
+
+def _nearest_fp8(x: np.ndarray) -> bytes:
+    finite = np.isfinite(x)
+    codes = np.where(finite, _nearest(np.where(finite, x, 0.0), _FP8, False), _NAN_FP8)
+    return (codes + 128 * np.signbit(x)).astype(np.uint8).tobytes()
+
+
+def _nearest_fp4(x: np.ndarray, ties_down: bool) -> np.ndarray:
+    return (_nearest(x, _HALVES, ties_down) + 8 * np.signbit(x)).astype(np.uint8)
+
+
+def _nibbles(codes: np.ndarray) -> bytes:
+    return (codes[0::2] + 16 * codes[1::2]).astype(np.uint8).tobytes()
+
+
+def _from_fp8(data: bytes) -> np.ndarray:
+    codes = np.frombuffer(data, np.uint8)
+    table = np.append(_FP8, np.nan)
+    return table[codes % 128] * np.where(codes < 128, 1.0, -1.0)
+
+
+def _from_fp4(data: bytes) -> np.ndarray:
+    packed = np.frombuffer(data, np.uint8)
+    codes = np.stack([packed % 16, packed // 16], axis=-1).reshape(-1)
+    return _HALVES[codes % 8] * np.where(codes < 8, 1.0, -1.0)
+
+
+def _powers(data: bytes) -> np.ndarray:
+    exponents = np.frombuffer(data, np.uint8).astype(np.float64)
+    return np.where(exponents == 255, np.nan, 2.0 ** (exponents - 127))
+
+
+def _fp32(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return x.astype(np.float32).astype(np.float64)
+
+
+def _bf16(x: np.ndarray) -> bytes:
+    """fp64 values that bf16 can hold -> bytes; every NaN is 0x7fc0, and what overflows fp32 is infinity."""
+    bits = _fp32(x).astype(np.float32).view(np.uint32) >> 16
+    return np.where(np.isnan(x), 0x7FC0, bits).astype(np.uint16).tobytes()
+
+
+def _from_bf16(data: bytes) -> np.ndarray:
+    return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
