@@ -1,6 +1,7 @@
 """Tiny checkpoints on disk, in the official and the transformers naming, single file or sharded."""
 
 import json
+from dataclasses import replace
 
 import torch
 from safetensors.torch import save_file
@@ -44,6 +45,8 @@ MODEL = ModelConfig(
     index_head_dim=8,
     overlap_ratios=(4,),
 )
+WIDE = replace(MODEL, head_dim=512, rope_dim=64, index_head_dim=128)
+"""The same with the heads of DeepSeek-V4, for cache formats that want them."""
 SCHEMES = {
     "official": (
         "layers.{}.attn.compressor.",
@@ -63,7 +66,7 @@ SCHEMES = {
 }
 
 
-def tensors(scheme="official", seed=0):
+def tensors(scheme="official", seed=0, model=MODEL):
     """All compressor tensors of the tiny model, dtypes as published, with some neighbours that are none of ours."""
     gen = torch.Generator().manual_seed(seed)
     main, indexer, leaves = SCHEMES[scheme]
@@ -72,7 +75,7 @@ def tensors(scheme="official", seed=0):
         for base, part in ((main, "main"), (indexer, "indexer")):
             if ratio == 0 or (part == "indexer" and ratio != 4):
                 continue
-            spec = CompressorSpec.for_layer(MODEL, layer, part)
+            spec = CompressorSpec.for_layer(model, layer, part)
             values = (
                 torch.randn(spec.width, HIDDEN, generator=gen).bfloat16(),
                 torch.randn(spec.width, HIDDEN, generator=gen).bfloat16(),
@@ -86,11 +89,12 @@ def tensors(scheme="official", seed=0):
     return out
 
 
-def write(folder, scheme="official", change=lambda t: t, shards=1):
+def write(folder, scheme="official", change=lambda t: t, shards=1, model=MODEL):
     """Write config.json and safetensors; ``change`` edits the tensors first."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    all_tensors = change(tensors(scheme))
+    heads = {"head_dim": model.head_dim, "qk_rope_head_dim": model.rope_dim, "index_head_dim": model.index_head_dim}
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **heads}))
+    all_tensors = change(tensors(scheme, model=model))
     names = sorted(all_tensors)
     if shards == 1:
         save_file(all_tensors, folder / "model.safetensors")

@@ -14,6 +14,8 @@ import kvcondense
 from checkpoints import HIDDEN, write
 from kvcondense.cli import app, main
 from kvcondense.conformance.mutants import MUTANTS
+from kvcondense.formats import FORMATS, describe
+from kvcondense.golden.calibrated import kinds_of
 from kvcondense.stream import Sequence
 
 OUTPUTS = ["kv", "kv_state", "score_state", "kv_cache", "kv_bytes"]
@@ -101,7 +103,68 @@ def test_verify_refuses_with_status_2(words):
     invoke("verify", *words.split(), status=2)
 
 
-@pytest.mark.parametrize("command", ["verify", "compress", "info"])
+FITTING = [(kind, name) for name, fmt in FORMATS.items() for kind in kinds_of(fmt)]
+REFUSED = [("hca", "mxfp4_indexer"), ("csa", "int8_indexer"), ("indexer", "fp8_model1")]
+
+
+@pytest.mark.parametrize(("kind", "name"), FITTING)
+def test_verify_passes_in_every_format_that_fits(kind, name):
+    report = stdout_json("verify", "--kind", kind, "--format", name, "--history", 1000, "--batch", 2, "--json", "-")
+    assert list(report["outputs"]) == OUTPUTS
+    assert report["case"]["format"] == name
+    assert report["outputs"]["kv_bytes"]["worst"] == 0.0
+    quantised = name not in ("bf16", "fp32")
+    assert (report["outputs"]["kv_cache"]["worst"] > 0.02) == quantised
+
+
+@pytest.mark.parametrize(("kind", "name"), REFUSED)
+def test_verify_refuses_formats_that_do_not_fit_with_the_reason(kind, name):
+    result = CliRunner().invoke(app, ["verify", "--kind", kind, "--format", name])
+    assert isinstance(result.exception, kvcondense.KvCondenseError)
+    wanted = f"head_dim {FORMATS[name].head_dim} for {name} ({FORMATS[name].summary})"
+    assert wanted in str(result.exception)
+
+
+@pytest.mark.parametrize("name", ["scale-floor-on-scale", "pad-unwritten", "scales-inline"])
+def test_wrong_bytes_are_caught_in_the_formats_own_case(name):
+    text = invoke("verify", "--kind", "hca", "--format", "fp8_model1", "--history", 300, "--mutant", name, status=1)
+    blind = name == "scale-floor-on-scale"  # rows of unit RMS are far above the floor
+    assert ("CAUGHT by bytes-fp8_model1" if blind else "CAUGHT by this case") in text
+    assert "kv_bytes     PASS" in text if blind else "kv_bytes     FAIL" in text
+
+
+def test_info_lists_formats():
+    assert invoke("info", "--formats", "--names").split("\n") == [*FORMATS, ""]
+    assert all(name in invoke("info", "--formats") for name in FORMATS)
+    assert invoke("info", "--formats", "--markdown") == describe.markdown()
+    report = stdout_json("info", "--formats", "--json", "-")
+    assert [row["format"] for row in report["formats"]] == list(FORMATS)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_info_shows_a_format(name):
+    text = invoke("info", "--format", name, "--head-dim", 64)
+    fmt = FORMATS[name]
+    for f in fmt.fields(fmt.head_dim or 64):
+        assert f"| {f.name} 0" in text
+    assert ("| tail |" in text) == (fmt.align > 1)
+
+
+def test_info_measures_the_error():
+    text = invoke("info", "--format", "fp8_model1", "--error")
+    assert "cosine 0.999" in text
+    report = stdout_json("info", "--format", "mxfp4_indexer", "--error", "--json", "-")
+    assert list(report["error"]) == report["kinds"] == ["indexer"]
+    assert 0 < report["error"]["indexer"]["mean"] < report["error"]["indexer"]["max"] < 1
+    assert "holds" in report["bytes"][0]
+
+
+@pytest.mark.parametrize("words", ["--names", "--markdown", "--error", "--format x", "--format bf16 --head-dim 0"])
+def test_info_refuses_with_status_2(words):
+    invoke("info", *words.split(), status=2)
+
+
+@pytest.mark.parametrize("command", ["verify", "compress", "convert", "info"])
 def test_every_command_has_help_with_an_example_and_json(command):
     text = invoke(command, "--help")
     assert f"Example: kvcondense {command}" in text

@@ -19,8 +19,8 @@ def byte_map(fmt: CacheFormat, head_dim: int) -> list[dict[str, str]]:
         )
         lines.append({"field": f.name, "byte": start, "bytes": str(f.nbytes), "holds": _holds(fmt, f)})
     if fmt.scales_outside:
-        where = "one number" if fmt.tensor_scale else "[num_pages, P]"
-        lines.append({"field": SCALES, "byte": "outside", "bytes": "4", "holds": f"fp32 {where}, {_rule(fmt)}"})
+        where = "" if fmt.tensor_scale else "[num_pages, P]: "
+        lines.append({"field": SCALES, "byte": "outside", "bytes": "4", "holds": where + _rule(fmt)})
     return lines
 
 
@@ -80,7 +80,9 @@ def markdown() -> str:
         d = fmt.head_dim or EXAMPLE_DIM
         if len(fmt.fields(d)) == 1 and not fmt.scaled:
             continue
-        out += ["", f"### {fmt.name}", "", f"{fmt.summary[0].upper()}{fmt.summary[1:]}. Page stride {stride(fmt, d)}."]
+        example = "" if fmt.head_dim else f" (here d = {d})"
+        title = f"{fmt.summary[0].upper()}{fmt.summary[1:]}{example}. Page stride {stride(fmt, d)}."
+        out += ["", f"### {fmt.name}", "", title]
         out += ["", *_table(byte_map(fmt, d)), "", "```", *picture(fmt, d), "```"]
     return "\n".join(out) + "\n"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcondense.errors import RangeError, UnsupportedError
+from kvcondense.errors import RangeError, UnsupportedError, require_int
 from kvcondense.formats.elements import Element, pack_nibbles, unpack_nibbles
 from kvcondense.formats.scales import Scale, ScaleRule
 
@@ -91,6 +91,7 @@ class CacheFormat:
 
     def check(self, head_dim: int, rope_dim: int | None = None) -> None:
         """Raise UnsupportedError with the reason unless rows of this shape fit the format."""
+        require_int("head_dim", head_dim, 1)
         if self.head_dim is not None and head_dim != self.head_dim:
             raise UnsupportedError(
                 "format", f"head_dim {self.head_dim} for {self.name} ({self.summary})", f"head_dim {head_dim}"
@@ -178,7 +179,8 @@ class CacheFormat:
     ) -> torch.Tensor:
         """How far :meth:`decode` may lie from rows [E, head_dim], elementwise, if nothing saturated: half a step.
 
-        The step of a small float grows with the value: relative * |x| + absolute * s.
+        The step of a small float grows with the value: relative * |x| + absolute * s. A scale that was itself rounded
+        down (e4m3) may also clip the largest values of its block, by as much as it was rounded.
         """
         if self.through is not None:
             inner = self.through
@@ -189,8 +191,11 @@ class CacheFormat:
             values = x[:, part.start : part.stop].abs()
             scales = self._scales(part, stored, tensor_scale)
             absolute = torch.full_like(values, part.element.absolute)
-            if scales is not None:
+            if part.scale is not None and scales is not None:
                 absolute = _blockwise(absolute, scales)
+                clipped = values - _blockwise(torch.full_like(values, part.element.largest), scales)
+                slack = part.element.largest * part.scale.rounding(scales)
+                absolute += clipped.clamp(min=0).minimum(_blockwise(torch.ones_like(values), slack))
             # 2^-20: x / s, 1 / s and q * s are rounded to fp32.
             pieces.append(values * (part.element.relative + 2.0**-20) + absolute)
         return torch.cat(pieces, dim=-1)

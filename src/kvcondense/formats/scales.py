@@ -76,6 +76,12 @@ class ScaleRule:
             return decode_ue8m0(stored)
         return E4M3.decode(stored) if self.kind is Scale.E4M3_BYTE else stored
 
+    def rounding(self, scales: torch.Tensor) -> torch.Tensor:
+        """How much less than the exact scale ``scales`` may be; power-of-two scales are rounded up, never down."""
+        if self.kind is Scale.E4M3_BYTE:
+            return scales * E4M3.relative + E4M3.absolute
+        return torch.zeros_like(scales)
+
     def exponent(self, amax: torch.Tensor, element: Element) -> torch.Tensor:
         """Power-of-two rules: log2 of the scale, [E, blocks] int32."""
         exponent = ceil_log2_ratio(amax, element.largest)
