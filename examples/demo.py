@@ -3,7 +3,8 @@
 Makes a model with transformers (real head_dim 512, RoPE 64, ratios 4 and 128, an indexer; narrow everywhere else),
 saves it, runs a text through it and keeps what enters and leaves each compressor. Then the ``kvcondense compress``
 command runs on the saved checkpoint and the captured hidden states, in fp32 and in bf16, in one go, in chunks, and
-interrupted and resumed; its rows are compared with those that transformers computed.
+interrupted and resumed; its rows are compared with those that transformers computed. Last, the cache as an engine
+holds it, in FP8 and MXFP4, compressed directly and converted from bf16.
 
 Run: make demo, or python examples/demo.py --out build/demo
 """
@@ -105,10 +106,15 @@ def read_text(model: Any, hidden_file: Path) -> dict[tuple[int, str], torch.Tens
 
 def compress(folder: Path, layer: int, out: str, *options: str) -> Path:
     """Run the command as a user would, on the checkpoint and the hidden states in ``folder``."""
-    command = [sys.executable, "-m", "kvcondense", "compress", "--checkpoint", folder / "model", "--layer", layer]
-    command += ["--hidden", folder / "hidden.safetensors", "--out", folder / out, *options]
-    subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
-    return folder / out
+    inputs = ("--checkpoint", folder / "model", "--layer", layer, "--hidden", folder / "hidden.safetensors")
+    return command("compress", *inputs, "--out", folder / out, *options)
+
+
+def command(*words: object) -> Path:
+    """Run ``kvcondense`` with these words; returns the file after --out."""
+    line = [sys.executable, "-m", "kvcondense", *(str(word) for word in words)]
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+    return Path(line[line.index("--out") + 1])
 
 
 def exact_rows(folder: Path, layer: int, part: str) -> torch.Tensor:
@@ -230,6 +236,13 @@ def main() -> int:
         resumed = compress(folder, layer, f"layer{layer}-resumed.safetensors", "--resume")
         same = all(filecmp.cmp(whole, other, shallow=False) for other in (chunked, resumed))
         report.check(f"layer {layer}: files byte-equal", same, f"{whole.stat().st_size} bytes")
+        formats = ("--format", "fp8_model1", *(("--indexer-format", "mxfp4_indexer") if layer == CSA else ()))
+        direct = compress(folder, layer, f"layer{layer}-engine.safetensors", *formats)
+        converted = command("convert", whole, "--out", folder / f"layer{layer}-converted.safetensors", *formats)
+        same = filecmp.cmp(direct, converted, shallow=False)
+        report.check(
+            f"layer {layer}: {' '.join(formats[1::2])}", same, f"{direct.stat().st_size} bytes, also converted"
+        )
     draw(picture, errors, out / "demo.png")
     seconds = time.perf_counter() - begun
     print(

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from kvcondense.cli import app
 from kvcondense.cli.info import HEADINGS, compressors
+from kvcondense.formats import FORMATS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 COMMANDS = re.findall(r"^kvcondense ((?:verify|info)[^#\n]*)", README, flags=re.MULTILINE)
@@ -37,6 +38,10 @@ def test_the_table_is_what_info_prints():
     lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
     lines += ["| " + " | ".join(row[h] for h in HEADINGS) + " |" for row in compressors()]
     assert "\n".join(lines) in README
+
+
+def test_the_number_of_formats_is_right():
+    assert f"{len(FORMATS)} cache formats" in README
 
 
 def test_targets_of_make_exist():

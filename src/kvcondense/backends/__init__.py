@@ -21,7 +21,8 @@ class Step:
     """One validated call. A backend may write ``rows``, ``latent``, ``state`` and ``cache``, and nothing else.
 
     kv_score [T, projected]; ape [r, N] or None; gamma [d]. rows [E, d] fp32 takes the finished rows, latent [E, d] (if
-    not None) the rows before RoPE; E is plan.num_windows, and rows of padding entries are left as they are.
+    not None) the rows before RoPE; E is plan.num_windows, and rows of padding entries are left as they are. The bytes
+    of ``cache`` follow from its format's fields; a backend that does not check values says so for a ``strict`` cache.
     """
 
     spec: CompressorSpec
