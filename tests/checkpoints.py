@@ -1,4 +1,4 @@
-"""Tiny checkpoints on disk, in the official and the transformers naming, single file or sharded."""
+"""Tiny checkpoints on disk, in the official and the transformers naming, and files streamed through them."""
 
 import json
 from dataclasses import replace
@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from kvcondense import CompressorSpec, ModelConfig
 from kvcondense.config import Yarn
+from kvcondense.stream import HiddenFile, Sequence
 
 HIDDEN = 32
 CONFIG = {
@@ -106,3 +107,14 @@ def write(folder, scheme="official", change=lambda t: t, shards=1, model=MODEL):
         weight_map |= dict.fromkeys(names[i::shards], file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+def run(model, hidden, out, layer=1, chunk=64, stops=(), **options):
+    """Compress to ``out``, stopping and resuming after each of ``stops`` tokens."""
+    for i, stop in enumerate([*stops, None]):
+        sequence = Sequence.start(model, layer, **options)
+        if i:
+            sequence.resume(out)
+        sequence.feed(HiddenFile.open(hidden, layer), chunk=chunk, limit=stop)
+        sequence.save(out)
+    return out

@@ -8,12 +8,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from checkpoints import HIDDEN, WIDE, write
+from checkpoints import HIDDEN, WIDE, run, write
 from kvcondense import KvCondenseError
 from kvcondense.cachefile import CacheFile, first_difference
 from kvcondense.cli import app
 from kvcondense.formats import FORMATS
-from kvcondense.stream import HiddenFile, Sequence
+from kvcondense.stream import Sequence
 
 TOKENS = 300
 CSA, HCA = 1, 2
@@ -32,16 +32,6 @@ def hidden(tmp_path_factory):
     x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
     save_file({"hidden_states": x}, file)
     return file
-
-
-def run(model, hidden, out, layer=CSA, chunk=128, stops=(), **options):
-    for i, stop in enumerate([*stops, None]):
-        sequence = Sequence.start(model, layer, **options)
-        if i:
-            sequence.resume(out)
-        sequence.feed(HiddenFile.open(hidden, layer), chunk=chunk, limit=stop)
-        sequence.save(out)
-    return out
 
 
 def options(main="bf16", indexer="bf16"):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from checkpoints import HIDDEN, MODEL, write
+from checkpoints import HIDDEN, MODEL, run, write
 from kvcondense import CompressorSpec, CompressorWeights, KvCondenseError, RaggedBatch, RopeTable
 from kvcondense.api import compress
 from kvcondense.stream import HiddenFile, Sequence
@@ -32,17 +32,6 @@ def hidden(tmp_path_factory):
     file = tmp_path_factory.mktemp("hidden") / "h.safetensors"
     save_file({f"layers.{layer}.hidden_states": hidden_states() for layer in (CSA, HCA)}, file)
     return file
-
-
-def run(model, hidden, out, layer=CSA, chunk=64, stops=(), **options):
-    """Compress to ``out``, stopping and resuming after each of ``stops`` tokens."""
-    for i, stop in enumerate([*stops, None]):
-        sequence = Sequence.start(model, layer, **options)
-        if i:
-            sequence.resume(out)
-        sequence.feed(HiddenFile.open(hidden, layer), chunk=chunk, limit=stop)
-        sequence.save(out)
-    return out
 
 
 @pytest.mark.parametrize("layer", [CSA, HCA])
