@@ -117,8 +117,7 @@ class Int8:
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         bits = fp32_bits(x)
         magnitude = (bits & _MAGNITUDE).clamp(max=_INFINITY)
-        # Beyond 2^8 only the saturation counts; the clamp keeps the shift of the rounding to the right.
-        number = _scaled_integer(magnitude.clamp(max=0x43800000), 0, True).clamp(max=127)
+        number = _scaled_integer(magnitude, 0, True).clamp(max=127)
         number = torch.where(magnitude == _INFINITY, 0, number)
         return torch.where(bits < 0, -number, number).to(torch.int8)
 
@@ -213,10 +212,11 @@ def fp32_bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def _scaled_integer(magnitude: torch.Tensor, exponent: int, ties_to_even: bool) -> torch.Tensor:
-    """round(|x| * 2^exponent) from the bits of |x|, for results below 2^22."""
+    """round(|x| * 2^exponent) from the bits of |x|; from 2^22 on something larger than that."""
     biased = magnitude >> 23
     full = (magnitude & _MANTISSA) | torch.where(biased > 0, 1 << 23, 0)
-    # |x| = full * 2^(max(biased, 1) - 150); from a shift of 25 on, the 24 bits round to 0.
+    # |x| = full * 2^(max(biased, 1) - 150); from a shift of 25 on, the 24 bits round to 0. Large values need a shift to
+    # the left, but they saturate whatever it is.
     shift = (150 - exponent - biased.clamp(min=1)).clamp(1, 25)
     return _shift_right(full, shift.to(torch.int32), ties_to_even)
 
