@@ -13,7 +13,7 @@ from kvcondense import KvCondenseError
 from kvcondense.cachefile import CacheFile, first_difference
 from kvcondense.cli import app
 from kvcondense.formats import FORMATS
-from kvcondense.stream import Sequence
+from kvcondense.stream import HiddenFile, Sequence
 
 TOKENS = 300
 CSA, HCA = 1, 2
@@ -80,6 +80,48 @@ def test_converting_back_keeps_the_values_and_says_what_happened(model, hidden, 
     if main != "fp32":
         with pytest.raises(KvCondenseError, match=r"parts\.main\.converted_from"):
             Sequence.start(model, CSA, format="fp32", indexer_format="bf16").resume(tmp_path / "back")
+
+
+def test_every_lossy_step_is_recorded(model, hidden, tmp_path):
+    file = CacheFile.load(run(model, hidden, tmp_path / "out", HCA, **options("fp8_model1")))
+    twice = file.convert({"main": "fp4_v41"}).convert({"main": "fp4_v41"}).convert({"main": "fp32"})
+    assert twice.parts["main"].converted_from == ("fp8_model1", "fp4_v41")
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 7])
+def test_no_row_and_one_row(model, hidden, tmp_path, tokens):
+    sequence = Sequence.start(model, CSA)
+    sequence.feed(HiddenFile.open(hidden, CSA), limit=tokens)
+    file = sequence.file().convert({"main": "fp8_model1", "indexer": "int8_indexer"})
+    file.save(tmp_path / "out")
+    slots = torch.arange(tokens // 4)
+    for name, part in CacheFile.load(tmp_path / "out").parts.items():
+        rows = sequence.parts[name].cache.decode_rows(slots)
+        assert part.cache.decode_rows(slots).shape == rows.shape == (tokens // 4, part.spec.head_dim)
+        assert (part.cache.decode_rows(slots) - rows).abs().sum() < 0.1 * rows.abs().sum() or not slots.shape[0]
+
+
+def test_an_interrupted_feed_leaves_no_rows_that_are_not_there_yet(model, hidden, tmp_path):
+    chosen = options("fp8_model1", "int8_indexer")
+    whole = run(model, hidden, tmp_path / "whole", **chosen).read_bytes()
+    sequence = Sequence.start(model, CSA, **chosen)
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sequence.feed(HiddenFile.open(hidden, CSA), chunk=50, progress=stop)
+    sequence.save(tmp_path / "out")
+    assert {k: v.shape[0] for k, v in load_file(tmp_path / "out").items() if "indexer" in k and "state" not in k} == {
+        "indexer.rows": 12,
+        "indexer.scales": 12,
+    }
+    sequence = Sequence.start(model, CSA, **chosen)
+    sequence.resume(tmp_path / "out")
+    assert all(c.cache.strict for c in sequence.parts.values()), "the mode is the reader's, not the file's"
+    sequence.feed(HiddenFile.open(hidden, CSA))
+    sequence.save(tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == whole
 
 
 def test_pages_in_the_file_are_those_of_an_engine(model, hidden, tmp_path):

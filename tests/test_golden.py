@@ -61,6 +61,24 @@ def test_fused_profile_passes_against_its_own_reference():
     assert all(r.passed for r in results.values()), results
 
 
+@pytest.mark.parametrize(("kind", "format"), [("hca", "fp8_model1"), ("csa", "mxfp8_v41_window")])
+def test_quantised_values_are_compared_with_the_row_before(kind, format):
+    results = verify(kind=kind, history=300, format=format)
+    assert all(r.passed for r in results.values()), results
+    saturated = verify(MUTANTS["scale-rounded-down"], kind=kind, history=300, format=format)
+    assert not saturated["kv_cache"].passed
+    assert not saturated["kv_bytes"].passed
+    assert saturated["kv"].passed
+
+
+def test_bytes_of_no_row_are_canaries():
+    inputs = make_inputs(GoldenCase(kind="hca", batch=1, history=300, format="fp8_model1"))
+    bytes_, expected = run_backend(inputs, "reference").kv_bytes
+    assert torch.equal(bytes_, expected)
+    assert (bytes_ == 0xA5).sum() > 29 * 584
+    assert (bytes_[-100:] == 0xA5).all(), "32 rows of 584 bytes leave a tail"
+
+
 def test_golden_inputs_are_laid_out_as_in_the_original():
     inputs = make_inputs(GoldenCase(kind="hca", history=0, batch=3))
     shapes = {
