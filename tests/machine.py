@@ -4,10 +4,20 @@ from dataclasses import replace
 
 import torch
 
-from kvcondense import CompressorSpec, CompressorWeights, ModelConfig, PagedCache, RaggedBatch, RopeTable, StatePool
+from kvcondense import (
+    CompressorSpec,
+    CompressorWeights,
+    ModelConfig,
+    OnlineState,
+    PagedCache,
+    RaggedBatch,
+    RopeTable,
+    StatePool,
+)
 from kvcondense.api import condense
 from kvcondense.layout.snapshot import export_live
 from kvcondense.spec import Rounding
+from kvcondense.stages.online import settle
 
 PATTERN = 5.0
 CONFIG = replace(ModelConfig.DEMO, name="tiny", head_dim=16, rope_dim=8, index_head_dim=16, hidden_size=32)
@@ -25,6 +35,11 @@ SPECS = {
     "r1-overlap": CompressorSpec(ratio=1, head_dim=16, eps=1e-6, rope_dim=0, overlap=True),
     "gateless": CompressorSpec(ratio=4, head_dim=16, eps=1e-6, rope_dim=8, overlap=True, has_gate=False),
 }
+
+
+STATES = {"ring": {}, "paged": {"paged": True}, "online": {"online": True}}
+PAIRS = [(n, k) for n, s in SPECS.items() for k in STATES if k != "online" or not s.overlap]
+"""Every spec with every kind of state that can hold it."""
 
 
 def weights(spec, seed=0, hidden=None):
@@ -48,8 +63,11 @@ def tokens(spec, length, seed=0):
 class Machine:
     """Requests advance by ``feed``; what ``cache_of`` and ``live_of`` return must not depend on how they got there."""
 
-    def __init__(self, spec, sequences, *, paged=False, max_draft=0, seed=0, dtype=torch.float32, impl="auto", extra=2):
-        self.spec, self.sequences, self.impl, self.paged = spec, sequences, impl, paged
+    def __init__(
+        self, spec, sequences, *, paged=False, online=False, max_draft=0, seed=0, dtype=torch.float32, impl="auto"
+    ):
+        self.spec, self.sequences, self.impl, self.paged, self.online = spec, sequences, impl, paged, online
+        extra = 2  # slots that nobody owns
         self.weights = weights(spec)
         longest = max((s.shape[0] for s in sequences), default=0) + max_draft + 1
         self.rope = rope(spec, longest)
@@ -62,7 +80,10 @@ class Machine:
             self.state_table = torch.randperm(n * pages + 1, generator=gen)[: n * pages].view(n, pages)
             self.slots = None
         else:
-            self.state = StatePool.ring(spec, n + extra, spec.required_ring_rows(max_draft), dtype=dtype)
+            if online:
+                self.state = OnlineState.allocate(spec, n + extra, max_draft)
+            else:
+                self.state = StatePool.ring(spec, n + extra, spec.required_ring_rows(max_draft), dtype=dtype)
             self.slots = torch.randperm(n + extra, generator=gen)[:n]
             self.state_table = None
         cache_pages = longest // spec.ratio // PAGE + 1
@@ -114,14 +135,21 @@ class Machine:
         slot = self.table[q][c // PAGE] * PAGE + c % PAGE
         return self.cache.rows[slot // PAGE, slot % PAGE].view(torch.int16)
 
+    def at(self, q):
+        """Request ``q`` where it stands, without tokens."""
+        return batch_of_one(self.batch([0] * len(self.sequences)), q)
+
     def live_of(self, q):
-        """Live state rows, as raw bits."""
-        batch = self.batch([0] * len(self.sequences))
-        return export_live(self.spec, self.state, batch_of_one(batch, q)).view(torch.int32)
+        """Live state rows (of an online state: the running values at the committed position), as raw bits."""
+        if self.online:
+            return settle(self.spec, self.state, self.at(q), self.weights.ape).view(torch.int32)
+        return export_live(self.spec, self.state, self.at(q)).view(torch.int32)
 
     def whole(self, q):
         """A fresh machine that takes the committed tokens of request ``q`` in one call, alone."""
-        alone = Machine(self.spec, [self.sequences[q][: self.done[q]]], seed=99, dtype=self.state.data.dtype)
+        alone = Machine(
+            self.spec, [self.sequences[q][: self.done[q]]], seed=99, dtype=self.state.dtype, online=self.online
+        )
         alone.feed([self.done[q]])
         return alone
 

@@ -10,6 +10,7 @@ NAMES = {
     "CompressorWeights",
     "KvCondenseError",
     "ModelConfig",
+    "OnlineState",
     "PagedCache",
     "Plan",
     "RaggedBatch",

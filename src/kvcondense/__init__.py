@@ -5,6 +5,7 @@ from kvcondense.config import ModelConfig
 from kvcondense.errors import KvCondenseError
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
 from kvcondense.rope_table import RopeTable
@@ -18,6 +19,7 @@ __all__ = [
     "CompressorWeights",
     "KvCondenseError",
     "ModelConfig",
+    "OnlineState",
     "PagedCache",
     "Plan",
     "RaggedBatch",

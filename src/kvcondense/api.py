@@ -11,6 +11,7 @@ from kvcondense.backends import Backend, Step, backend_names, get_backend, selec
 from kvcondense.errors import DeviceError, RangeError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
 from kvcondense.numerics import compute_dtype
@@ -61,7 +62,7 @@ def condense(
     batch: RaggedBatch,
     *,
     plan: Plan | None = None,
-    state: StatePool | None = None,
+    state: StatePool | OnlineState | None = None,
     cache: PagedCache | None = None,
     latent: bool = False,
     impl: str | Backend = "auto",
@@ -108,7 +109,7 @@ def compress(
     batch: RaggedBatch,
     *,
     plan: Plan | None = None,
-    state: StatePool | None = None,
+    state: StatePool | OnlineState | None = None,
     cache: PagedCache | None = None,
     latent: bool = False,
     impl: str | Backend = "auto",
@@ -125,7 +126,7 @@ def explain(
     rope: RopeTable | None,
     batch: RaggedBatch,
     *,
-    state: StatePool | None = None,
+    state: StatePool | OnlineState | None = None,
     cache: PagedCache | None = None,
 ) -> dict[str, str | None]:
     """For each backend: None if it can run this ``condense`` call, else the reason. Writes nothing."""
@@ -140,7 +141,7 @@ def _step(
     rope: RopeTable | None,
     batch: RaggedBatch,
     plan: Plan | None,
-    state: StatePool | None,
+    state: StatePool | OnlineState | None,
     cache: PagedCache | None,
     latent: bool,
 ) -> Step:

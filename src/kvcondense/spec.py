@@ -128,6 +128,13 @@ class CompressorSpec:
         """
         return max(0, (length // self.ratio) * self.ratio - (self.halves - 1) * self.ratio)
 
+    def seed_rows(self, position: int) -> int:
+        """State rows that a request needs to go on at ``position``: positions live_start(position) .. position - 1.
+
+        0 at a window boundary without overlap, the previous window (4 for ratio 4) with overlap.
+        """
+        return require_int("position", position, 0) - self.live_start(position)
+
     def required_ring_rows(self, max_draft: int) -> int:
         """State rows per request so that the last ``max_draft`` rows of a step may be rejected.
 

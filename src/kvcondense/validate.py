@@ -7,6 +7,7 @@ import torch
 from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeError, ShapeError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool, check_stateless
 from kvcondense.rope_table import RopeTable
@@ -52,7 +53,7 @@ def step(
     weights: CompressorWeights,
     rope: RopeTable | None,
     plan: Plan,
-    state: StatePool | None,
+    state: StatePool | OnlineState | None,
     cache: PagedCache | None,
 ) -> None:
     """Check that everything a step touches fits together and that its state is the one it continues from."""
@@ -76,13 +77,17 @@ def step(
 
 
 def batch_and_plan(
-    spec: CompressorSpec, batch: RaggedBatch, plan: Plan | None, state: StatePool | None, cache: PagedCache | None
+    spec: CompressorSpec,
+    batch: RaggedBatch,
+    plan: Plan | None,
+    state: StatePool | OnlineState | None,
+    cache: PagedCache | None,
 ) -> None:
     """Check the types of a call before a plan is built from them."""
     require("spec", spec, CompressorSpec)
     require("batch", batch, RaggedBatch)
     if state is not None:
-        require("state", state, StatePool)
+        require("state", state, (StatePool, OnlineState))
     if cache is not None:
         require("cache", cache, PagedCache)
     if plan is not None:
@@ -144,14 +149,14 @@ def _cache(spec: CompressorSpec, cache: PagedCache | None, plan: Plan, device: t
     slots(plan.window_slot, cache, "slot_mapping" if plan.batch.block_table is None else "block_table")
 
 
-def _state(spec: CompressorSpec, state: StatePool | None, plan: Plan, device: torch.device) -> None:
+def _state(spec: CompressorSpec, state: StatePool | OnlineState | None, plan: Plan, device: torch.device) -> None:
     if plan.state_layout != (None if state is None else state.layout):
         raise KvCondenseError("plan", "a plan for the layout of this state", f"{plan.state_layout}")
     if state is None:
         check_stateless(spec, plan.batch)
         return
-    if state.data.shape[1] != spec.state_dim:
-        raise ShapeError("state", f"rows of {spec.state_dim} channels", f"{state.data.shape[1]}")
-    if state.data.device != device:
-        raise DeviceError("state", f"device {device}", state.data.device)
+    if state.state_dim != spec.state_dim:
+        raise ShapeError("state", f"rows of {spec.state_dim} channels", f"{state.state_dim}")
+    if state.device != device:
+        raise DeviceError("state", f"device {device}", state.device)
     state.check_continues(spec, plan.batch)

@@ -6,17 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcondense import PagedCache, RaggedBatch, StatePool, condense
-from machine import PATTERN, SPECS, Machine, rope, same, tokens, weights
+from machine import PAIRS, PATTERN, SPECS, STATES, Machine, rope, same, tokens, weights
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 @given(data=st.data())
-def test_slot_order_neighbours_and_padding_do_not_matter(name, data):
+def test_slot_order_neighbours_and_padding_do_not_matter(name, kind, data):
     spec = SPECS[name]
     n = data.draw(st.integers(2, 4))
     lengths = [data.draw(st.integers(0, 2 * spec.window + 3)) for _ in range(n)]
-    machine = Machine(spec, [tokens(spec, m, i) for i, m in enumerate(lengths)], seed=data.draw(st.integers(0, 5)))
-    machine.state.data.fill_(float("nan"))
+    seed = data.draw(st.integers(0, 5))
+    machine = Machine(spec, [tokens(spec, m, i) for i, m in enumerate(lengths)], seed=seed, **STATES[kind])
+    if kind != "paged":
+        machine.state.reset(range(n))
     first = [data.draw(st.integers(0, m)) for m in lengths]
     for counts in (first, [m - f for m, f in zip(lengths, first, strict=True)]):
         machine.feed(counts, order=data.draw(st.permutations(range(n))), padding=data.draw(st.integers(0, 5)))
@@ -25,12 +27,12 @@ def test_slot_order_neighbours_and_padding_do_not_matter(name, data):
         same(machine.live_of(q), machine.whole(q).live_of(0))
 
 
-@pytest.mark.parametrize("name", ["csa", "hca", "r8-overlap"])
+@pytest.mark.parametrize(("name", "kind"), [p for p in PAIRS if p[0] in ("csa", "hca", "r8-overlap", "r8")])
 @pytest.mark.parametrize("length", ["0", "1", "r-1", "r", "r+1", "W", "W+1"])
-def test_recycled_slot_keeps_nothing_of_its_last_occupant(name, length):
+def test_recycled_slot_keeps_nothing_of_its_last_occupant(name, kind, length):
     spec = SPECS[name]
     n = eval(length, {"r": spec.ratio, "W": spec.window})
-    machine = Machine(spec, [tokens(spec, 2 * spec.window + 1)])
+    machine = Machine(spec, [tokens(spec, 2 * spec.window + 1)], **STATES[kind])
     machine.feed([2 * spec.window + 1])
     machine.sequences[0] = tokens(spec, n + spec.window, 8)
     machine.done = [0]

@@ -5,15 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from machine import SPECS, Machine, same, tokens
+from machine import PAIRS, SPECS, STATES, Machine, same, tokens
 
 JUNK = (float("nan"), float("inf"), 1e4, -1e4)
 
 
-@pytest.mark.parametrize("paged", [False, True], ids=["ring", "paged"])
-@pytest.mark.parametrize("name", ["csa", "hca", "r8", "r2-overlap", "r1", "gateless"])
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 @given(data=st.data())
-def test_verify_then_reject_equals_never_having_drafted(name, paged, data):
+def test_verify_then_reject_equals_never_having_drafted(name, kind, data):
     spec = SPECS[name]
     width = data.draw(st.integers(1, 8), label="width")
     start = data.draw(st.integers(0, 3 * spec.window), label="committed tokens")
@@ -22,7 +21,7 @@ def test_verify_then_reject_equals_never_having_drafted(name, paged, data):
     )
     total = start + sum(width - rejected for rejected, _ in rounds) + width + 2 * spec.window + 1
     other = tokens(spec, total + 9, 5)
-    machine = Machine(spec, [tokens(spec, total), other], paged=paged, max_draft=width)
+    machine = Machine(spec, [tokens(spec, total), other], max_draft=width, **STATES[kind])
     machine.feed([start, start // 2])
     for rejected, junk in rounds:
         # A verify step of the first request beside a decode step of another one.
@@ -43,12 +42,12 @@ def test_verify_then_reject_equals_never_having_drafted(name, paged, data):
     assert machine.cache_of(0).numel() > 0
 
 
-@pytest.mark.parametrize("name", ["csa", "hca", "r8"])
-def test_ring_of_exactly_the_required_rows_suffices(name):
+@pytest.mark.parametrize(("name", "kind"), [p for p in PAIRS if p[0] in ("csa", "hca", "r8") and p[1] != "paged"])
+def test_exactly_the_required_rows_suffice(name, kind):
     spec = SPECS[name]
     for width in range(1, 9):
         for length in range(3 * spec.ratio) if spec.ratio < 100 else (0, 1, 127, 128, 129, 255, 256):
-            machine = Machine(spec, [tokens(spec, length + width + spec.window)], max_draft=width)
+            machine = Machine(spec, [tokens(spec, length + width + spec.window)], max_draft=width, **STATES[kind])
             machine.feed([length])
             machine.feed([width], drafts=width, junk=float("nan"), accept=0)
             machine.feed([spec.window])

@@ -10,6 +10,7 @@ import torch
 
 from kvcondense.errors import DtypeError, UnsupportedError
 from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
 from kvcondense.rope_table import RopeTable
@@ -31,7 +32,7 @@ class Step:
     ape: torch.Tensor | None
     gamma: torch.Tensor
     rope: RopeTable | None
-    state: StatePool | None
+    state: StatePool | OnlineState | None
     cache: PagedCache | None
     rows: torch.Tensor
     latent: torch.Tensor | None

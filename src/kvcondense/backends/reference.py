@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from kvcondense.backends import Step
+from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
-from kvcondense.stages import hadamard, norm, pool, rope, store, window
+from kvcondense.stages import hadamard, norm, online, pool, rope, store, window
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,17 @@ class ReferenceBackend:
     def run(self, step: Step) -> None:
         """tokens -> rows -> windows -> pool -> norm -> RoPE -> Hadamard -> cache; then keep what later steps read."""
         do, spec, plan = self.stages, step.spec, step.plan
-        state_dtype = None if step.state is None else step.state.data.dtype
+        state_dtype = None if step.state is None else step.state.dtype
         positions = do.token_positions(plan, step.kv_score.shape[0])
         tokens = do.state_rows(spec, step.kv_score, step.ape, positions, state_dtype)  # [T, state_dim]
         live = plan.window_request >= 0
         dense = plan.without_padding()
-        kv, score = do.gather(spec, dense, tokens, step.state, step.ape)  # [E, W, d]
-        row = do.norm(do.pool(kv, score), step.gamma, spec.eps, spec.rounding)  # [E, d]
+        acc = None
+        if isinstance(step.state, OnlineState):
+            pooled, acc = online.fold(spec, dense, tokens, step.state, step.ape)  # [E, d], [A, 3, d]
+        else:
+            pooled = do.pool(*do.gather(spec, dense, tokens, step.state, step.ape))  # [E, W, d] each -> [E, d]
+        row = do.norm(pooled, step.gamma, spec.eps, spec.rounding)  # [E, d]
         if step.latent is not None:
             step.latent[live] = row.to(step.latent.dtype)
         if step.rope is not None:
@@ -58,7 +63,10 @@ class ReferenceBackend:
         step.rows[live] = row.to(step.rows.dtype)
         if step.cache is not None:
             do.scatter(row, dense.window_slot, step.cache)
-        if step.state is not None:
+        if isinstance(step.state, OnlineState):
+            assert acc is not None
+            online.keep(dense, tokens, acc, step.state)
+        elif step.state is not None:
             do.keep(dense, tokens, step.state)
 
 

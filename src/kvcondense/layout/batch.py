@@ -87,6 +87,27 @@ class RaggedBatch:
                 raise RangeError(name, "at least 0, or -1", int(given[name].min()))
         return cls(qsl, starts, _drafts(draft_rows, lengths), **given)
 
+    @classmethod
+    def at(
+        cls,
+        position: int,
+        *,
+        state_slot: int | None = None,
+        state_pages: IntTensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> RaggedBatch:
+        """One request without tokens that stands at ``position``: what exporting and importing its state takes.
+
+        ``state_slot`` of a ring or an online state, or ``state_pages`` [pages], its row of a block table.
+        """
+        pages = None if state_pages is None else torch.as_tensor(state_pages, device=device)[None]
+        return cls.build(
+            torch.zeros(2, dtype=torch.int64, device=device),
+            start_positions=torch.tensor([position], device=device),
+            state_slots=None if state_slot is None else torch.tensor([state_slot], device=device),
+            state_block_table=pages,
+        )
+
     @property
     def lengths(self) -> torch.Tensor:
         """Tokens per request [R]."""

@@ -8,9 +8,11 @@ import torch
 
 from kvcondense.errors import KvCondenseError, RangeError, ShapeError, require
 from kvcondense.layout.batch import RaggedBatch, spread
-from kvcondense.layout.state import PagedLayout, RingLayout, live_starts
+from kvcondense.layout.online import OnlineLayout
+from kvcondense.layout.state import PagedLayout, RingLayout
 from kvcondense.spec import CompressorSpec
 
+Layout = RingLayout | PagedLayout | OnlineLayout
 WINDOW_FIELDS = ("window_request", "window_index", "window_slot")
 KEEP_FIELDS = ("keep_token", "keep_request", "keep_position", "keep_row")
 
@@ -27,7 +29,7 @@ class Plan:
     ratio: int
     overlap: bool
     batch: RaggedBatch
-    state_layout: RingLayout | PagedLayout | None
+    state_layout: Layout | None
     page_rows: int | None
     window_request: torch.Tensor
     window_index: torch.Tensor
@@ -43,7 +45,7 @@ class Plan:
         spec: CompressorSpec,
         batch: RaggedBatch,
         *,
-        state_layout: RingLayout | PagedLayout | None = None,
+        state_layout: Layout | None = None,
         page_rows: int | None = None,
     ) -> Plan:
         """Plan a step. A window is emitted when its last position, c * ratio + ratio - 1, is in the step.
@@ -54,7 +56,7 @@ class Plan:
         require("spec", spec, CompressorSpec)
         require("batch", batch, RaggedBatch)
         if state_layout is not None:
-            require("state_layout", state_layout, (RingLayout, PagedLayout))
+            require("state_layout", state_layout, (RingLayout, PagedLayout, OnlineLayout))
         if page_rows is not None and (isinstance(page_rows, bool) or not isinstance(page_rows, int) or page_rows < 1):
             raise RangeError("page_rows", "None or an integer of at least 1", repr(page_rows))
         if state_layout is not None:
@@ -68,13 +70,8 @@ class Plan:
         window = first[request] + offset
         last_token = batch.query_start_loc[request] + (window + 1) * spec.ratio - 1 - start[request]
         slot = _slots(batch, request, window, last_token, page_rows)
-        # Rows that some continuation, with all drafts rejected or none, can still read.
-        if state_layout is None:
-            keep = torch.zeros_like(end)
-            low = end
-        else:
-            low = torch.maximum(start, live_starts(spec, end - torch.where(active, batch.draft_rows, 0)))
-            keep = end - low
+        low = end if state_layout is None else torch.where(active, state_layout.keep_start(spec, batch), end)
+        keep = end - low
         keep_request, keep_offset = spread(keep)
         position = low[keep_request] + keep_offset
         row = state_layout.address(batch, keep_request, position) if state_layout is not None else position

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,15 +30,13 @@ class RingLayout:
         assert batch.state_slots is not None
         return batch.state_slots[request] * self.ring_rows + position % self.ring_rows
 
+    def keep_start(self, spec: CompressorSpec, batch: RaggedBatch) -> torch.Tensor:
+        """First position of each request [R] whose row is kept."""
+        return _keep_start(spec, batch)
+
     def check(self, batch: RaggedBatch, spec: CompressorSpec) -> None:
         """Raise unless the slots exist, are not shared, and the ring is long enough for this step."""
-        if batch.state_slots is None:
-            raise ShapeError("state_slots", "one state slot per request (the state is a ring)", "None")
-        used = batch.state_slots[batch.active]
-        if bool((used >= self.num_slots).any()):
-            raise RangeError("state_slots", f"below {self.num_slots}", int(used.max()))
-        if used.unique().shape[0] != used.shape[0]:
-            raise RangeError("state_slots", "a slot of its own for each request", batch.state_slots.tolist())
+        check_slots(batch, self.num_slots)
         drafts = int(batch.draft_rows[batch.active].max()) if bool(batch.active.any()) else 0
         needed = spec.required_ring_rows(drafts)
         if self.ring_rows < needed:
@@ -62,6 +61,10 @@ class PagedLayout:
         assert batch.state_block_table is not None
         page = batch.state_block_table[request, position // self.page_rows]
         return page * self.page_rows + position % self.page_rows
+
+    def keep_start(self, spec: CompressorSpec, batch: RaggedBatch) -> torch.Tensor:
+        """First position of each request [R] whose row is kept."""
+        return _keep_start(spec, batch)
 
     def check(self, batch: RaggedBatch, spec: CompressorSpec) -> None:
         """Raise unless every page that this step reads or writes is in the table and exists."""
@@ -88,6 +91,42 @@ class PagedLayout:
         if bool(bad.any()):
             q, c = bad.nonzero()[0].tolist()
             raise RangeError(f"state_block_table[{q}, {c}]", f"a page in 0..{self.num_pages - 1}", int(table[q, c]))
+
+
+def check_slots(batch: RaggedBatch, num_slots: int) -> None:
+    """Raise unless every live request has a state slot of its own below ``num_slots``."""
+    if batch.state_slots is None:
+        raise ShapeError("state_slots", "one state slot per request (the state has slots)", "None")
+    used = batch.state_slots[batch.active]
+    if bool((used >= num_slots).any()):
+        raise RangeError("state_slots", f"below {num_slots}", int(used.max()))
+    if used.unique().shape[0] != used.shape[0]:
+        raise RangeError("state_slots", "a slot of its own for each request", batch.state_slots.tolist())
+
+
+def slot_index(name: str, slots: torch.Tensor | Sequence[int], limit: int, device: torch.device) -> torch.Tensor:
+    """``slots`` as int64 [n] in 0..limit - 1; raises DtypeError or RangeError otherwise."""
+    index = torch.as_tensor(slots, device=device)
+    if index.dim() != 1 or (index.numel() and index.dtype not in (torch.int32, torch.int64)):
+        raise DtypeError(name, "integers [n]", f"{index.dtype} {list(index.shape)}")
+    index = index.to(torch.int64)
+    if bool(((index < 0) | (index >= limit)).any()):
+        raise RangeError(name, f"values in 0..{limit - 1}", index.tolist())
+    return index
+
+
+def check_fork(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Raise unless every target is named once and is no source."""
+    if source.shape != target.shape:
+        raise ShapeError("target", f"{source.shape[0]} entries as the source", f"{target.shape[0]}")
+    if target.unique().shape[0] != target.shape[0] or bool(torch.isin(target, source).any()):
+        raise RangeError("target", "entries of its own, none of them a source", target.tolist())
+
+
+def _keep_start(spec: CompressorSpec, batch: RaggedBatch) -> torch.Tensor:
+    """First position of each request [R] that some continuation, with all drafts rejected or none, can still read."""
+    end = batch.start_positions + batch.lengths
+    return torch.maximum(batch.start_positions, live_starts(spec, end - batch.draft_rows))
 
 
 def live_starts(spec: CompressorSpec, length: torch.Tensor) -> torch.Tensor:
@@ -164,6 +203,51 @@ class StatePool:
         data = torch.empty(layout.num_rows, spec.state_dim, dtype=dtype, device=device)
         tags = torch.full((layout.num_rows,), -1, dtype=torch.int64) if data.device.type == "cpu" else None
         return cls(data, layout, tags)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    @property
+    def state_dim(self) -> int:
+        """Channels of a row."""
+        return self.data.shape[1]
+
+    def reset(self, slots: torch.Tensor | Sequence[int]) -> None:
+        """Forget what slots (of a ring) or pages hold: their rows become NaN, and continuing from them raises.
+
+        Not needed for correct rows, since a request that starts at 0 reads nothing: it makes mistakes visible.
+        Mutates data and tags. Raises RangeError for a slot or page that the pool lacks.
+        """
+        rows = self._blocks("slots", slots)
+        self.data[rows] = float("nan")
+        if self.tags is not None:
+            self.tags[rows] = -1
+
+    def fork(self, source: torch.Tensor | Sequence[int], target: torch.Tensor | Sequence[int]) -> None:
+        """Copy slots (of a ring) or pages ``source`` to ``target``, one to one: a second request goes on from there.
+
+        Mutates data and tags. Raises RangeError for a slot or page that the pool lacks, that is named twice as a
+        target, or that is source and target at once.
+        """
+        old, new = self._blocks("source", source), self._blocks("target", target)
+        check_fork(old[:, 0] // self._block_rows, new[:, 0] // self._block_rows)
+        self.data[new] = self.data[old]
+        if self.tags is not None:
+            self.tags[new] = self.tags[old]
+
+    @property
+    def _block_rows(self) -> int:
+        return self.layout.ring_rows if isinstance(self.layout, RingLayout) else self.layout.page_rows
+
+    def _blocks(self, name: str, blocks: torch.Tensor | Sequence[int]) -> torch.Tensor:
+        """State rows [n, rows of a block] of slots or pages."""
+        index = slot_index(name, blocks, self.layout.num_rows // self._block_rows, self.data.device)
+        return index[:, None] * self._block_rows + torch.arange(self._block_rows, device=index.device)
 
     def check_continues(self, spec: CompressorSpec, batch: RaggedBatch) -> None:
         """Raise StateMismatchError unless every stored row that ``batch`` may read holds the position it should."""

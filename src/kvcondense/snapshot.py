@@ -1,0 +1,160 @@
+"""Snapshots: the state of one request as a small safetensors payload, to go on elsewhere.
+
+Elsewhere: another process, slot, ring size, page size or kind of state. The payload is a header (schema, spec, dtype,
+position) and the live rows, or, from an online state, the running values of its open window. Its size depends on spec
+and position alone: nothing at a window boundary without overlap, the previous window with overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from kvcondense.errors import CheckpointError, DtypeError, KvCondenseError, ShapeError, StateMismatchError, require
+from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.online import OnlineState
+from kvcondense.layout.snapshot import export_live, import_live
+from kvcondense.layout.state import StatePool
+from kvcondense.spec import CompressorSpec
+from kvcondense.stages import online
+
+SCHEMA = 1
+_HEADER = "kvcondense"
+_MAX_HEADER_BYTES = 1 << 20
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def save_live(
+    spec: CompressorSpec, state: StatePool | OnlineState, batch: RaggedBatch, *, ape: torch.Tensor | None = None
+) -> bytes:
+    """The state of the one request of ``batch`` (:meth:`RaggedBatch.at`) as bytes.
+
+    rows [position - live_start(position), state_dim] in the pool's dtype, or, of an online state, acc [3, head_dim]
+    with accepted drafts folded (``ape`` is needed for that without a gate). Raises StateMismatchError if the state does
+    not hold the request at its position.
+    """
+    position = _one_request(batch)
+    tensors: dict[str, torch.Tensor] = {}
+    if isinstance(state, OnlineState):
+        _check_online(spec, state, batch)
+        if position % spec.ratio:
+            tensors["acc"] = online.settle(spec, state, batch, ape)[0].cpu()
+    else:
+        tensors["rows"] = export_live(spec, state, batch).cpu()
+    from safetensors.torch import save
+
+    header = _header(spec, position, state.dtype)
+    return save(tensors, metadata={_HEADER: json.dumps(header, sort_keys=True)})
+
+
+def load_live(
+    spec: CompressorSpec,
+    state: StatePool | OnlineState,
+    batch: RaggedBatch,
+    payload: bytes,
+    *,
+    ape: torch.Tensor | None = None,
+    convert: bool = False,
+) -> None:
+    """Put a payload of :func:`save_live` into ``state``, where the one request of ``batch`` has its slot or pages.
+
+    Rows fit rings, pages and online states; running values fit online states alone. Rows of another dtype are refused
+    unless ``convert``. Mutates ``state``. Raises CheckpointError for a payload that is none, KvCondenseError for one
+    of another spec or position, before anything is written.
+    """
+    position = _one_request(batch)
+    header, tensors = _parse(payload)
+    wanted = _header(spec, position, state.dtype)
+    for key, value in wanted.items():
+        if key != "dtype" and header.get(key) != value:
+            raise KvCondenseError(f"payload {key}", json.dumps(value), json.dumps(header.get(key)))
+    dtype = header["dtype"]
+    if dtype != wanted["dtype"] and not convert:
+        raise DtypeError("payload dtype", f"{wanted['dtype']} as the state (or convert=True)", dtype)
+    if "acc" in tensors or (isinstance(state, OnlineState) and "rows" not in tensors):
+        if not isinstance(state, OnlineState):
+            raise StateMismatchError("payload", "rows (a ring or pages cannot go on from running values)", "acc")
+        shapes = {"acc": ([3, spec.head_dim], torch.float32)} if position % spec.ratio else {}
+    else:
+        shapes = {"rows": ([spec.seed_rows(position), spec.state_dim], _DTYPES[dtype])}
+    if set(tensors) != set(shapes):
+        raise CheckpointError("payload", f"tensors {sorted(shapes)}", sorted(tensors))
+    for name, (shape, kind) in shapes.items():
+        if list(tensors[name].shape) != shape or tensors[name].dtype != kind:
+            got = f"{tensors[name].dtype} {list(tensors[name].shape)}"
+            raise ShapeError(f"payload {name}", f"{kind} {shape}", got)
+    if isinstance(state, OnlineState):
+        _load_online(spec, state, batch, tensors, ape)
+    else:
+        import_live(spec, state, batch, tensors["rows"].to(state.device, state.dtype))
+
+
+def _load_online(
+    spec: CompressorSpec,
+    state: OnlineState,
+    batch: RaggedBatch,
+    tensors: dict[str, torch.Tensor],
+    ape: torch.Tensor | None,
+) -> None:
+    _check_online(spec, state, None)
+    position = int(batch.start_positions[0])
+    acc = torch.tensor([float("-inf"), 0.0, 0.0])[:, None].repeat(1, spec.head_dim)[None]  # [1, 3, d]
+    if "acc" in tensors:
+        acc = tensors["acc"][None]
+    for i, row in enumerate(tensors.get("rows", torch.empty(0, spec.state_dim)).to(torch.float32)):
+        kv, score = row[None, : spec.head_dim], row[None, spec.head_dim :]
+        if not spec.has_gate:
+            first = position - tensors["rows"].shape[0]
+            score = torch.zeros_like(kv) if ape is None else ape.float()[(first + i) % spec.ratio][None]
+        acc = online.step(acc, kv, score)
+    assert batch.state_slots is not None
+    state.acc[batch.state_slots] = acc.to(state.device)
+    state.folded[batch.state_slots] = position
+    if state.tags is not None:
+        state.tags[batch.state_slots] = position
+
+
+def _check_online(spec: CompressorSpec, state: OnlineState, batch: RaggedBatch | None) -> None:
+    if state.state_dim != spec.state_dim or state.acc.shape[2] != spec.head_dim:
+        raise ShapeError("state", f"rows of {spec.state_dim} channels", f"{state.state_dim}")
+    if batch is not None:
+        state.check_at(spec, batch)
+
+
+def _one_request(batch: RaggedBatch) -> int:
+    require("batch", batch, RaggedBatch)
+    if batch.start_positions.shape[0] != 1:
+        raise ShapeError("batch", "one request", f"{batch.start_positions.shape[0]}")
+    return int(batch.start_positions[0])
+
+
+def _header(spec: CompressorSpec, position: int, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "spec": {**asdict(spec), "rounding": spec.rounding.value},
+        "position": position,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _parse(payload: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Header and tensors; sizes are checked before anything is read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    size = struct.unpack("<Q", payload[:8])[0] if len(payload) >= 8 else 0
+    if not 2 <= size <= min(_MAX_HEADER_BYTES, len(payload) - 8):
+        raise CheckpointError("payload", f"a safetensors header of at most {_MAX_HEADER_BYTES} bytes", size)
+    try:
+        metadata = json.loads(payload[8 : 8 + size]).get("__metadata__", {})
+        header = json.loads(metadata[_HEADER])
+        tensors = load(payload)
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError("payload", "the bytes of save_live", f"{type(error).__name__}: {error}") from error
+    if not isinstance(header, dict) or header.get("dtype") not in _DTYPES:
+        raise CheckpointError("payload header", f"a dtype of {', '.join(_DTYPES)}", json.dumps(header)[:200])
+    return header, tensors
