@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -108,6 +108,10 @@ class RaggedBatch:
             state_block_table=pages,
         )
 
+    def copy_(self, other: RaggedBatch) -> None:
+        """Take over the values of a batch of the same shape, in place: a captured graph reads these very tensors."""
+        copy_fields(self, other, [f.name for f in fields(self)])
+
     @property
     def lengths(self) -> torch.Tensor:
         """Tokens per request [R]."""
@@ -117,6 +121,23 @@ class RaggedBatch:
     def active(self) -> torch.Tensor:
         """Requests that read and write anything at all [R] bool."""
         return (self.start_positions >= 0) & (self.lengths > 0)
+
+
+def check_fields(target: object, source: object, names: Sequence[str]) -> None:
+    """Raise ShapeError unless the tensors called ``names`` have the same shapes in both, or are None in both."""
+    for name in names:
+        new, old = getattr(target, name), getattr(source, name)
+        if (new is None) != (old is None) or (new is not None and new.shape != old.shape):
+            shapes = ["None" if t is None else str(list(t.shape)) for t in (new, old)]
+            raise ShapeError(name, f"shape {shapes[0]}", shapes[1])
+
+
+def copy_fields(target: object, source: object, names: Sequence[str]) -> None:
+    """Copy tensors between two objects field by field, in place, after :func:`check_fields`."""
+    check_fields(target, source, names)
+    for name in names:
+        if getattr(target, name) is not None:
+            getattr(target, name).copy_(getattr(source, name))
 
 
 def spread(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

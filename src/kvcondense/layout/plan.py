@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvcondense.errors import KvCondenseError, RangeError, ShapeError, require
-from kvcondense.layout.batch import RaggedBatch, spread
+from kvcondense.layout.batch import RaggedBatch, check_fields, copy_fields, spread
 from kvcondense.layout.online import OnlineLayout
 from kvcondense.layout.state import PagedLayout, RingLayout
 from kvcondense.spec import CompressorSpec
@@ -92,6 +92,78 @@ class Plan:
             keep_row=row,
         )
 
+    @staticmethod
+    def capacity(spec: CompressorSpec, max_tokens: int, requests: int, max_draft: int = 0) -> tuple[int, int]:
+        """Most windows and kept rows that a step can have, whatever its metadata: the sizes of a static plan."""
+        windows = min(max_tokens, max_tokens // spec.ratio + requests)
+        return windows, min(max_tokens, requests * (spec.window - 1 + max_draft))
+
+    @classmethod
+    def build_static(
+        cls,
+        spec: CompressorSpec,
+        batch: RaggedBatch,
+        *,
+        max_tokens: int,
+        max_draft: int = 0,
+        state_layout: Layout | None = None,
+        page_rows: int | None = None,
+    ) -> Plan:
+        """The padded plan of :meth:`build`, on the batch's device, in fixed shapes and without asking for a value.
+
+        Equal to ``build(...).padded(*capacity(spec, max_tokens, requests, max_draft))``, entry for entry. Nothing is
+        checked: the caller has checked the metadata on the host, or trusts it. ``max_tokens`` bounds
+        query_start_loc[-1] (it is the size of the kv_score buffer), ``max_draft`` bounds draft_rows.
+        """
+        windows, keeps = cls.capacity(spec, max_tokens, batch.start_positions.shape[0], max_draft)
+        if batch.start_positions.shape[0] == 0:
+            empty = cls.build(spec, batch, state_layout=state_layout, page_rows=page_rows)
+            return empty.padded(windows, keeps)
+        start = torch.where(batch.active, batch.start_positions, 0)
+        end = start + torch.where(batch.active, batch.lengths, 0)
+        first = start // spec.ratio
+        request, offset, live = _spread_static(end // spec.ratio - first, windows)
+        window = first[request] + offset
+        last_token = batch.query_start_loc[request] + (window + 1) * spec.ratio - 1 - start[request]
+        slot = torch.full_like(window, -1)
+        if batch.slot_mapping is not None:
+            if batch.slot_mapping.shape[0]:
+                slot = batch.slot_mapping[last_token.clamp(0, batch.slot_mapping.shape[0] - 1)]
+        elif batch.block_table is not None and batch.block_table.shape[1]:
+            assert page_rows is not None
+            page = (window // page_rows).clamp(max=batch.block_table.shape[1] - 1)
+            slot = batch.block_table[request, page] * page_rows + window % page_rows
+        low = end if state_layout is None else torch.where(batch.active, state_layout.keep_start(spec, batch), end)
+        owner, behind, kept = _spread_static(end - low, keeps)
+        position = low[owner] + behind
+        row = position
+        if state_layout is not None:
+            # Entries beyond the last one may name pages that the table does not have.
+            row = state_layout.address(batch, owner, torch.where(kept, position, 0))
+        token = batch.query_start_loc[owner] + position - start[owner]
+        return cls(
+            ratio=spec.ratio,
+            overlap=spec.overlap,
+            batch=batch,
+            state_layout=state_layout,
+            page_rows=page_rows,
+            **{n: torch.where(live, t, -1) for n, t in zip(WINDOW_FIELDS, (request, window, slot), strict=True)},
+            **{n: torch.where(kept, t, -1) for n, t in zip(KEEP_FIELDS, (token, owner, position, row), strict=True)},
+        )
+
+    def copy_(self, other: Plan) -> None:
+        """Take over a plan of the same shape in place, its batch too: a captured graph is replayed with new metadata.
+
+        Raises ShapeError or KvCondenseError before anything is written if the plans are not of one kind.
+        """
+        for name in ("ratio", "overlap", "state_layout", "page_rows"):
+            if getattr(self, name) != getattr(other, name):
+                raise KvCondenseError(name, getattr(self, name), getattr(other, name))
+        names = (*WINDOW_FIELDS, *KEEP_FIELDS)
+        check_fields(self, other, names)
+        self.batch.copy_(other.batch)
+        copy_fields(self, other, names)
+
     @property
     def num_windows(self) -> int:
         """Length of the window arrays, padding included."""
@@ -119,6 +191,14 @@ class Plan:
 
         sizes = dict.fromkeys(WINDOW_FIELDS, windows) | dict.fromkeys(KEEP_FIELDS, keeps)
         return replace(self, **{name: fill(name, size) for name, size in sizes.items()})
+
+
+def _spread_static(counts: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`batch.spread` in a fixed size: owner, running number, and whether there is such an item at all [size]."""
+    item = torch.arange(size, device=counts.device)
+    ends = torch.cumsum(counts, 0)
+    owner = torch.searchsorted(ends, item, right=True).clamp(max=counts.shape[0] - 1)
+    return owner, item - (ends - counts)[owner], item < ends[-1]
 
 
 def _slots(

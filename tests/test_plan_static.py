@@ -1,0 +1,108 @@
+"""The device-side plan builder: entry for entry the padded host plan, and no value is ever asked for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kvcondense import KvCondenseError, Plan, RaggedBatch
+from kvcondense.layout.online import OnlineLayout
+from kvcondense.layout.plan import KEEP_FIELDS, WINDOW_FIELDS
+from kvcondense.layout.state import PagedLayout, RingLayout
+from machine import PAIRS, SPECS
+
+MAX_TOKENS, MAX_DRAFT, PAGE = 60, 3, 3
+
+
+def layout_of(kind, spec, requests):
+    if kind == "ring":
+        return RingLayout(requests + 1, spec.required_ring_rows(MAX_DRAFT))
+    return PagedLayout(400, 5) if kind == "paged" else OnlineLayout(requests + 1, MAX_DRAFT)
+
+
+def batch_of(data, spec, kind, cache):
+    requests = data.draw(st.integers(0, 4))
+    counts = [data.draw(st.integers(0, 14)) for _ in range(requests)]
+    starts = [data.draw(st.integers(-1, 300)) for _ in range(requests)]
+    drafts = [min(data.draw(st.integers(0, MAX_DRAFT)), n) for n in counts]
+    pages = 320 // 5 + 1
+    where = {}
+    if kind == "paged":
+        where["state_block_table"] = torch.randperm(400)[: requests * pages].view(requests, pages)
+    else:
+        where["state_slots"] = torch.randperm(requests + 1)[:requests]
+    if cache == "table":
+        width = 320 // spec.ratio // PAGE + 1
+        where["block_table"] = torch.arange(requests * width).view(requests, width)
+    elif cache == "mapping":
+        where["slot_mapping"] = torch.arange(MAX_TOKENS) - 1
+    return RaggedBatch.build(
+        [0, *torch.tensor(counts, dtype=torch.int64).cumsum(0).tolist()],
+        start_positions=torch.tensor(starts, dtype=torch.int64),
+        draft_rows=torch.tensor(drafts, dtype=torch.int64),
+        **where,
+    )
+
+
+def both(spec, batch, layout):
+    shape = {"state_layout": layout, "page_rows": PAGE}
+    host = Plan.build(spec, batch, **shape)
+    size = Plan.capacity(spec, MAX_TOKENS, batch.start_positions.shape[0], MAX_DRAFT)
+    return host.padded(*size), Plan.build_static(spec, batch, max_tokens=MAX_TOKENS, max_draft=MAX_DRAFT, **shape)
+
+
+@pytest.mark.parametrize("cache", ["table", "mapping", "none"])
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+@given(data=st.data())
+def test_it_is_the_padded_host_plan(name, kind, cache, data):
+    spec = SPECS[name]
+    batch = batch_of(data, spec, kind, cache)
+    host, device = both(spec, batch, layout_of(kind, spec, batch.start_positions.shape[0]))
+    for field in (*WINDOW_FIELDS, *KEEP_FIELDS):
+        assert torch.equal(getattr(host, field), getattr(device, field)), field
+        assert getattr(device, field).dtype == torch.int64
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_no_value_is_asked_for(name, kind):
+    """Fake tensors have no values: a host synchronisation or a shape that depends on data would raise."""
+    spec = SPECS[name]
+    with FakeTensorMode():
+        where = {"state_block_table": torch.zeros(2, 65, dtype=torch.int64)}
+        if kind != "paged":
+            where = {"state_slots": torch.zeros(2, dtype=torch.int64)}
+        integers = (torch.zeros(3, dtype=torch.int64), *(torch.zeros(2, dtype=torch.int64) for _ in range(2)))
+        batch = RaggedBatch(*integers, block_table=torch.zeros(2, 9, dtype=torch.int64), **where)
+        with pytest.raises(RuntimeError, match=r"aten\.(nonzero|_local_scalar_dense)"):
+            Plan.build(spec, batch, state_layout=layout_of(kind, spec, 2), page_rows=PAGE)
+        plan = Plan.build_static(
+            spec, batch, max_tokens=8, max_draft=1, state_layout=layout_of(kind, spec, 2), page_rows=PAGE
+        )
+    assert plan.window_slot.shape[0] == Plan.capacity(spec, 8, 2, 1)[0]
+
+
+def test_a_static_plan_is_updated_in_place():
+    spec = SPECS["csa"]
+    layout = RingLayout(2, spec.required_ring_rows(0))
+
+    def plan(start, count, slot):
+        batch = RaggedBatch.build([0, count], start_positions=[start], state_slots=[slot], block_table=[[3, 4]])
+        return Plan.build_static(spec, batch, max_tokens=8, state_layout=layout, page_rows=4)
+
+    captured, later = plan(0, 4, 0), plan(9, 7, 1)
+    pointers = [getattr(captured, f).data_ptr() for f in (*WINDOW_FIELDS, *KEEP_FIELDS)]
+    captured.copy_(later)
+    assert [getattr(captured, f).data_ptr() for f in (*WINDOW_FIELDS, *KEEP_FIELDS)] == pointers
+    for field in (*WINDOW_FIELDS, *KEEP_FIELDS):
+        assert torch.equal(getattr(captured, field), getattr(later, field))
+    assert captured.batch.start_positions.tolist() == [9]
+    assert captured.batch is not later.batch
+    for other in (replace(later, ratio=8), replace(later, window_slot=later.window_slot[:-1])):
+        with pytest.raises(KvCondenseError):
+            captured.copy_(other)
+    wider = RaggedBatch.build([0, 1], start_positions=[0], state_slots=[0], block_table=[[3, 4, 5]])
+    with pytest.raises(KvCondenseError, match="block_table"):
+        captured.batch.copy_(wider)
