@@ -164,7 +164,46 @@ def test_info_refuses_with_status_2(words):
     invoke("info", *words.split(), status=2)
 
 
-@pytest.mark.parametrize("command", ["verify", "compress", "convert", "info"])
+def test_plan_prints_the_published_sizes():
+    text = invoke("plan", "--model", "flash", "--state")
+    assert "state, rings               12206080 B (11.64 MiB)" in text
+    assert "state, online if possible  1843200 B (1.76 MiB)" in text
+    report = stdout_json("plan", "--context", 4096, "--state", "--json", "-")
+    table = {x["compressor"]: x for x in report["compressors"]}
+    assert table["flash HCA"]["ring"] == 85 * table["flash HCA"]["online"] + 2048 == 524_288
+    assert table["flash CSA"]["cache"] == 16 * 37440
+    assert table["flash HCA"]["cache"] == 16 * 1728
+    assert table["flash indexer"]["cache"] == 16 * 64 * 68
+    exported = {x["compressor"]: x for x in report["exported"]}
+    assert exported["flash CSA"]["first_window"] == [0, 8192, 16384, 24576]
+    assert exported["flash CSA"]["later"] == [32768, 40960, 49152, 57344]
+    assert exported["flash HCA"]["later"] == [4096 * p for p in range(128)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--model x",
+        "--context 1048577",
+        "--context -1",
+        "--batch 0",
+        "--draft -1",
+        "--format mxfp4_indexer",
+        "--page-tokens 0",
+    ],
+)
+def test_plan_refuses_with_status_2(words):
+    invoke("plan", *words.split(), status=2)
+
+
+@pytest.mark.parametrize("model", ["demo", "flash", "pro", "v41"])
+def test_plan_knows_every_model(model):
+    context = 4096 if model == "demo" else 1 << 20
+    text = invoke("plan", "--model", model, "--context", context, "--batch", 3, "--draft", 7)
+    assert "3 requests" in text
+
+
+@pytest.mark.parametrize("command", ["verify", "compress", "convert", "plan", "info"])
 def test_every_command_has_help_with_an_example_and_json(command):
     text = invoke(command, "--help")
     assert f"Example: kvcondense {command}" in text

@@ -1,4 +1,4 @@
-"""The ``kvcondense`` command: verify, compress, convert, info."""
+"""The ``kvcondense`` command: verify, compress, convert, info, plan."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from kvcondense.cli import compress, convert, info, verify
+from kvcondense.cli import compress, convert, info, plan, verify
 from kvcondense.errors import KvCondenseError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("verify", epilog=verify.EXAMPLE)(verify.verify)
 app.command("compress", epilog=compress.EXAMPLE)(compress.compress)
 app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
+app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
 app.command("info", epilog=info.EXAMPLE)(info.info)
 
 

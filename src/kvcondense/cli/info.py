@@ -11,8 +11,9 @@ import typer
 
 import kvcondense
 from kvcondense.api import explain
+from kvcondense.cli import plan
 from kvcondense.cli.output import JsonFile, Output
-from kvcondense.config import PRESETS, ModelConfig
+from kvcondense.config import PRESETS
 from kvcondense.errors import UnsupportedError
 from kvcondense.formats import FORMATS, CacheFormat, describe, get_format
 from kvcondense.golden import calibrated
@@ -133,15 +134,10 @@ def compressors() -> list[dict[str, str]]:
     """One line per kind of compressor in the preset models; state: bytes of a full window in fp32, per layer."""
     lines = []
     for config in PRESETS.values():
-        specs: dict[CompressorSpec, int] = {}
-        for layer in config.compressor_layers:
-            for part in CompressorSpec.parts_of_layer(config, layer):
-                spec = CompressorSpec.for_layer(config, layer, part)
-                specs[spec] = specs.get(spec, 0) + 1
-        for spec, layers in specs.items():
+        for spec, layers in plan.compressors(config).items():
             row_bytes = 4 * spec.state_dim
             values = (
-                f"{config.name} {_kind(config, spec)}",
+                f"{config.name} {plan.kind_of(config, spec)}",
                 str(layers),
                 str(spec.ratio),
                 str(spec.window),
@@ -152,12 +148,6 @@ def compressors() -> list[dict[str, str]]:
             )
             lines.append(dict(zip(HEADINGS, values, strict=True)))
     return lines
-
-
-def _kind(config: ModelConfig, spec: CompressorSpec) -> str:
-    if config.generation != "v4":
-        return f"ratio {spec.ratio}"
-    return ("indexer" if spec.rotate else "CSA") if spec.overlap else "HCA"
 
 
 def _backends() -> dict[str, str | None]:
