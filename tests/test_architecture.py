@@ -31,6 +31,7 @@ ARROWS = {
         "conformance", "golden", "api", "backends", "layout", "stages", "rope_table", "weights", "formats", "spec",
         "config", "numerics", "errors",
     },
+    "snapshot": {"stages", "layout", "spec", "errors"},
     "cachefile": {"api", "layout", "weights", "formats", "spec", "errors"},
     "stream": {"cachefile", "api", "layout", "rope_table", "weights", "formats", "spec", "config", "errors"},
     "cli": {
