@@ -1,4 +1,4 @@
-"""The ``kvcondense`` command: verify, compress, convert, info, plan."""
+"""The ``kvcondense`` command: verify, conformance, compress, convert, plan, info."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from kvcondense.cli import compress, convert, info, plan, verify
+from kvcondense.cli import compress, conformance, convert, info, plan, verify
 from kvcondense.errors import KvCondenseError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("verify", epilog=verify.EXAMPLE)(verify.verify)
+app.command("conformance", epilog=conformance.EXAMPLE)(conformance.conformance)
 app.command("compress", epilog=compress.EXAMPLE)(compress.compress)
 app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
 app.command("plan", epilog=plan.EXAMPLE)(plan.plan)

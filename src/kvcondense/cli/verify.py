@@ -8,8 +8,9 @@ import typer
 
 from kvcondense.backends import Backend, get_backend
 from kvcondense.cli.output import JsonFile, Output
+from kvcondense.conformance.adapter import BackendAdapter
+from kvcondense.conformance.invariants import first_failure
 from kvcondense.conformance.mutants import MUTANTS
-from kvcondense.conformance.scenarios import first_failure
 from kvcondense.errors import DtypeError, RangeError
 from kvcondense.golden.inputs import GoldenCase, make_inputs
 from kvcondense.golden.run import compare, run_backend, run_reference
@@ -43,7 +44,7 @@ def verify(
     kv_bytes: every byte of the cache is what an independent encoder makes of the rows that the backend returned, and
     bytes that belong to no row are untouched. Exit status 0 only if all five pass. With --mutant, a wrong compressor
     takes the backend's place and the status is 1 because it is caught: by the case itself, or, if the case cannot see
-    that bug, by one of the built-in scenarios.
+    that bug, by an invariant of the conformance kit.
     """
     output = Output(json_file)
     say = output.say
@@ -109,8 +110,9 @@ def verify(
     if mutant:
         caught = None if passed else ("this case", "")
         if passed:
-            say("This case cannot tell; trying the scenarios.")
-            caught = first_failure(impl)
+            say("This case cannot tell; trying the conformance kit.")
+            outcome = first_failure(lambda: BackendAdapter(impl))
+            caught = outcome and (outcome.invariant, outcome.detail)
         report["caught_by"] = caught and caught[0]
         say(f"mutant {mutant} ({MUTANTS[mutant].bug}): " + (f"CAUGHT by {caught[0]}" if caught else "SURVIVED"))
         if caught and caught[1]:

@@ -1,0 +1,204 @@
+"""What the kit asks of an implementation: an adapter of about 30 lines. Ours for every backend and kind of state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from kvcondense.api import condense
+from kvcondense.backends import Backend, backend_names, get_backend
+from kvcondense.errors import KvCondenseError, UnsupportedError
+from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.online import OnlineState
+from kvcondense.layout.snapshot import export_live
+from kvcondense.layout.state import StatePool
+from kvcondense.rope_table import RopeTable
+from kvcondense.snapshot import load_live, save_live
+from kvcondense.spec import CompressorSpec
+from kvcondense.stages.online import settle
+from kvcondense.weights import CompressorWeights
+
+CANARY = 0xA5
+"""Byte that fills a cache before anything is written."""
+
+_STATE_PAGE = 5
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an adapter declares. What it cannot do is not asked of it, and the report says so.
+
+    specs: names of the kit's compressors (csa, hca, indexer, fused, r2); ragged: several requests in a step; chunks:
+    steps of any length at any position (else a prefill from 0 and single tokens); max_draft: most tokens of a step that
+    may be rejected; padding: inert requests, spare tokens, slot -1; recycles: a slot can start over at position 0;
+    exports: ``export`` and ``load``; refuses: bad metadata raises before anything is written; exact: the same bits
+    under any split; returns_state: ``state`` gives live rows; formats: kvcondense's own cache formats; rounding: the
+    profile that rows follow, if not the compressor's own; close: how far rows may be from the reference, relative
+    to 1 + |e| (None: the bounds of bf16 rows).
+    """
+
+    specs: tuple[str, ...] = ("csa", "hca", "indexer", "fused", "r2")
+    ragged: bool = True
+    chunks: bool = True
+    max_draft: int = 16
+    padding: bool = True
+    recycles: bool = True
+    exports: bool = True
+    refuses: bool = True
+    exact: bool = True
+    returns_state: bool = True
+    formats: bool = False
+    rounding: str | None = None
+    close: float | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an adapter prepares for: one compressor, its state slots and its cache pages (slot s: row s % page_rows)."""
+
+    spec: CompressorSpec
+    weights: CompressorWeights
+    rope: RopeTable
+    num_slots: int
+    max_draft: int
+    num_pages: int
+    page_rows: int
+    max_positions: int
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """An implementation under test. ``batch`` names everything as engines do: see :class:`RaggedBatch`."""
+
+    capabilities: Capabilities
+
+    def init(self, setup: Setup) -> None:
+        """Start over: empty state (poison it if you can), a bf16 cache full of :data:`CANARY` bytes."""
+        ...
+
+    def step(self, kv_score: torch.Tensor, batch: RaggedBatch) -> None:
+        """Take kv_score [T, 2N] fp32 of this step's tokens: update the state, write finished rows to the cache."""
+        ...
+
+    def rows(self, slots: torch.Tensor) -> torch.Tensor:
+        """Cache rows at slots [n] as they are stored: [n, head_dim] bf16 (fp32 if the cache is)."""
+        ...
+
+    def state(self, batch: RaggedBatch) -> torch.Tensor | None:
+        """Live state of the one request of ``batch`` (:meth:`RaggedBatch.at`), any layout; None if not to be had."""
+        ...
+
+    def reset(self, slots: list[int]) -> None:
+        """Forget what these state slots hold."""
+        ...
+
+    def export(self, batch: RaggedBatch) -> bytes:
+        """The state of the one request of ``batch``, to go on elsewhere. Needed with capabilities.exports."""
+        ...
+
+    def load(self, batch: RaggedBatch, payload: bytes) -> None:
+        """Take over an export (:func:`snapshot.save_live`) for the one request of ``batch``."""
+        ...
+
+
+Factory = Callable[[], Adapter]
+
+
+@dataclass
+class BackendAdapter:
+    """A kvcondense backend, with its state in a ring, in pages, or online."""
+
+    impl: str | Backend = "auto"
+    kind: str = "ring"
+    capabilities: Capabilities = field(default_factory=lambda: Capabilities(formats=True))
+
+    def __post_init__(self) -> None:
+        if self.kind == "online":  # overlapping windows are read twice
+            self.capabilities = replace(self.capabilities, specs=("hca", "fused", "r2"))
+
+    def init(self, setup: Setup) -> None:
+        self.setup, spec = setup, setup.spec
+        # Pages of a request are used again once its live rows have moved on.
+        self.pages = (spec.window + setup.max_draft) // _STATE_PAGE + 3
+        if self.kind == "paged":
+            self.owned: StatePool | OnlineState = StatePool.paged(spec, setup.num_slots * self.pages, _STATE_PAGE)
+            self.owned.reset(range(setup.num_slots * self.pages))
+        else:
+            ring = spec.required_ring_rows(setup.max_draft)
+            self.owned = (
+                OnlineState.allocate(spec, setup.num_slots, setup.max_draft)
+                if self.kind == "online"
+                else StatePool.ring(spec, setup.num_slots, ring)
+            )
+            self.owned.reset(range(setup.num_slots))
+        self.cache = PagedCache.allocate(spec.head_dim, setup.num_pages, setup.page_rows)
+        if self.cache.data.numel() < 1 << 30:  # a huge cache stays untouched, so that it costs no memory
+            self.cache.data.fill_(CANARY)
+
+    def step(self, kv_score: torch.Tensor, batch: RaggedBatch) -> None:
+        s = self.setup
+        condense(
+            s.spec, kv_score, s.weights, s.rope, self._own(batch), state=self.owned, cache=self.cache, impl=self.impl
+        )
+
+    def rows(self, slots: torch.Tensor) -> torch.Tensor:
+        return self.cache.rows[slots // self.cache.page_rows, slots % self.cache.page_rows]
+
+    def state(self, batch: RaggedBatch) -> torch.Tensor | None:
+        if isinstance(self.owned, OnlineState):
+            return settle(self.setup.spec, self.owned, batch, self.setup.weights.ape)
+        return export_live(self.setup.spec, self.owned, self._own(batch))
+
+    def reset(self, slots: list[int]) -> None:
+        if self.kind == "paged":
+            slots = [s * self.pages + i for s in slots for i in range(self.pages)]
+        self.owned.reset(slots)
+
+    def export(self, batch: RaggedBatch) -> bytes:
+        return save_live(self.setup.spec, self.owned, self._own(batch), ape=self.setup.weights.ape)
+
+    def load(self, batch: RaggedBatch, payload: bytes) -> None:
+        load_live(self.setup.spec, self.owned, self._own(batch), payload, ape=self.setup.weights.ape)
+
+    def _own(self, batch: RaggedBatch) -> RaggedBatch:
+        """Pages instead of slots, if that is how this state is addressed."""
+        if self.kind != "paged" or batch.state_slots is None:
+            return batch
+        limit = self.setup.num_slots - 1
+        if bool((batch.state_slots > limit).any()):
+            raise UnsupportedError("state_slots", f"at most {limit}", int(batch.state_slots.max()))
+        turn = torch.arange(-(-self.setup.max_positions // _STATE_PAGE)) % self.pages
+        table = batch.state_slots.clamp(min=0)[:, None] * self.pages + turn
+        return replace(batch, state_slots=None, state_block_table=table)
+
+
+def load_factory(name: str) -> Factory:
+    """``module:factory``, a module with a BACKEND, a backend's name, or backend:ring, :paged or :online."""
+    module, _, attribute = name.partition(":")
+    if module in backend_names():
+        return lambda: BackendAdapter(get_backend(module), attribute or "ring")
+    try:
+        found = import_module(module)
+    except ImportError as error:
+        raise UnsupportedError("--adapter", "module:factory that can be imported", f"{name} ({error})") from error
+    if not attribute:
+        backend = getattr(found, "BACKEND", None)
+        if backend is None:
+            raise UnsupportedError("--adapter", f"module:factory, or a module with a BACKEND ({module} has none)", name)
+        return lambda: BackendAdapter(backend)
+    factory = getattr(found, attribute, None)
+    if not callable(factory):
+        raise UnsupportedError("--adapter", f"a function in {module}", repr(attribute))
+
+    def make() -> Adapter:
+        adapter = factory()
+        if not isinstance(adapter, Adapter):
+            raise KvCondenseError("--adapter", f"{name}() with the methods of Adapter", type(adapter).__name__)
+        return adapter
+
+    return make

@@ -1,0 +1,165 @@
+"""Cases: small serving histories as plain data. They can be generated, shrunk, written to a file and replayed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from kvcondense.config import ModelConfig
+from kvcondense.errors import CheckpointError
+from kvcondense.spec import CompressorSpec, Rounding
+
+# Flash with narrow heads: real theta, YaRN and eps; ratios 4 (overlapping) and 128.
+CONFIG = replace(ModelConfig.FLASH, name="small", hidden_size=64, head_dim=64, rope_dim=16, index_head_dim=32)
+SPECS = {
+    "csa": CompressorSpec.csa(CONFIG),
+    "hca": CompressorSpec.hca(CONFIG),
+    "indexer": CompressorSpec.indexer(CONFIG),
+    "fused": replace(CompressorSpec.hca(CONFIG), ratio=8, rounding=Rounding.FUSED),
+    "r2": replace(CompressorSpec.hca(CONFIG), ratio=2, has_ape=False, eps=1e-20),
+}
+JUNK = {"": None, "nan": float("nan"), "inf": float("inf"), "1e4": 1e4}
+_MAX_INT = 1 << 21
+
+
+@dataclass(frozen=True)
+class Op:
+    """One thing that happens. ``step``: counts[q] tokens of every request, the last ``drafts`` of which are ``junk``
+    (if given) and rejected, so that only the rest is committed; ``padding`` spare tokens follow; requests stand in
+    ``order`` in the batch. ``recycle`` (the slot starts over, reset first if
+    ``junk`` is given), ``move`` (exported and loaded into another slot) and ``fork`` (into request
+    ``to``, which starts as a copy) concern request ``q``.
+    """
+
+    kind: str
+    counts: tuple[int, ...] = ()
+    drafts: int = 0
+    junk: str = ""
+    padding: int = 0
+    order: tuple[int, ...] = ()
+    q: int = 0
+    to: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """Requests of one compressor and what happens to them, in order.
+
+    first: position of their first token (a window boundary). scale: of kv and scores. far: their cache pages lie beyond
+    byte 2^31.
+    """
+
+    spec: str
+    requests: int
+    ops: tuple[Op, ...]
+    seed: int = 0
+    scale: float = 1.0
+    first: int = 0
+    far: bool = False
+
+    @property
+    def max_draft(self) -> int:
+        return max((op.drafts for op in self.ops), default=0)
+
+    @property
+    def size(self) -> int:
+        """How much there is to read: what shrinking makes smaller."""
+        return sum(1 + sum(op.counts) + 4 * len(op.counts) + op.drafts + op.padding for op in self.ops)
+
+    def to_json(self) -> str:
+        """One line, without what has its default."""
+        return json.dumps(_without_defaults(self, {"ops": [_without_defaults(op) for op in self.ops]}), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Case:
+        """The case of :meth:`to_json`; raises CheckpointError for anything else."""
+        try:
+            data = json.loads(text)
+            ops = tuple(_op(op) for op in data["ops"])
+            case = cls(**{**data, "ops": ops})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError("case", "the JSON of a case", f"{type(error).__name__}: {error}") from error
+        case._check()
+        return case
+
+    def _check(self) -> None:
+        def good(value: object, low: int, high: int) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+        right = self.spec in SPECS and good(self.requests, 1, 1024) and good(self.seed, 0, 1 << 62)
+        right = right and good(self.first, 0, _MAX_INT) and isinstance(self.far, bool)
+        right = right and isinstance(self.scale, (int, float)) and 0 < self.scale < 1e6
+        for op in self.ops:
+            right = right and op.kind in ("step", "recycle", "move", "fork") and op.junk in JUNK
+            right = right and all(good(v, 0, _MAX_INT) for v in (*op.counts, op.drafts, op.padding))
+            right = right and good(op.q, 0, self.requests - 1) and good(op.to, 0, self.requests - 1)
+            if right and op.kind == "step":
+                right = len(op.counts) == self.requests
+                right = right and (not op.order or sorted(op.order) == list(range(self.requests)))
+        if not right:
+            raise CheckpointError("case", f"a spec of {', '.join(SPECS)} and operations that fit", self.to_json()[:200])
+
+
+def _op(data: dict[str, Any]) -> Op:
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    return Op(**values)
+
+
+def shrink(case: Case, fails: Callable[[Case], bool], budget: int = 150) -> Case:
+    """The smallest case found that still fails, by leaving things out one after the other, greedily."""
+    improved = True
+    while improved and budget > 0:
+        improved = False
+        for smaller in _smaller(case):
+            if smaller.size >= case.size and smaller.requests >= case.requests:
+                continue
+            budget -= 1
+            if fails(smaller):
+                case, improved = smaller, True
+                break
+            if budget <= 0:
+                break
+    return case
+
+
+def _smaller(case: Case) -> Iterator[Case]:
+    """Simpler cases: without a request, without an operation, with fewer tokens, drafts and padding."""
+    for q in range(case.requests if case.requests > 1 else 0):
+        if any(op.kind == "fork" and q in (op.q, op.to) for op in case.ops):
+            continue
+        kept = [op for op in case.ops if op.kind == "step" or op.q != q]
+        yield replace(case, requests=case.requests - 1, ops=tuple(_without_request(op, q) for op in kept))
+    for i in range(len(case.ops)):
+        yield replace(case, ops=case.ops[:i] + case.ops[i + 1 :])
+    for i, op in enumerate(case.ops):
+        for changed in _smaller_ops(op):
+            yield replace(case, ops=(*case.ops[:i], changed, *case.ops[i + 1 :]))
+
+
+def _smaller_ops(op: Op) -> Iterator[Op]:
+    if op.padding:
+        yield replace(op, padding=0)
+    if op.drafts:
+        yield replace(op, drafts=0, junk="")
+        yield replace(op, drafts=op.drafts // 2, junk=op.junk if op.drafts > 1 else "")
+    for q, n in enumerate(op.counts):
+        for fewer in {0, n // 2, n - 1} - {n}:
+            if fewer >= 0:
+                yield replace(op, counts=(*op.counts[:q], fewer, *op.counts[q + 1 :]))
+
+
+def _without_request(op: Op, q: int) -> Op:
+    return replace(
+        op,
+        counts=op.counts[:q] + op.counts[q + 1 :],
+        order=tuple(i - (i > q) for i in op.order if i != q),
+        q=op.q - (op.q > q),
+        to=op.to - (op.to > q),
+    )
+
+
+def _without_defaults(item: Case | Op, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    values = {**asdict(item), **(changes or {})}
+    return {f.name: values[f.name] for f in fields(item) if values[f.name] != f.default}

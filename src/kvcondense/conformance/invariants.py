@@ -1,0 +1,233 @@
+"""The invariants, each as generated cases that an adapter must survive; and the check that shrinks what it finds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+
+from kvcondense.conformance import histories, stored_bytes
+from kvcondense.conformance.adapter import BackendAdapter, Capabilities, Factory
+from kvcondense.conformance.cases import SPECS, Case, shrink
+from kvcondense.conformance.histories import step
+from kvcondense.conformance.play import Player, Request, against_golden, against_itself, bits
+from kvcondense.errors import KvCondenseError
+from kvcondense.formats import FORMATS
+from kvcondense.layout.batch import RaggedBatch
+
+T = TypeVar("T")
+Judge = Callable[[Player], str | None]
+Cases = Callable[[random.Random, Capabilities], Iterator[Case]]
+
+
+@dataclass(frozen=True)
+class Invariant:
+    """A promise: ``cases`` makes histories from a random source, ``judge`` says what is wrong, or None."""
+
+    name: str
+    promise: str
+    cases: Cases | None = None
+    judge: Judge | None = None
+    needs: tuple[str, ...] = ()
+    """Capabilities without which it is not asked for."""
+    special: Callable[[Factory], str | None] | None = None
+    """A check that is no history, instead of ``cases`` and ``judge``."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an invariant: cases played and request-steps in them; the smallest failing case, if any."""
+
+    invariant: str
+    promise: str
+    skipped: str = ""
+    played: int = 0
+    request_steps: int = 0
+    detail: str = ""
+    case: Case | None = None
+
+    @property
+    def passed(self) -> bool:
+        return not self.detail
+
+
+def play(case: Case, make: Factory, judge: Judge) -> tuple[str | None, int]:
+    """What is wrong after ``case`` (errors that the adapter runs into count), and its request-steps."""
+    player = Player(case, make)
+
+    def run(player: Player) -> str | None:
+        player.run()
+        return judge(player)
+
+    return _told(run, player), player.request_steps
+
+
+def _told(run: Callable[[T], str | None], subject: T) -> str | None:
+    """What ``run`` finds wrong; an error that the adapter runs into is one more thing that is wrong."""
+    try:
+        return run(subject)
+    except (KvCondenseError, RuntimeError, IndexError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def check(invariant: Invariant, make: Factory, *, seed: int = 0, rounds: int = 1) -> Outcome:
+    """Play an invariant's cases on an adapter; the first that fails is shrunk."""
+    able = make().capabilities
+    outcome = Outcome(invariant.name, invariant.promise)
+    missing = [n for n in invariant.needs if not getattr(able, n)]
+    if missing:
+        return replace(outcome, skipped=f"the adapter does not declare {', '.join(missing)}")
+    if invariant.special is not None:
+        return replace(outcome, played=1, detail=_told(invariant.special, make) or "")
+    assert invariant.cases is not None
+    assert invariant.judge is not None
+    judge = invariant.judge
+    played = steps = 0
+    for r in range(rounds):
+        for case in invariant.cases(random.Random(f"{invariant.name} {seed} {r}"), able):
+            if case.spec not in able.specs:
+                continue
+            detail, taken = play(case, make, judge)
+            played, steps = played + 1, steps + taken
+            if detail is not None:
+                small = shrink(case, lambda c: play(c, make, judge)[0] is not None)
+                detail = play(small, make, judge)[0] or detail
+                return replace(outcome, played=played, request_steps=steps, detail=detail, case=small)
+    if not played:
+        return replace(outcome, skipped="no compressor that the adapter declares")
+    return replace(outcome, played=played, request_steps=steps)
+
+
+def first_failure(make: Factory, *, seed: int = 0) -> Outcome | None:
+    """The first invariant that an adapter breaks."""
+    for invariant in INVARIANTS:
+        outcome = check(invariant, make, seed=seed)
+        if not outcome.passed:
+            return outcome
+    return None
+
+
+def _each(compare: Callable[[Player, Request], str | None]) -> Judge:
+    def judge(player: Player) -> str | None:
+        found = (compare(player, request) for request in player.live)
+        return next((f for f in found if f is not None), None)
+
+    return judge
+
+
+def whole(player: Player) -> str | None:
+    """Guards untouched, and every request's rows and state those of the same implementation fed it alone."""
+    return player.guard() or _each(against_itself)(player)
+
+
+def _emitted(player: Player) -> str | None:
+    """Row c is there from the step on that brings position c * r + r - 1, and nothing else is."""
+    request = player.live[0]
+    rows = player.adapter.rows(player.frame.slots(request, player.own_rows(request)))
+    if bool((rows.contiguous().view(torch.uint8) == 0xA5).all(-1).any()):
+        return f"a row of the {player.spec.visible_rows(request.done)} that are visible was not written"
+    return player.guard()
+
+
+def _deterministic(player: Player) -> str | None:
+    rows = [bits(player.adapter.rows(player.frame.slots(q, player.own_rows(q)))) for q in player.live]
+    for _ in range(3):
+        again = Player(player.case, player.make)
+        again.run()
+        for old, q in zip(rows, again.live, strict=True):
+            if not torch.equal(old, bits(again.adapter.rows(again.frame.slots(q, again.own_rows(q))))):
+                return "the same history gave other bytes on another run"
+    return None
+
+
+def _inert_and_unmapped(make: Factory) -> str | None:
+    """An inert request, windows with slot -1 and spare tokens of NaN write nothing; slot 0 is a legal slot."""
+    spec = next(s for s in SPECS if s in make().capabilities.specs)
+    n = 2 * SPECS[spec].ratio
+    player = Player(Case(spec, 1, (step(n), step(5))), make)
+    request, nan = player.live[0], float("nan")
+    mapping = torch.full((3 * n,), -1)
+    mapping[n - 1] = int(player.frame.slots(request, torch.tensor([1]))[0])  # window 0 is for nobody, 1 is written
+    slots = [request.slot, -1]
+    batch = RaggedBatch.build([0, n, 2 * n], start_positions=[0, 3], state_slots=slots, slot_mapping=mapping)
+    player.adapter.step(torch.cat([request.tokens[:n], torch.full((2 * n, player.spec.projected), nan)]), batch)
+    request.touched, request.done, request.mine = {1}, n, 1
+    return whole(player)
+
+
+def _refusals(make: Factory) -> str | None:
+    """Bad metadata raises, and neither cache nor state changes."""
+    spec = next(s for s in SPECS if s in make().capabilities.specs)
+
+    def fresh() -> Player:
+        player = Player(Case(spec, 2, (step(9, 9),)), make)
+        player.run()
+        return player
+
+    window = SPECS[spec].window
+    wrongs: dict[str, tuple[dict, int]] = {
+        "a position that nobody wrote up to": ({"start_positions": [14]}, 1),
+        "a state slot beyond the last one": ({"state_slots": [1000]}, 1),
+        "more drafts than the state has room for": ({"draft_rows": [3 * window]}, 3 * window),
+        "a missing cache page": ({"block_table": torch.full((1, 400), -1)}, 3 * window),
+        "a cache page beyond the last one": ({"block_table": torch.full((1, 400), 1 << 40)}, 3 * window),
+        "too few tokens": ({"query_start_loc": [0, 4 * window]}, 3),
+    }
+    for what, (change, count) in wrongs.items():
+        player = fresh()
+        request = player.live[0]
+        good = player.frame.batch([request], [count], [0])
+        assert good.block_table is not None
+        every = player.frame.slots(request, torch.arange(player.frame.pages * 4))
+        fields = {
+            "query_start_loc": good.query_start_loc,
+            "start_positions": good.start_positions,
+            "state_slots": good.state_slots,
+            "block_table": torch.cat([good.block_table, torch.zeros(1, 400, dtype=torch.int64)], dim=1),
+        }
+        before = bits(player.adapter.rows(every)).clone()
+        tokens = torch.randn(count, player.spec.projected)
+        try:
+            player.adapter.step(tokens, RaggedBatch.build(**{**fields, **change}))
+        except Exception:
+            pass
+        else:
+            return f"{what} was accepted"
+        if not torch.equal(before, bits(player.adapter.rows(every))):
+            return f"{what} raised only after the cache was written"
+        if player.adapter.capabilities.exact and (wrong := _each(against_itself)(player)):
+            return f"{what} changed the state: {wrong}"
+    return None
+
+
+def _stored(make: Factory) -> str | None:
+    """Every byte of a cache in every quantised format (kvcondense's own backends)."""
+    adapter = make()
+    assert isinstance(adapter, BackendAdapter)
+    found = (stored_bytes.check(fmt)(adapter.impl) for fmt in FORMATS.values() if fmt.scaled is not None)
+    return next((f for f in found if f is not None), None)
+
+
+_golden = _each(against_golden)
+_SPLIT = ("exact", "chunks")
+_BOTH = ("exact", "chunks", "ragged")
+
+INVARIANTS: tuple[Invariant, ...] = (
+    Invariant("I6 emission", "row c is written when its last position arrives", histories.emission, _emitted),
+    Invariant("I9 numerics", "rows are the reference's, but for bf16 flips", histories.numerics, _golden),
+    Invariant("I1 composition", "any split gives the same rows and state", histories.composition, whole, ("exact",)),
+    Invariant("I5 only-written reads", "a recycled slot shows nothing old", histories.recycled, whole, ("exact",)),
+    Invariant("I2 rollback", "rejected drafts leave no trace", histories.rollback, whole, (*_SPLIT, "max_draft")),
+    Invariant("I3 isolation", "slots, order and neighbours do not show", histories.isolation, whole, _BOTH),
+    Invariant("I4 inertness", "spare tokens of NaN do nothing", histories.inertness, whole, (*_SPLIT, "padding")),
+    Invariant("I4 slot -1", "it writes nothing", needs=("exact", "padding", "ragged"), special=_inert_and_unmapped),
+    Invariant("I7 position", "rows rotate at c r, up to 2^20", histories.positions, _golden, ("exports", "chunks")),
+    Invariant("I7 address", "rows beyond byte 2^31 are not lost", histories.addresses, _golden, ("chunks",)),
+    Invariant("I8 portability", "moved and forked requests go on", histories.moves, whole, (*_BOTH, "exports")),
+    Invariant("I9 bytes", "every byte of every cache format", needs=("formats",), special=_stored),
+    Invariant("I10 determinism", "the same bytes on every run", histories.isolation, _deterministic, _BOTH[1:]),
+    Invariant("I12 fail closed", "bad metadata raises before any write", needs=("refuses",), special=_refusals),
+)
