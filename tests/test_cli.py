@@ -129,7 +129,7 @@ def test_verify_refuses_formats_that_do_not_fit_with_the_reason(kind, name):
 def test_wrong_bytes_are_caught_in_the_formats_own_case(name):
     text = invoke("verify", "--kind", "hca", "--format", "fp8_model1", "--history", 300, "--mutant", name, status=1)
     blind = name == "scale-floor-on-scale"  # rows of unit RMS are far above the floor
-    assert ("CAUGHT by bytes-fp8_model1" if blind else "CAUGHT by this case") in text
+    assert ("CAUGHT by I9 bytes" if blind else "CAUGHT by this case") in text
     assert "kv_bytes     PASS" in text if blind else "kv_bytes     FAIL" in text
 
 
@@ -203,7 +203,7 @@ def test_plan_knows_every_model(model):
     assert "3 requests" in text
 
 
-@pytest.mark.parametrize("command", ["verify", "compress", "convert", "plan", "info"])
+@pytest.mark.parametrize("command", ["verify", "conformance", "compress", "convert", "plan", "info"])
 def test_every_command_has_help_with_an_example_and_json(command):
     text = invoke(command, "--help")
     assert f"Example: kvcondense {command}" in text

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from kvcondense.cli.output import JsonFile, Output
-from kvcondense.conformance.adapter import BackendAdapter, Factory, load_factory
+from kvcondense.conformance.adapter import Factory, load_factory
 from kvcondense.conformance.cases import Case
 from kvcondense.conformance.invariants import INVARIANTS, Outcome, check, first_failure, play, whole
 from kvcondense.conformance.mutants import MUTANTS
@@ -25,7 +25,8 @@ _MAX_CASE_BYTES = 1 << 20
 
 def conformance(
     adapter: Annotated[
-        str, typer.Option(help="module:factory, a module with a BACKEND, or reference[:ring|paged|online].")
+        str,
+        typer.Option(help="module:factory, a module with a BACKEND, reference[:ring|paged|online], or mutant:NAME."),
     ] = "reference",
     mutants: Annotated[bool, typer.Option("--mutants", help="Check that every wrong compressor is caught.")] = False,
     soak_minutes: Annotated[
@@ -102,7 +103,7 @@ def _mutants(output: Output, seed: int) -> tuple[bool, dict[str, Any]]:
     output.say(f"{'wrong compressor':<24} {'caught by':<22} what is wrong with it")
     caught: dict[str, str | None] = {}
     for name, mutant in MUTANTS.items():
-        outcome = first_failure(lambda mutant=mutant: BackendAdapter(mutant), seed=seed)
+        outcome = first_failure(load_factory(f"mutant:{name}"), seed=seed)
         caught[name] = outcome and outcome.invariant
         output.say(f"{name:<24} {caught[name] or 'SURVIVED':<22} {mutant.bug}")
     wrongly = {}
@@ -152,10 +153,8 @@ def _replay(output: Output, make: Factory, file: Path) -> tuple[bool, dict[str, 
         raise CheckpointError(str(file), f"at most {_MAX_CASE_BYTES} bytes", file.stat().st_size)
     case = Case.from_json(file.read_text(encoding="utf-8"))
     found, steps = {}, 0
-    for name, judge in (
-        ("itself", whole),
-        *((i.name, i.judge) for i in INVARIANTS if i.judge and i.judge is not whole),
-    ):
+    judges = {i.judge: i.name for i in INVARIANTS if i.judge is not None} | {whole: "rows and state"}
+    for judge, name in judges.items():
         detail, steps = play(case, make, judge)
         found[name] = detail
         output.say(f"{'FAIL' if detail else 'PASS'}  {name:<22} {detail or ''}".rstrip())

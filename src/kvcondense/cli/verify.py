@@ -8,7 +8,7 @@ import typer
 
 from kvcondense.backends import Backend, get_backend
 from kvcondense.cli.output import JsonFile, Output
-from kvcondense.conformance.adapter import BackendAdapter
+from kvcondense.conformance.adapter import load_factory
 from kvcondense.conformance.invariants import first_failure
 from kvcondense.conformance.mutants import MUTANTS
 from kvcondense.errors import DtypeError, RangeError
@@ -111,7 +111,7 @@ def verify(
         caught = None if passed else ("this case", "")
         if passed:
             say("This case cannot tell; trying the conformance kit.")
-            outcome = first_failure(lambda: BackendAdapter(impl))
+            outcome = first_failure(load_factory(f"mutant:{mutant}"))
             caught = outcome and (outcome.invariant, outcome.detail)
         report["caught_by"] = caught and caught[0]
         say(f"mutant {mutant} ({MUTANTS[mutant].bug}): " + (f"CAUGHT by {caught[0]}" if caught else "SURVIVED"))

@@ -11,6 +11,7 @@ import torch
 
 from kvcondense.api import condense
 from kvcondense.backends import Backend, backend_names, get_backend
+from kvcondense.conformance.mutants import MUTANTS
 from kvcondense.errors import KvCondenseError, UnsupportedError
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
@@ -26,6 +27,8 @@ from kvcondense.weights import CompressorWeights
 CANARY = 0xA5
 """Byte that fills a cache before anything is written."""
 
+KINDS = ("ring", "paged", "online")
+"""Kinds of state of a kvcondense backend."""
 _STATE_PAGE = 5
 
 
@@ -136,8 +139,9 @@ class BackendAdapter:
                 else StatePool.ring(spec, setup.num_slots, ring)
             )
             self.owned.reset(range(setup.num_slots))
-        self.cache = PagedCache.allocate(spec.head_dim, setup.num_pages, setup.page_rows)
-        if self.cache.data.numel() < 1 << 30:  # a huge cache stays untouched, so that it costs no memory
+        rows = torch.empty(setup.num_pages, setup.page_rows, spec.head_dim, dtype=torch.bfloat16)
+        self.cache = PagedCache.wrap(rows)
+        if rows.numel() < 1 << 29:  # a huge cache stays untouched, so that it costs no memory
             self.cache.data.fill_(CANARY)
 
     def step(self, kv_score: torch.Tensor, batch: RaggedBatch) -> None:
@@ -178,10 +182,16 @@ class BackendAdapter:
 
 
 def load_factory(name: str) -> Factory:
-    """``module:factory``, a module with a BACKEND, a backend's name, or backend:ring, :paged or :online."""
+    """An adapter by name: module:factory, a module with a BACKEND, reference[:ring|paged|online], or mutant:NAME."""
     module, _, attribute = name.partition(":")
     if module in backend_names():
+        if attribute not in ("", *KINDS):
+            raise UnsupportedError("--adapter", f"{module}:{' or '.join(KINDS)}", name)
         return lambda: BackendAdapter(get_backend(module), attribute or "ring")
+    if module == "mutant":
+        if attribute not in MUTANTS:
+            raise UnsupportedError("--adapter", f"mutant: and one of {', '.join(MUTANTS)}", repr(attribute))
+        return lambda: BackendAdapter(MUTANTS[attribute], MUTANTS[attribute].kind)
     try:
         found = import_module(module)
     except ImportError as error:

@@ -131,8 +131,11 @@ def _smaller(case: Case) -> Iterator[Case]:
             continue
         kept = [op for op in case.ops if op.kind == "step" or op.q != q]
         yield replace(case, requests=case.requests - 1, ops=tuple(_without_request(op, q) for op in kept))
-    for i in range(len(case.ops)):
-        yield replace(case, ops=case.ops[:i] + case.ops[i + 1 :])
+    block = len(case.ops) // 2
+    while block:  # large pieces first
+        for i in range(0, len(case.ops), block):
+            yield replace(case, ops=case.ops[:i] + case.ops[i + block :])
+        block //= 2
     for i, op in enumerate(case.ops):
         for changed in _smaller_ops(op):
             yield replace(case, ops=(*case.ops[:i], changed, *case.ops[i + 1 :]))

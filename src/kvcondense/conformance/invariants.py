@@ -218,6 +218,7 @@ _BOTH = ("exact", "chunks", "ragged")
 INVARIANTS: tuple[Invariant, ...] = (
     Invariant("I6 emission", "row c is written when its last position arrives", histories.emission, _emitted),
     Invariant("I9 numerics", "rows are the reference's, but for bf16 flips", histories.numerics, _golden),
+    Invariant("I9 bytes", "every byte of every cache format", needs=("formats",), special=_stored),
     Invariant("I1 composition", "any split gives the same rows and state", histories.composition, whole, ("exact",)),
     Invariant("I5 only-written reads", "a recycled slot shows nothing old", histories.recycled, whole, ("exact",)),
     Invariant("I2 rollback", "rejected drafts leave no trace", histories.rollback, whole, (*_SPLIT, "max_draft")),
@@ -227,7 +228,6 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant("I7 position", "rows rotate at c r, up to 2^20", histories.positions, _golden, ("exports", "chunks")),
     Invariant("I7 address", "rows beyond byte 2^31 are not lost", histories.addresses, _golden, ("chunks",)),
     Invariant("I8 portability", "moved and forked requests go on", histories.moves, whole, (*_BOTH, "exports")),
-    Invariant("I9 bytes", "every byte of every cache format", needs=("formats",), special=_stored),
     Invariant("I10 determinism", "the same bytes on every run", histories.isolation, _deterministic, _BOTH[1:]),
     Invariant("I12 fail closed", "bad metadata raises before any write", needs=("refuses",), special=_refusals),
 )

@@ -18,6 +18,7 @@ from kvcondense.formats.descriptor import PAD
 from kvcondense.formats.elements import E2M1, E2M1_TIES_DOWN, Element
 from kvcondense.formats.scales import ScaleRule
 from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import KEEP_FIELDS, Plan
 from kvcondense.layout.state import RingLayout, StatePool, live_starts
 from kvcondense.rope_table import RopeTable
@@ -33,6 +34,8 @@ class Mutant:
     bug: str
     stages: Stages = field(default_factory=Stages)
     alter: Callable[[Step], Step] = lambda step: step
+    kind: str = "ring"
+    """Kind of state in which the bug shows: ring, paged or online."""
 
     def why_not(self, step: Step) -> str | None:
         return ReferenceBackend().why_not(step)
@@ -236,6 +239,15 @@ def _forget_drafts(step: Step) -> Step:
     return replace(step, plan=replace(plan, **kept))
 
 
+def _fold_drafts(step: Step) -> Step:
+    batch = step.plan.batch
+    none = {n: getattr(step.plan, n)[:0] for n in KEEP_FIELDS}
+    committed = replace(batch, draft_rows=torch.zeros_like(batch.draft_rows))
+    if not isinstance(step.state, OnlineState):
+        return step
+    return replace(step, plan=replace(step.plan, batch=committed, **none))
+
+
 def _keep_all_backwards(plan: Plan, rows: torch.Tensor, state: StatePool) -> None:
     """Every token of the chunk is written, the youngest first: in a long chunk old rows end up on top of new ones."""
     window.keep(plan, rows, state)
@@ -281,6 +293,12 @@ _ALL = (
     Mutant("emission-twice", "the row is emitted a second time, into the next slot", Stages(scatter=_scatter_twice)),
     Mutant("stale-draft-row", "a rejected draft's state row is not overwritten", Stages(keep=_keep_first_writer)),
     Mutant("drafts-not-kept-for", "keeps no rows for the case that drafts are rejected", alter=_forget_drafts),
+    Mutant(
+        "online-drafts-folded",
+        "an online state folds drafts at once, and cannot take them back",
+        alter=_fold_drafts,
+        kind="online",
+    ),
     Mutant("ring-race", "tokens of a long chunk overwrite each other's ring row", Stages(keep=_keep_all_backwards)),
     Mutant(
         "scale-floor-on-scale",

@@ -1,0 +1,218 @@
+"""The conformance kit: right adapters pass, every mutant dies of a wrong answer, failures are small and replayable."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvcondense import KvCondenseError
+from kvcondense.backends.reference import ReferenceBackend, Stages
+from kvcondense.cli import app
+from kvcondense.conformance import mutants
+from kvcondense.conformance.adapter import KINDS, Adapter, BackendAdapter, load_factory
+from kvcondense.conformance.cases import Case, Op, shrink
+from kvcondense.conformance.invariants import INVARIANTS, check, first_failure, play, whole
+from kvcondense.conformance.mutants import MUTANTS
+from kvcondense.conformance.soak import soak
+from kvcondense.stages import pool, rope
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("invariant", INVARIANTS, ids=lambda i: i.name)
+def test_every_invariant_holds_for_our_backends(invariant, kind):
+    outcome = check(invariant, load_factory(f"reference:{kind}"))
+    assert outcome.passed, (outcome.detail, outcome.case)
+    assert not outcome.skipped
+    assert outcome.played > 0
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_other_seeds_play_other_histories(seed):
+    assert first_failure(load_factory("reference"), seed=seed) is None
+
+
+def test_the_original_kernels_forms_pass():
+    """PR 270 pools online, last slot first, and rotates with selector matrices."""
+    stages = Stages(pool=pool.online, rope=rope.selector)
+    assert first_failure(lambda: BackendAdapter(ReferenceBackend("original", stages))) is None
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_every_mutant_is_killed_by_a_wrong_answer(name):
+    outcome = first_failure(load_factory(f"mutant:{name}"))
+    assert outcome is not None
+    assert "Error" not in outcome.detail, "a mutant that crashes has not been tested"
+    if outcome.case is not None:
+        assert outcome.case.size <= 400
+        judge = next(i.judge for i in INVARIANTS if i.name == outcome.invariant)
+        again = Case.from_json(outcome.case.to_json())
+        assert again == outcome.case
+        assert play(again, load_factory(f"mutant:{name}"), judge)[0] == outcome.detail
+        assert play(again, load_factory("reference"), judge)[0] is None, "the case is fair"
+
+
+def test_transformers_passes_what_it_declares():
+    pytest.importorskip("transformers", minversion="5.23")
+    make = load_factory("kvcondense.conformance.transformers_adapter:make")
+    outcomes = {i.name: check(i, make) for i in INVARIANTS}
+    assert {n for n, o in outcomes.items() if not o.skipped} == {
+        "I6 emission",
+        "I9 numerics",
+        "I1 composition",
+        "I5 only-written reads",
+    }
+    assert all(o.passed for o in outcomes.values()), outcomes
+
+
+def test_a_users_adapter(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE))
+    assert isinstance(load_factory("naive_adapter:make")(), Adapter)
+    # Its pool sums in torch's order, ours oldest to newest: equal to itself, near the reference.
+    assert first_failure(load_factory("naive_adapter:make")) is None
+    leaky = first_failure(load_factory("naive_adapter:make_leaky"))
+    assert leaky.invariant == "I3 isolation"
+    assert leaky.case.requests <= 3
+    with pytest.raises(KvCondenseError, match="methods of Adapter"):
+        load_factory("naive_adapter:make_nothing")()
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere:make", "kvcondense.spec", "kvcondense.spec:nothing", "reference:cloud", "mutant:none", "mutant"]
+)
+def test_adapters_that_do_not_exist(name):
+    with pytest.raises(KvCondenseError, match="--adapter"):
+        load_factory(name)
+
+
+def test_shrinking_finds_the_core():
+    """A failure that needs 5 tokens of request 1 and a move of it; everything else can go."""
+    ops = [Op("step", (9, 9, 9), padding=3), Op("move", q=0), Op("step", (4, 7, 2), 2, "nan"), Op("move", q=1)]
+    case = Case("csa", 3, (*ops, Op("step", (1, 1, 1))))
+    tried = []
+
+    def fails(c):
+        tried.append(c)
+        moved = [op for op in c.ops if op.kind == "move"]
+        return any(sum(op.counts[q] for op in c.ops if op.kind == "step") >= 5 for q in {m.q for m in moved if m})
+
+    small = shrink(case, fails)
+    assert small.requests == 1
+    assert sorted(op.kind for op in small.ops) == ["move", "step"]
+    assert sum(sum(op.counts) for op in small.ops) == 5
+    assert len(tried) < 150
+
+
+BAD_CASES = {
+    "no json": "{",
+    "a list": "[]",
+    "no ops": '{"spec": "csa", "requests": 1}',
+    "unknown spec": '{"spec": "mla", "requests": 1, "ops": []}',
+    "requests": '{"spec": "csa", "requests": 0, "ops": []}',
+    "too many": '{"spec": "csa", "requests": 100000, "ops": []}',
+    "unknown op": '{"spec": "csa", "requests": 1, "ops": [{"kind": "exec"}]}',
+    "unknown field": '{"spec": "csa", "requests": 1, "ops": [], "x": 1}',
+    "counts": '{"spec": "csa", "requests": 2, "ops": [{"kind": "step", "counts": [1]}]}',
+    "huge count": '{"spec": "csa", "requests": 1, "ops": [{"kind": "step", "counts": [99999999999]}]}',
+    "order": '{"spec": "csa", "requests": 2, "ops": [{"kind": "step", "counts": [1, 1], "order": [0, 0]}]}',
+    "request": '{"spec": "csa", "requests": 1, "ops": [{"kind": "move", "q": 1}]}',
+    "junk": '{"spec": "csa", "requests": 1, "ops": [{"kind": "step", "counts": [1], "junk": "os"}]}',
+    "scale": '{"spec": "csa", "requests": 1, "ops": [], "scale": "x"}',
+}
+
+
+@pytest.mark.parametrize("case", BAD_CASES)
+def test_case_files_are_not_trusted(case):
+    with pytest.raises(KvCondenseError, match="case"):
+        Case.from_json(BAD_CASES[case])
+
+
+def invoke(*words, status=0):
+    result = CliRunner().invoke(app, ["conformance", *map(str, words)])
+    code = 2 if isinstance(result.exception, KvCondenseError) else result.exit_code
+    assert code == status, (result.output, result.exception)
+    return result.output
+
+
+def test_soak_counts_and_passes(tmp_path):
+    for kind in KINDS:
+        result = soak(load_factory(f"reference:{kind}"), 0, seed=3)
+        assert result.passed, (result.detail, result.case)
+        assert (result.histories, result.request_steps > 100) == (1, True)
+    text = invoke("--soak", 0.02, "--seed", 5, "--json", tmp_path / "j")
+    assert "PASS  soak of reference, seed 5" in text
+    assert json.loads((tmp_path / "j").read_text())["request_steps"] > 100
+
+
+def test_a_failing_soak_leaves_a_case_that_can_be_replayed(tmp_path):
+    file = tmp_path / "case.json"
+    text = invoke("--adapter", "mutant:online-drafts-folded", "--soak", 1, "--case-file", file, status=1)
+    assert f"--replay {file}" in text
+    text = invoke("--adapter", "mutant:online-drafts-folded", "--replay", file, status=1)
+    assert "FAIL  rows and state" in text
+    assert "FAIL" not in invoke("--adapter", "reference:online", "--replay", file)
+    assert "drafts" in file.read_text()
+
+
+def test_the_command_reports(tmp_path):
+    report = tmp_path / "j"
+    text = invoke("--json", report)
+    assert [line[:4] for line in text.splitlines()[: len(INVARIANTS)]] == ["PASS"] * len(INVARIANTS)
+    assert [i["passed"] for i in json.loads(report.read_text())["invariants"]] == [True] * len(INVARIANTS)
+    file = tmp_path / "case.json"
+    text = invoke("--adapter", "mutant:ape-shifted", "--case-file", file, status=1)
+    assert "channel 0" in text
+    assert "smallest history found" in text
+    assert file.exists()
+
+
+def test_the_table_of_mutants(monkeypatch, tmp_path):
+    few = {n: MUTANTS[n] for n in ("ape-dropped", "pad-unwritten")}
+    monkeypatch.setattr("kvcondense.cli.conformance.CORRECT", ("reference:online",))
+    for module in ("kvcondense.cli.conformance", "kvcondense.conformance.adapter"):
+        monkeypatch.setattr(f"{module}.MUTANTS", few)
+    text = invoke("--mutants", "--json", tmp_path / "j")
+    assert "2 of 2 caught" in text
+    assert json.loads((tmp_path / "j").read_text())["mutants"] == {
+        "ape-dropped": "I9 numerics",
+        "pad-unwritten": "I9 bytes",
+    }
+    few["harmless"] = mutants.Mutant("harmless", "nothing")
+    assert "SURVIVED" in invoke("--mutants", status=1)
+
+
+@pytest.mark.parametrize("words", ["--adapter none:x", "--rounds 0", "--soak -1", "--replay /nowhere"])
+def test_the_command_refuses(words):
+    if "--replay" in words:
+        assert CliRunner().invoke(app, ["conformance", *words.split()]).exit_code != 0
+    else:
+        invoke(*words.split(), status=2)
+
+
+def run_pytest(folder, *words):
+    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
+    return subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_the_pytest_plugin(tmp_path):
+    result = run_pytest(tmp_path, "--kvcondense-adapter", "reference:online")
+    assert f"{len(INVARIANTS)} passed" in result.stdout, result.stdout + result.stderr
+    result = run_pytest(tmp_path, "--kvcondense-adapter", "mutant:emission-twice", "-x")
+    assert result.returncode == 1
+    assert "I6 emission" in result.stdout
+    assert "smallest case" in result.stdout
+    assert run_pytest(tmp_path).returncode == 5, "nothing is collected unless it is asked for"
+    source = (HERE.parent / "src" / "kvcondense_pytest.py").read_text()
+    assert "\nfrom kvcondense" not in source, "every pytest run imports the plugin"
+    assert "\nimport kvcondense" not in source
+
+
+def test_what_a_case_says_about_state_and_guards():
+    case = Case("csa", 2, (Op("step", (9, 5), padding=2), Op("fork", q=0, to=1), Op("step", (3, 4))))
+    assert play(case, load_factory("reference"), whole) == (None, 4)
+    assert replace(case, seed=1).to_json() != case.to_json()
