@@ -28,8 +28,8 @@ ARROWS = {
         "numerics", "errors",
     },
     "conformance": {
-        "conformance", "golden", "api", "backends", "layout", "stages", "rope_table", "weights", "formats", "spec",
-        "config", "numerics", "errors",
+        "conformance", "golden", "snapshot", "api", "backends", "layout", "stages", "rope_table", "weights", "formats",
+        "spec", "config", "numerics", "errors",
     },
     "snapshot": {"stages", "layout", "spec", "errors"},
     "cachefile": {"api", "layout", "weights", "formats", "spec", "errors"},

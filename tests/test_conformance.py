@@ -1,6 +1,7 @@
 """The conformance kit: right adapters pass, every mutant dies of a wrong answer, failures are small and replayable."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -80,6 +81,17 @@ def test_a_users_adapter(monkeypatch):
     assert leaky.case.requests <= 3
     with pytest.raises(KvCondenseError, match="methods of Adapter"):
         load_factory("naive_adapter:make_nothing")()
+
+
+def test_the_adapter_of_the_document(monkeypatch, tmp_path):
+    (source,) = re.findall(
+        r"```python\n(.*?)```", (HERE.parent / "docs" / "conformance.md").read_text(), flags=re.DOTALL
+    )
+    (tmp_path / "documented_adapter.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    outcomes = [check(i, load_factory("documented_adapter:make")) for i in INVARIANTS]
+    assert all(o.passed for o in outcomes), outcomes
+    assert {o.invariant for o in outcomes if o.skipped} == {"I7 position", "I8 portability", "I9 bytes"}
 
 
 @pytest.mark.parametrize(
