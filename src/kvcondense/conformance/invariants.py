@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 
@@ -14,11 +13,9 @@ from kvcondense.conformance.adapter import BackendAdapter, Capabilities, Factory
 from kvcondense.conformance.cases import SPECS, Case, shrink
 from kvcondense.conformance.histories import step
 from kvcondense.conformance.play import Player, Request, against_golden, against_itself, bits
-from kvcondense.errors import KvCondenseError
 from kvcondense.formats import FORMATS
 from kvcondense.layout.batch import RaggedBatch
 
-T = TypeVar("T")
 Judge = Callable[[Player], str | None]
 Cases = Callable[[random.Random, Capabilities], Iterator[Case]]
 
@@ -55,21 +52,26 @@ class Outcome:
 
 
 def play(case: Case, make: Factory, judge: Judge) -> tuple[str | None, int]:
-    """What is wrong after ``case`` (errors that the adapter runs into count), and its request-steps."""
-    player = Player(case, make)
+    """What is wrong after ``case``, and its request-steps."""
+    steps = 0
 
-    def run(player: Player) -> str | None:
-        player.run()
+    def run(make: Factory) -> str | None:
+        nonlocal steps
+        player = Player(case, make)
+        try:
+            player.run()
+        finally:
+            steps = player.request_steps
         return judge(player)
 
-    return _told(run, player), player.request_steps
+    return _told(run, make), steps
 
 
-def _told(run: Callable[[T], str | None], subject: T) -> str | None:
-    """What ``run`` finds wrong; an error that the adapter runs into is one more thing that is wrong."""
+def _told(run: Callable[[Factory], str | None], make: Factory) -> str | None:
+    """What ``run`` finds wrong; an error that the adapter runs into, whatever it is, is one more thing that is wrong."""
     try:
-        return run(subject)
-    except (KvCondenseError, RuntimeError, IndexError, ValueError) as error:
+        return run(make)
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 

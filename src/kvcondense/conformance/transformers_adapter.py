@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -114,4 +115,8 @@ class TransformersAdapter:
 
 def make() -> TransformersAdapter:
     """The factory: ``--adapter kvcondense.conformance.transformers_adapter:make``."""
+    try:
+        import_module("transformers.models.deepseek_v4")
+    except ImportError as error:
+        raise UnsupportedError("--adapter", "transformers with deepseek_v4 installed", error) from error
     return TransformersAdapter()
