@@ -68,7 +68,7 @@ def play(case: Case, make: Factory, judge: Judge) -> tuple[str | None, int]:
 
 
 def _told(run: Callable[[Factory], str | None], make: Factory) -> str | None:
-    """What ``run`` finds wrong; an error that the adapter runs into, whatever it is, is one more thing that is wrong."""
+    """What ``run`` finds wrong; an error that the adapter runs into, whatever it is, is wrong too."""
     try:
         return run(make)
     except Exception as error:
