@@ -181,6 +181,11 @@ def test_the_command_reports(tmp_path):
     assert "channel 0" in text
     assert "smallest history found" in text
     assert file.exists()
+    text = invoke("--adapter", "mutant:stale-draft-row", "--case-file", file, status=1)
+    again = re.findall(r"--replay (\S+)", text)
+    assert len(again) == len(set(again)) == text.count("FAIL") > 1
+    for found in again:
+        invoke("--adapter", "mutant:stale-draft-row", "--replay", found, status=1)
 
 
 def test_the_table_of_mutants(monkeypatch, tmp_path):
