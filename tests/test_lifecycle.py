@@ -97,6 +97,35 @@ def test_a_forked_request_and_its_origin_go_on_apart(name, kind):
         same(machine.live_of(q), machine.whole(q).live_of(0))
 
 
+@pytest.mark.parametrize("kind", ["ring", "online"])
+def test_a_fork_takes_the_drafts_along(kind):
+    """Forked right after a verify step: both may accept as many of its drafts as they like."""
+    spec = SPECS["hca"]
+    sequence = tokens(spec, 300)
+    machine = Machine(spec, [sequence, sequence.clone()], max_draft=4, **STATES[kind])
+    machine.feed([120, 0])
+    machine.feed([4, 0], drafts=4)
+    machine.state.fork(machine.slots[:1], machine.slots[1:2])
+    machine.done = [121, 123]
+    machine.sequences[0][121:] += 1
+    machine.feed([20, 30])
+    for q in range(2):
+        assert same(machine.cache_of(q), machine.whole(q).cache_of(0))
+        assert same(machine.live_of(q), machine.whole(q).live_of(0))
+
+
+def test_a_reset_online_slot_holds_nothing():
+    spec = SPECS["hca"]
+    state = Machine(spec, [tokens(spec, 40)], max_draft=2, **STATES["online"])
+    state.feed([9], drafts=2)
+    slot, log = int(state.slots[0]), state.state.log.view(3, 2, -1)
+    assert (int(state.state.folded[slot]), bool(log[slot].isnan().any())) == (7, False)
+    state.state.reset([slot])
+    assert int(state.state.folded[slot]) == -1
+    assert state.state.acc[slot].isnan().all()
+    assert log[slot].isnan().all()
+
+
 @pytest.mark.parametrize(("name", "kind"), [("csa", "ring"), ("csa", "paged"), ("hca", "ring"), ("hca", "online")])
 def test_a_reset_request_cannot_go_on(name, kind):
     spec = SPECS[name]
