@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from kvcondense import KvCondenseError
 from kvcondense.backends.reference import ReferenceBackend, Stages
 from kvcondense.cli import app
 from kvcondense.conformance import mutants
-from kvcondense.conformance.adapter import KINDS, Adapter, BackendAdapter, load_factory
+from kvcondense.conformance.adapter import CANARY, KINDS, Adapter, BackendAdapter, load_factory
 from kvcondense.conformance.cases import Case, Op, shrink
 from kvcondense.conformance.invariants import INVARIANTS, check, first_failure, play, whole
 from kvcondense.conformance.mutants import MUTANTS
@@ -92,6 +93,43 @@ def test_the_adapter_of_the_document(monkeypatch, tmp_path):
     outcomes = [check(i, load_factory("documented_adapter:make")) for i in INVARIANTS]
     assert all(o.passed for o in outcomes), outcomes
     assert {o.invariant for o in outcomes if o.skipped} == {"I7 position", "I8 portability", "I9 bytes"}
+
+
+class OneChannel(BackendAdapter):
+    """From the second step on, one channel of the rows is off by a bit."""
+
+    steps = 0
+
+    def step(self, kv_score, batch):
+        super().step(kv_score, batch)
+        self.steps += 1
+
+    def rows(self, slots):
+        rows = super().rows(slots).clone()
+        written = rows.shape[0] and not bool((rows[0].view(torch.uint8) == CANARY).all())
+        if self.steps > 1 and written:
+            rows.view(torch.int16)[0, 3] ^= 1
+        return rows
+
+
+class Scribbler(BackendAdapter):
+    """Writes a cache row that no request owns."""
+
+    def step(self, kv_score, batch):
+        super().step(kv_score, batch)
+        self.cache.rows[0, 1] = 1.0
+
+
+def test_one_wrong_bit_is_found_and_named():
+    outcome = check(next(i for i in INVARIANTS if i.name == "I1 composition"), OneChannel)
+    assert "channel 3" in outcome.detail
+    assert "1 ulp; 1 of 64 channels" in outcome.detail
+
+
+def test_a_row_of_nobody_is_guarded():
+    outcome = first_failure(Scribbler)
+    assert outcome.invariant == "I6 emission"
+    assert outcome.detail == "cache slot 1 was written, which belongs to no finished window"
 
 
 @pytest.mark.parametrize(

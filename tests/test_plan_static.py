@@ -100,9 +100,11 @@ def test_a_static_plan_is_updated_in_place():
         assert torch.equal(getattr(captured, field), getattr(later, field))
     assert captured.batch.start_positions.tolist() == [9]
     assert captured.batch is not later.batch
-    for other in (replace(later, ratio=8), replace(later, window_slot=later.window_slot[:-1])):
+    first = plan(0, 4, 0)
+    for other in (replace(first, ratio=8), replace(first, window_slot=first.window_slot[:-1])):
         with pytest.raises(KvCondenseError):
             captured.copy_(other)
+        assert captured.batch.start_positions.tolist() == [9], "nothing is written"
     wider = RaggedBatch.build([0, 1], start_positions=[0], state_slots=[0], block_table=[[3, 4, 5]])
     with pytest.raises(KvCondenseError, match="block_table"):
         captured.batch.copy_(wider)
