@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class CachePart:
     def header(self) -> dict[str, Any]:
         """What a reader must know."""
         return {
-            "spec": {**asdict(self.spec), "rounding": self.spec.rounding.value},
+            "spec": self.spec.as_dict(),
             "weights_sha256": self.weights_sha256,
             "state_dtype": "float32",
             "format": self.cache.format.name,

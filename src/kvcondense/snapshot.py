@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -135,7 +134,7 @@ def _one_request(batch: RaggedBatch) -> int:
 def _header(spec: CompressorSpec, position: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
-        "spec": {**asdict(spec), "rounding": spec.rounding.value},
+        "spec": spec.as_dict(),
         "position": position,
         "dtype": str(dtype).removeprefix("torch."),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvcondense.config import ModelConfig
@@ -91,6 +91,10 @@ class CompressorSpec:
             owners = ", ".join(map(str, config.compressor_layers))
             raise UnsupportedError("layer", f"a layer that owns a compressor ({owners})", layer)
         return ("main", "indexer") if config.compress_ratios[layer] in config.overlap_ratios else ("main",)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON holds them."""
+        return {**asdict(self), "rounding": self.rounding.value}
 
     @property
     def halves(self) -> int:

@@ -13,6 +13,7 @@ from kvcondense.api import condense
 from kvcondense.backends import Backend, backend_names, get_backend
 from kvcondense.conformance.mutants import MUTANTS
 from kvcondense.errors import KvCondenseError, UnsupportedError
+from kvcondense.golden.run import CANARY
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.online import OnlineState
@@ -23,9 +24,6 @@ from kvcondense.snapshot import load_live, save_live
 from kvcondense.spec import CompressorSpec
 from kvcondense.stages.online import settle
 from kvcondense.weights import CompressorWeights
-
-CANARY = 0xA5
-"""Byte that fills a cache before anything is written."""
 
 KINDS = ("ring", "paged", "online")
 """Kinds of state of a kvcondense backend."""

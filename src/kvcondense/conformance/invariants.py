@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvcondense.conformance import histories, stored_bytes
-from kvcondense.conformance.adapter import BackendAdapter, Capabilities, Factory
+from kvcondense.conformance.adapter import CANARY, BackendAdapter, Capabilities, Factory
 from kvcondense.conformance.cases import SPECS, Case, shrink
 from kvcondense.conformance.histories import step
 from kvcondense.conformance.play import Player, Request, against_golden, against_itself, bits
@@ -129,7 +129,7 @@ def _emitted(player: Player) -> str | None:
     """Row c is there from the step on that brings position c * r + r - 1, and nothing else is."""
     request = player.live[0]
     rows = player.adapter.rows(player.frame.slots(request, player.own_rows(request)))
-    if bool((rows.contiguous().view(torch.uint8) == 0xA5).all(-1).any()):
+    if bool((rows.contiguous().view(torch.uint8) == CANARY).all(-1).any()):
         return f"a row of the {player.spec.visible_rows(request.done)} that are visible was not written"
     return player.guard()
 

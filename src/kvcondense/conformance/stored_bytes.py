@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from kvcondense.backends import Backend
 from kvcondense.config import ModelConfig
 from kvcondense.formats import CacheFormat
 from kvcondense.golden.compare import same_bytes
-from kvcondense.golden.run import CANARY, all_bytes, golden_bytes
+from kvcondense.golden.run import CANARY, TENSOR_SCALE, all_bytes, golden_bytes, name_byte
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.state import StatePool
@@ -21,7 +22,6 @@ from kvcondense.spec import CompressorSpec
 from kvcondense.weights import CompressorWeights
 
 _PAGE_ROWS = 3
-_TENSOR_SCALE = 0.05
 _DECADES = 7.0
 """The norm's weight falls by this many powers of ten over a row, so that floors of scales are reached."""
 
@@ -41,7 +41,7 @@ def check(fmt: CacheFormat) -> Callable[[str | Backend], str | None]:
         weights = CompressorWeights(
             norm=falling * (1 + 0.3 * torch.randn(d, generator=gen)), ape=torch.randn(2, spec.width, generator=gen)
         )
-        scale = _TENSOR_SCALE if fmt.tensor_scale else None
+        scale = TENSOR_SCALE if fmt.tensor_scale else None
         cache = PagedCache.allocate(d, 5, _PAGE_ROWS, format=fmt, tensor_scale=scale)
         cache.data.fill_(CANARY)
         before = replace(cache, data=cache.data.clone(), scales=None if cache.scales is None else cache.scales.clone())
@@ -54,12 +54,7 @@ def check(fmt: CacheFormat) -> Callable[[str | Backend], str | None]:
         written = {s: row for s, row in zip(rows.slot.tolist(), rows.values, strict=True) if s >= 0}
         if len(written) != 9:
             return f"{len(written)} rows were returned for the cache instead of 9"
-        size = fmt.page_bytes(d, _PAGE_ROWS)
-
-        def name(byte: int) -> str:
-            page, offset = divmod(byte, size)
-            return f"page {page} byte {offset} ({fmt.name_byte(d, _PAGE_ROWS, offset)})"
-
+        name = functools.partial(name_byte, fmt, d, _PAGE_ROWS, cache.data.shape[0])
         result = same_bytes(name)(all_bytes(cache), golden_bytes(before, written))
         return None if result.passed else f"{fmt.name}: {result.detail}"
 

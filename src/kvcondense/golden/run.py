@@ -10,6 +10,7 @@ import torch
 
 from kvcondense.api import condense, project
 from kvcondense.backends import Backend
+from kvcondense.formats import CacheFormat
 from kvcondense.golden import pages
 from kvcondense.golden.compare import Comparator, Comparison, allclose, row_bounds, same_bytes
 from kvcondense.golden.decode import DecodeCompressor
@@ -47,7 +48,8 @@ def comparators(inputs: GoldenInputs) -> dict[str, Comparator]:
             return 2 * fmt.error_bound(flat, fmt.encode(flat, scale), scale).view(expected.shape)
 
         cache = row_bounds(spec, quantisation=step)
-    bytes_of = same_bytes(functools.partial(_name_byte, inputs))
+    batch, rows_per_page, d = inputs.kv_cache.shape
+    bytes_of = same_bytes(functools.partial(name_byte, fmt, d, rows_per_page, batch))
     return {"kv": rows, "kv_state": states, "score_state": states, "kv_cache": cache, "kv_bytes": bytes_of}
 
 
@@ -204,13 +206,12 @@ def _row_dtype(inputs: GoldenInputs) -> torch.dtype:
     return torch.float32 if inputs.format.name == "fp32" else torch.bfloat16
 
 
-def _name_byte(inputs: GoldenInputs, byte: int) -> str:
+def name_byte(fmt: CacheFormat, head_dim: int, page_rows: int, num_pages: int, byte: int) -> str:
     """Where byte ``byte`` of :func:`all_bytes` lies."""
-    batch, rows, d = inputs.kv_cache.shape
-    page, offset = divmod(byte, inputs.format.page_bytes(d, rows))
-    if page >= batch:
+    page, offset = divmod(byte, fmt.page_bytes(head_dim, page_rows))
+    if page >= num_pages:
         return "the scales beside the pages"
-    return f"page {page} byte {offset} ({inputs.format.name_byte(d, rows, offset)})"
+    return f"page {page} byte {offset} ({fmt.name_byte(head_dim, page_rows, offset)})"
 
 
 def _seed_empty(inputs: GoldenInputs, state: StatePool, first: list[int]) -> None:

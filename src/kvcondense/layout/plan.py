@@ -61,17 +61,11 @@ class Plan:
             raise RangeError("page_rows", "None or an integer of at least 1", repr(page_rows))
         if state_layout is not None:
             state_layout.check(batch, spec)
-        active = batch.active
-        start = torch.where(active, batch.start_positions, 0)
-        end = start + torch.where(active, batch.lengths, 0)
-        # Window c ends inside [start, end) iff start // r <= c < end // r.
-        first = start // spec.ratio
-        request, offset = spread(end // spec.ratio - first)
+        start, first, windows, low, keep = _work(spec, batch, state_layout)
+        request, offset = spread(windows)
         window = first[request] + offset
         last_token = batch.query_start_loc[request] + (window + 1) * spec.ratio - 1 - start[request]
         slot = _slots(batch, request, window, last_token, page_rows)
-        low = end if state_layout is None else torch.where(active, state_layout.keep_start(spec, batch), end)
-        keep = end - low
         keep_request, keep_offset = spread(keep)
         position = low[keep_request] + keep_offset
         row = state_layout.address(batch, keep_request, position) if state_layout is not None else position
@@ -119,10 +113,8 @@ class Plan:
         if batch.start_positions.shape[0] == 0:
             empty = cls.build(spec, batch, state_layout=state_layout, page_rows=page_rows)
             return empty.padded(windows, keeps)
-        start = torch.where(batch.active, batch.start_positions, 0)
-        end = start + torch.where(batch.active, batch.lengths, 0)
-        first = start // spec.ratio
-        request, offset, live = _spread_static(end // spec.ratio - first, windows)
+        start, first, ending, low, keep = _work(spec, batch, state_layout)
+        request, offset, live = _spread_static(ending, windows)
         window = first[request] + offset
         last_token = batch.query_start_loc[request] + (window + 1) * spec.ratio - 1 - start[request]
         slot = torch.full_like(window, -1)
@@ -133,8 +125,7 @@ class Plan:
             assert page_rows is not None
             page = (window // page_rows).clamp(max=batch.block_table.shape[1] - 1)
             slot = batch.block_table[request, page] * page_rows + window % page_rows
-        low = end if state_layout is None else torch.where(batch.active, state_layout.keep_start(spec, batch), end)
-        owner, behind, kept = _spread_static(end - low, keeps)
+        owner, behind, kept = _spread_static(keep, keeps)
         position = low[owner] + behind
         row = position
         if state_layout is not None:
@@ -191,6 +182,18 @@ class Plan:
 
         sizes = dict.fromkeys(WINDOW_FIELDS, windows) | dict.fromkeys(KEEP_FIELDS, keeps)
         return replace(self, **{name: fill(name, size) for name, size in sizes.items()})
+
+
+def _work(
+    spec: CompressorSpec, batch: RaggedBatch, layout: Layout | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per request [R]: start position, first window and number of windows, first kept position and number of rows."""
+    start = torch.where(batch.active, batch.start_positions, 0)
+    end = start + torch.where(batch.active, batch.lengths, 0)
+    # Window c ends inside [start, end) iff start // r <= c < end // r.
+    first = start // spec.ratio
+    low = end if layout is None else torch.where(batch.active, layout.keep_start(spec, batch), end)
+    return start, first, end // spec.ratio - first, low, end - low
 
 
 def _spread_static(counts: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
