@@ -54,7 +54,7 @@ class Backend(Protocol):
 
 
 # Name -> module with a BACKEND; imported when it is asked for. "auto" takes the first that can run the step.
-_MODULES = {"reference": "kvcondense.backends.reference"}
+_MODULES = {"cpu": "kvcondense.backends.cpu", "reference": "kvcondense.backends.reference"}
 
 
 def backend_names() -> tuple[str, ...]:

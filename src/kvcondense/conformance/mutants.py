@@ -211,12 +211,12 @@ def _ties_down(c: Channels) -> Channels:
 
 
 def _scatter_without_pad(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache) -> None:
-    stored = store.encode(rows[slot >= 0], cache)
+    stored = cache.encode(rows[slot >= 0])
     cache.put(slot[slot >= 0], {name: values for name, values in stored.items() if name != PAD})
 
 
 def _scatter_nibbles_swapped(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache) -> None:
-    stored = store.encode(rows[slot >= 0], cache)
+    stored = cache.encode(rows[slot >= 0])
     for c in cache.format.channels:
         if c.element.bits == 4:
             stored[c.name] = (stored[c.name] << 4) | (stored[c.name] >> 4)

@@ -167,7 +167,7 @@ def _ints(name: str, value: object, dim: int, device: torch.device | None, rows:
         raise DeviceError(name, f"device {device} as query_start_loc", value.device)
     if value.is_meta:
         raise DeviceError(name, "a device that holds values", value.device)
-    return value.to(torch.int64)
+    return value.to(torch.int64).contiguous()
 
 
 def _drafts(draft_rows: IntTensor | int, lengths: torch.Tensor) -> torch.Tensor:

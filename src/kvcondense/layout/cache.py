@@ -135,6 +135,17 @@ class PagedCache:
         section = self.data[:, begin : begin + f.stride * self.page_rows].unflatten(1, (self.page_rows, f.stride))
         return section[:, :, f.offset : f.offset + f.nbytes].view(f.dtype)
 
+    def encode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """rows [E, d] -> stored values of each field [E, count]; raises RangeError in validation mode if one is lost."""
+        stored = self.format.encode(rows, self.tensor_scale)
+        if self.strict:
+            lost = self.format.lost(rows, stored, self.tensor_scale).nonzero()
+            if lost.shape[0]:
+                row, channel = lost[0].tolist()
+                got = f"{rows[row, channel].item()!r} in channel {channel}, and {lost.shape[0] - 1} more"
+                raise RangeError(f"row {row}", f"values that {self.format.name} can hold", got)
+        return stored
+
     def put(self, slot: torch.Tensor, stored: dict[str, torch.Tensor]) -> None:
         """Write encoded rows (:meth:`CacheFormat.encode`) to their slots [E], all of them legal."""
         page, at = slot // self.page_rows, slot % self.page_rows

@@ -1,0 +1,179 @@
+"""The CPU backend: Numba kernels over torch tensors. One call does a step; see condense.py for what threads do."""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from dataclasses import dataclass
+
+import torch
+
+from kvcondense.backends import Step
+from kvcondense.backends.cpu import native, params, tables
+from kvcondense.backends.cpu.launch import launch
+from kvcondense.errors import UnsupportedError
+from kvcondense.formats import CacheFormat
+from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.online import OnlineState
+from kvcondense.layout.state import PagedLayout, StatePool
+from kvcondense.spec import CompressorSpec
+
+_KINDS = {torch.float32: params.FP32, torch.bfloat16: params.BF16, torch.float16: params.FP16}
+_STAGE_CHANNELS = 128
+_LANES = 16
+_SERIAL = 1 << 16
+"""Elements below which a step runs in the calling thread: waking others takes longer."""
+
+
+@dataclass(frozen=True)
+class CpuBackend:
+    """Steps and projections on the CPU, in fp32, for channels in multiples of 16."""
+
+    name: str = "cpu"
+
+    def why_not(self, step: Step) -> str | None:
+        """None if this step can run here, else the reason."""
+        kv_score, state = step.kv_score, step.state
+        if kv_score.device.type != "cpu":
+            return f"kv_score is on {kv_score.device}, not on the CPU"
+        if kv_score.dtype not in _KINDS:
+            return f"kv_score is {kv_score.dtype}; the kernels compute in fp32 (the reference takes fp64)"
+        if state is not None and state.dtype not in (torch.float32, torch.bfloat16):
+            return f"the state is {state.dtype}; the kernels take fp32 and bf16"
+        reason = _shape_problem(step.spec)
+        if reason is None and step.cache is not None:
+            reason = _format_problem(step.cache.format, step.cache.head_dim)
+        return reason or native.problem()
+
+    def run(self, step: Step) -> None:
+        """Do the step. A cache in validation mode is encoded by its format, so that nothing is written if it raises."""
+        if step.cache is not None and step.cache.strict:
+            _run(step, windows=True, cache=None, keeps=False)
+            live = step.plan.window_slot >= 0
+            stored = step.cache.encode(step.rows[live])
+            step.cache.put(step.plan.window_slot[live], stored)
+            _run(step, windows=False, cache=None, keeps=True)
+        else:
+            _run(step, windows=True, cache=step.cache, keeps=True)
+
+
+@functools.cache
+def _shape_problem(spec: CompressorSpec) -> str | None:
+    if spec.head_dim % _LANES or spec.rope_dim % _LANES:
+        return f"head_dim {spec.head_dim} and rope_dim {spec.rope_dim} must be multiples of {_LANES}"
+    return None
+
+
+@functools.cache
+def _format_problem(form: CacheFormat, head_dim: int) -> str | None:
+    try:
+        tables.format_block(form, head_dim, 1, 1.0 if form.tensor_scale else None)
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+def _run(step: Step, *, windows: bool, cache: PagedCache | None, keeps: bool) -> None:
+    """One launch for the windows, for what is kept, or for both."""
+    spec, plan, state, batch = step.spec, step.plan, step.state, step.plan.batch
+    kv_score = step.kv_score if step.kv_score.stride(1) == 1 else step.kv_score.contiguous()
+    plain = kv_score.dtype is torch.float32 and (state is None or state.dtype is torch.float32)
+    staged = 0 if plain else min(_STAGE_CHANNELS, spec.head_dim)
+    online = isinstance(state, OnlineState)
+    count = plan.num_windows if windows else 0
+    kept = plan.keep_token.shape[0] if keeps and state is not None else 0
+    requests = batch.start_positions.shape[0] if online and keeps else 0
+    threads, blocks, chunk = _split(spec, count, requests, kept)
+    scratch_bytes = 20 * spec.head_dim + (48 + 8 * staged) * spec.window + params.LINE
+    scratch = torch.empty(threads * scratch_bytes, dtype=torch.uint8)
+    counters = torch.zeros((params.WINDOW_BLOCKS >> 3) + (count if blocks > 1 else 0), dtype=torch.int64)
+    ape, gamma = None if step.ape is None else _fp32(step.ape), _fp32(step.gamma)
+    cos, sin = (gamma, gamma) if step.rope is None else (_fp32(step.rope.cos), _fp32(step.rope.sin))
+    form = None if cache is None else _format_block(cache)
+    table, page_rows, paged, data = _addressing(step)
+    block = array(
+        "q",
+        (  # in the order of params
+            _address(tables.spec_block(spec, staged)),
+            0 if form is None else _address(form),
+            counters.data_ptr(),
+            scratch.data_ptr(),
+            scratch_bytes,
+            kv_score.data_ptr(),
+            kv_score.stride(0) * kv_score.element_size(),
+            _KINDS[kv_score.dtype],
+            0 if ape is None else ape.data_ptr(),
+            gamma.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            step.rows.data_ptr(),
+            0 if step.latent is None else step.latent.data_ptr(),
+            batch.query_start_loc.data_ptr(),
+            batch.start_positions.data_ptr(),
+            batch.draft_rows.data_ptr(),
+            requests,
+            0 if table is None else table.data_ptr(),
+            0 if table is None else table.stride(0),
+            page_rows,
+            paged,
+            0 if data is None else data.data_ptr(),
+            0 if data is None else data.stride(0) * data.element_size(),
+            params.FP32 if data is None else _KINDS[data.dtype],
+            state.acc.data_ptr() if isinstance(state, OnlineState) else 0,
+            state.folded.data_ptr() if isinstance(state, OnlineState) else 0,
+            count,
+            plan.window_request.data_ptr(),
+            plan.window_index.data_ptr(),
+            plan.window_slot.data_ptr(),
+            kept,
+            plan.keep_token.data_ptr(),
+            plan.keep_position.data_ptr(),
+            plan.keep_row.data_ptr(),
+            0 if cache is None else cache.data.data_ptr(),
+            0 if cache is None else cache.data.stride(0),
+            0 if cache is None or cache.scales is None or cache.format.tensor_scale else cache.scales.data_ptr(),
+            0 if cache is None or cache.scales is None or cache.format.tensor_scale else 4 * cache.scales.stride(0),
+            blocks,
+            chunk,
+        ),
+    )
+    launch(native.address("condense"), _address(block), threads)
+
+
+def _split(spec: CompressorSpec, windows: int, requests: int, kept: int) -> tuple[int, int, int]:
+    """(threads, channel blocks per window, windows taken at once) for this much work."""
+    work = (windows + requests) * spec.window * spec.head_dim + kept * spec.state_dim
+    threads = 1 if work < _SERIAL else torch.get_num_threads()
+    if threads == 1:
+        return 1, 1, 1
+    if windows < threads:
+        return threads, min(-(-threads // max(windows, 1)), spec.head_dim // _LANES), 1
+    return threads, 1, max(1, min(8, windows // (8 * threads)))
+
+
+def _addressing(step: Step) -> tuple[torch.Tensor | None, int, int, torch.Tensor | None]:
+    """(slots or block table, rows of a slot or page, 1 if paged, rows of the state or log)."""
+    state, batch = step.state, step.plan.batch
+    if state is None:
+        return None, 1, 0, None
+    if isinstance(state, OnlineState):
+        return batch.state_slots, max(state.layout.log_rows, 1), 0, state.log
+    if isinstance(state.layout, PagedLayout):
+        return batch.state_block_table, state.layout.page_rows, 1, state.data
+    return batch.state_slots, state.layout.ring_rows, 0, state.data
+
+
+def _format_block(cache: PagedCache) -> array[int]:
+    scale = None if cache.tensor_scale is None else float(cache.tensor_scale)
+    return tables.format_block(cache.format, cache.head_dim, cache.page_rows, scale)
+
+
+def _address(block: array[int]) -> int:
+    return block.buffer_info()[0]
+
+
+def _fp32(t: torch.Tensor) -> torch.Tensor:
+    return t if t.dtype is torch.float32 and t.is_contiguous() else t.float().contiguous()
+
+
+BACKEND = CpuBackend()

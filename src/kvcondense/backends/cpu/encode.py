@@ -1,0 +1,249 @@
+"""Stage 7 in Numba: a row to the bytes of its slot, for every cache format, by integer arithmetic on fp32 bits.
+
+A format is a block of integers (``params``), made from its descriptor: which channels, which element, which scale rule,
+which addresses. Codes and scales are those of ``formats.CacheFormat.encode``, bit for bit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvcondense.backends.cpu import params, simd
+from kvcondense.backends.cpu.pool import inlined, kernel
+from kvcondense.backends.cpu.row import bf16_code, round_bf16
+from kvcondense.backends.cpu.simd import BYTES, LANES, isplat, load, load_i64, splat, store
+
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+_INFINITY = np.int32(0x7F800000)
+_MANTISSA = np.int32(0x7FFFFF)
+_NAN = 0x7FC00000
+_E4M3 = (8, 3, 7, 0x7E, 0x7F)
+"""bits, mantissa, bias, max_code, nan_code of scales that are e4m3 bytes."""
+
+
+@inlined
+def _magnitude(x):
+    """Bits of |x|, those of infinity for NaN."""
+    m = simd.bits(x) & isplat(_MAGNITUDE)
+    return simd.iwhere_less(isplat(_INFINITY), m, isplat(_INFINITY), m)
+
+
+@inlined
+def _round_shift(n, shift, ties_to_even):
+    """n / 2^shift to the nearest integer, ties to the even one, or down."""
+    one = isplat(np.int32(1))
+    odd = simd.shift_right(n, shift) & one & isplat(np.int32(ties_to_even))
+    return simd.shift_right(n + simd.shift_left(one, shift - one) - one + odd, shift)
+
+
+@inlined
+def _scaled_integer(magnitude, exponent, ties_to_even):
+    """round(|x| 2^exponent) from the bits of |x|; from 2^22 on something larger than that."""
+    one = isplat(np.int32(1))
+    biased = simd.shift_right(magnitude, isplat(np.int32(23)))
+    normal = simd.iwhere_less(biased, one, isplat(np.int32(0)), isplat(np.int32(1 << 23)))
+    full = (magnitude & isplat(_MANTISSA)) | normal
+    shift = isplat(np.int32(150 - exponent)) - simd.iwhere_less(biased, one, one, biased)
+    shift = simd.iwhere_less(shift, one, one, shift)
+    limit = isplat(np.int32(25))
+    return _round_shift(full, simd.iwhere_less(limit, shift, limit, shift), ties_to_even)
+
+
+@kernel
+def small_float(x, size, mantissa, bias, max_code, nan_code, ties_to_even):
+    """Codes of ``formats.elements.SmallFloat``."""
+    b, magnitude = simd.bits(x), _magnitude(x)
+    rebiased = magnitude - isplat(np.int32((127 - bias) << 23))
+    normal = _round_shift(rebiased, isplat(np.int32(23 - mantissa)), ties_to_even)
+    subnormal = _scaled_integer(magnitude, bias + mantissa - 1, ties_to_even)
+    code = simd.iwhere_less(magnitude, isplat(np.int32((128 - bias) << 23)), subnormal, normal)
+    largest = isplat(np.int32(max_code))
+    code = simd.iwhere_less(largest, code, largest, code)
+    code = simd.iwhere_less(magnitude, isplat(_INFINITY), code, isplat(np.int32(max(nan_code, 0))))
+    sign = simd.shift_right(b, isplat(np.int32(32 - size))) & isplat(np.int32(1 << (size - 1)))
+    return code | sign
+
+
+@kernel
+def small_float_value(code, size, mantissa, bias, nan_code):
+    """The value of each code."""
+    magnitude = code & isplat(np.int32((1 << (size - 1)) - 1))
+    shifted = simd.shift_left(magnitude, isplat(np.int32(23 - mantissa)))
+    normal = simd.from_bits(shifted + isplat(np.int32((127 - bias) << 23)))
+    step = splat(simd.float_of((128 - bias - mantissa) << 23))
+    subnormal = simd.to_float(magnitude) * step
+    value = simd.bits(normal)
+    value = simd.iwhere_less(magnitude, isplat(np.int32(1 << mantissa)), simd.bits(subnormal), value)
+    if nan_code >= 0:
+        value = simd.iwhere_less(isplat(np.int32(nan_code - 1)), magnitude, isplat(np.int32(_NAN)), value)
+    sign = simd.shift_left(simd.shift_right(code, isplat(np.int32(size - 1))), isplat(np.int32(31)))
+    return simd.from_bits(value | sign)
+
+
+@inlined
+def _whole(x):
+    """Codes of ``formats.elements.Int8``."""
+    b, magnitude = simd.bits(x), _magnitude(x)
+    number = _scaled_integer(magnitude, 0, 1)
+    largest, zero = isplat(np.int32(127)), isplat(np.int32(0))
+    number = simd.iwhere_less(largest, number, largest, number)
+    number = simd.iwhere_less(magnitude, isplat(_INFINITY), number, zero)
+    return simd.iwhere_less(b, zero, zero - number, number)
+
+
+@kernel
+def _power_of_two(amax_bits, part):
+    """Exponent of the scale 2^ceil(log2(amax / largest)), at least -127: where the mantissa of amax passes largest's."""
+    largest = load_i64(part + 8 * params.LARGEST)
+    above = 1 if (amax_bits & _MANTISSA) > (largest & _MANTISSA) else 0
+    exponent = (amax_bits >> 23) - (largest >> 23) + above
+    return max(exponent, max(-127, load_i64(part + 8 * params.FLOOR_EXPONENT)))
+
+
+@inlined
+def _ue8m0(code):
+    """Byte b as fp32: 2^(b - 127)."""
+    return simd.float_of((1 << 22) if code == 0 else code << 23)
+
+
+@kernel
+def _store_codes(x, part, address):
+    """Codes of 16 values to ``address``, 16 channels apart from the next ones; returns the bytes written."""
+    element = load_i64(part + 8 * params.ELEMENT)
+    if element == params.SMALL_FLOAT:
+        size = load_i64(part + 8 * params.BITS)
+        code = small_float(
+            x,
+            size,
+            load_i64(part + 8 * params.MANTISSA),
+            load_i64(part + 8 * params.BIAS),
+            load_i64(part + 8 * params.MAX_CODE),
+            load_i64(part + 8 * params.NAN_CODE),
+            load_i64(part + 8 * params.TIES_TO_EVEN),
+        )
+        if size == 4:
+            simd.store_4(address, code)
+            return LANES // 2
+        simd.store_8(address, code)
+        return LANES
+    if element == params.WHOLE:
+        simd.store_8(address, _whole(x))
+        return LANES
+    if element == params.PLAIN16:
+        simd.store_16(address, bf16_code(x))
+        return 2 * LANES
+    nan = isplat(np.int32(_NAN))
+    bits = simd.bits(x)
+    store(address, simd.from_bits(simd.iwhere_less(isplat(_INFINITY), bits & isplat(_MAGNITUDE), nan, bits)))
+    return 4 * LANES
+
+
+@inlined
+def _code_value(x, part):
+    """What a small float of the part gives back for x."""
+    size, mantissa = load_i64(part + 8 * params.BITS), load_i64(part + 8 * params.MANTISSA)
+    bias, nan_code = load_i64(part + 8 * params.BIAS), load_i64(part + 8 * params.NAN_CODE)
+    code = small_float(
+        x, size, mantissa, bias, load_i64(part + 8 * params.MAX_CODE), nan_code,
+        load_i64(part + 8 * params.TIES_TO_EVEN),
+    )  # fmt: skip
+    return small_float_value(code, size, mantissa, bias, nan_code)
+
+
+@kernel
+def _scale_of(amax_bits, part):
+    """(stored scale as fp32, multiplier or divisor of the values, byte of the scale) of a block."""
+    rule = load_i64(part + 8 * params.SCALE)
+    largest = simd.float_of(load_i64(part + 8 * params.LARGEST))
+    amax = simd.float_of(amax_bits)
+    if rule in (params.POW2_BYTE, params.POW2_FP32):
+        exponent = _power_of_two(amax_bits, part)
+        return _ue8m0(exponent + 127), _ue8m0(127 - exponent), exponent + 127
+    if rule == params.PLAIN_FP32:
+        scale = amax / largest
+        return scale, np.float32(1) / scale, 0
+    if rule == params.E4M3_BYTE:
+        size, mantissa, bias, max_code, nan_code = _E4M3
+        code = small_float(splat(amax / largest), size, mantissa, bias, max_code, nan_code, 1)
+        value = simd.halving_sum(small_float_value(code, size, mantissa, bias, nan_code)) / np.float32(LANES)
+        return value, value, simd.largest_lane(code)
+    multiplier = largest / amax
+    return np.float32(1) / multiplier, multiplier, 0
+
+
+@kernel
+def _part(row, part, code, scales, through):
+    """Encode the channels of one part: codes to ``code``, scales to ``scales``."""
+    rule = load_i64(part + 8 * params.SCALE)
+    first, last = load_i64(part + 8 * params.FIRST), load_i64(part + 8 * params.LAST)
+    block = load_i64(part + 8 * params.BLOCK) if rule >= 0 else last - first
+    byte_scale = rule in (params.POW2_BYTE, params.E4M3_BYTE)
+    for at in range(first, last, block):
+        begin, end = row + 4 * at, row + 4 * (at + block)
+        stored, factor, byte = np.float32(1), np.float32(1), 0
+        poisoned = False
+        if rule == params.TENSOR:
+            factor = simd.float_of(load_i64(part + 8 * params.TENSOR_SCALE))
+        elif rule >= 0:
+            largest, finite = isplat(np.int32(0)), isplat(np.int32(0))
+            for i in range(begin, end, BYTES):
+                m = _magnitude(load(i))
+                largest = simd.iwhere_less(largest, m, m, largest)
+                m = simd.iwhere_less(m, isplat(_INFINITY), m, isplat(np.int32(0)))
+                finite = simd.iwhere_less(finite, m, m, finite)
+            amax = max(simd.largest_lane(finite), load_i64(part + 8 * params.FLOOR))
+            stored, factor, byte = _scale_of(amax, part)
+            if simd.largest_lane(largest) >= _INFINITY and load_i64(part + 8 * params.NAN_CODE) < 0:
+                poisoned = True
+                stored = simd.float_of(_NAN)
+                byte = 255 if rule == params.POW2_BYTE else _E4M3[4]
+        for i in range(begin, end, BYTES):
+            x = splat(np.float32(0)) if poisoned else load(i)
+            if rule in (params.TENSOR, params.E4M3_BYTE):
+                x = x / splat(factor)
+            elif rule >= 0:
+                x = x * splat(factor)
+            if through:
+                if rule >= 0:
+                    x = _code_value(x, part) * splat(stored)
+                simd.store_16(code, bf16_code(x))
+                code += 2 * LANES
+            else:
+                code += _store_codes(x, part, code)
+        if rule >= 0 and rule != params.TENSOR and not through:
+            if byte_scale:
+                simd.store_byte(scales, byte)
+                scales += 1
+            else:
+                simd.store_scalar(scales, stored)
+                scales += 4
+
+
+@kernel
+def put(row, slot, p, work):
+    """Encode the fp32 row at ``row`` and write it to cache slot ``slot`` of the call block p."""
+    form = load_i64(p + 8 * params.FORMAT)
+    page_rows = load_i64(form + 8 * params.FORMAT_PAGE_ROWS)
+    page, at = slot // page_rows, slot % page_rows
+    base = load_i64(p + 8 * params.CACHE) + page * load_i64(p + 8 * params.PAGE_STRIDE)
+    through = load_i64(form + 8 * params.THROUGH)
+    outside = load_i64(p + 8 * params.SCALES)
+    parts = load_i64(form + 8 * params.PARTS)
+    first = form + 8 * params.FORMAT_HEAD
+    if load_i64(form + 8 * params.ROUND_ROW):
+        last = load_i64(first + (parts - 1) * 8 * params.PART_SIZE + 8 * params.LAST)
+        for i in range(0, 4 * last, BYTES):
+            store(work + i, round_bf16(load(row + i)))
+        row = work
+    for k in range(parts):
+        part = first + k * 8 * params.PART_SIZE
+        code = base + load_i64(part + 8 * params.CODE_BASE) + load_i64(part + 8 * params.CODE_STRIDE) * at
+        if through:  # one bf16 row, whatever the parts of the format behind it
+            code += 2 * load_i64(part + 8 * params.FIRST)
+        scales = base + load_i64(part + 8 * params.SCALE_BASE) + load_i64(part + 8 * params.SCALE_STRIDE) * at
+        if outside:
+            scales = outside + page * load_i64(p + 8 * params.SCALES_STRIDE) + 4 * at
+        _part(row, part, code, scales, through)
+    pad = base + load_i64(form + 8 * params.PAD_BASE) + load_i64(form + 8 * params.PAD_STRIDE) * at
+    for i in range(load_i64(form + 8 * params.PAD_BYTES)):
+        simd.store_byte(pad + i, 0)

@@ -1,0 +1,65 @@
+"""Threads for compiled kernels: torch's own OpenMP pool where it has one, so that nothing is ever oversubscribed.
+
+A kernel is entered by every thread with the same block of integers; the threads share its work through counters, so it
+does not matter how many of them come. Where torch has no OpenMP runtime that can be called, Python threads stand in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+import torch
+
+Entry = Callable[[int], None]
+
+
+@functools.cache
+def entry(address: int) -> Entry:
+    """A compiled function void(int64) as something that Python can call; the GIL is released meanwhile."""
+    return ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
+
+
+def launch(address: int, block: int, threads: int) -> None:
+    """Enter the kernel at ``address`` with ``block`` from up to ``threads`` threads; returns when all are back."""
+    if threads == 1:
+        entry(address)(block)
+        return
+    parallel = _openmp()
+    if parallel is not None:
+        parallel(address, block, threads, 0)
+        return
+    run = entry(address)
+    others = [_pool(threads - 1).submit(run, block) for _ in range(threads - 1)]
+    run(block)
+    wait(others)
+
+
+@functools.cache
+def _openmp() -> Callable[[int, int, int, int], None] | None:
+    """GOMP_parallel(function, data, threads, flags) of the runtime that torch is linked with, if it has one.
+
+    GNU's and LLVM's OpenMP both export it. Threads that torch has started are used again.
+    """
+    if "OpenMP" not in torch.__config__.parallel_info():
+        return None
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).parent / "lib" / name
+        if not path.is_file():
+            continue
+        try:
+            function = ctypes.CDLL(str(path)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        function.restype = None
+        return function
+    return None
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="kvcondense")

@@ -1,0 +1,109 @@
+"""The blocks of 64-bit integers that the host hands to compiled kernels: addresses, strides, counts. One list each.
+
+Numba reads the module's constants as literals, so host and kernels share these names and cannot drift apart. Floats
+travel as their fp32 bits.
+"""
+
+from __future__ import annotations
+
+# One call of a kernel.
+(
+    SPEC,  # address of a spec block
+    FORMAT,  # address of a format block; 0: no cache
+    COUNTERS,  # address of int64 counters, zeroed: see below
+    SCRATCH,  # address of scratch memory
+    SCRATCH_BYTES,  # of each thread
+    KV_SCORE,
+    KV_STRIDE,  # bytes from token to token
+    KV_KIND,  # FP32, BF16 or FP16
+    APE,  # fp32 [r, N]; 0: none
+    GAMMA,
+    COS,
+    SIN,
+    ROWS,  # fp32 [E, d]
+    LATENT,  # fp32 [E, d]; 0: not asked for
+    QUERY_START,
+    START,
+    DRAFTS,
+    REQUESTS,
+    STATE_TABLE,  # state slots [R], or block table [R, pages]
+    STATE_TABLE_STRIDE,  # entries from request to request
+    STATE_PAGE,  # rows of a slot or page
+    PAGED,  # 1: block table, 0: slots
+    STATE,  # rows of the state, or of the draft log of an online state; 0: none
+    STATE_STRIDE,  # bytes from row to row
+    STATE_KIND,  # FP32 or BF16
+    ACC,  # online state: fp32 [slots, 3, d]; 0: rows
+    FOLDED,
+    WINDOWS,
+    WINDOW_REQUEST,
+    WINDOW_INDEX,
+    WINDOW_SLOT,
+    KEEPS,
+    KEEP_TOKEN,
+    KEEP_POSITION,
+    KEEP_ROW,
+    CACHE,
+    PAGE_STRIDE,  # bytes
+    SCALES,  # fp32 scales beside the pages; 0: none
+    SCALES_STRIDE,  # bytes from page to page
+    BLOCKS,  # channel blocks that a window's pool is split into
+    CHUNK,  # windows that a thread takes at once
+) = range(41)
+CALL_SIZE = 41
+
+FP32, BF16, FP16 = range(3)
+
+# Counters of a call, 64 bytes apart, so that threads do not share a line; then one per window if BLOCKS > 1.
+LINE = 64
+THREADS, NEXT_WINDOW, DONE_WINDOWS, NEXT_OPEN, NEXT_KEEP, WINDOW_BLOCKS = (LINE * i for i in range(6))
+
+# What a compressor computes.
+(
+    RATIO,
+    WINDOW,
+    HEAD_DIM,
+    WIDTH,
+    OVERLAP,
+    HAS_GATE,
+    ROUND,  # 1: REFERENCE profile
+    ROTATE,
+    ROPE_DIM,
+    EPS,
+    HADAMARD_SCALE,
+    STAGED,  # channels staged at once when rows are not read as they lie; 0: never
+) = range(12)
+SPEC_SIZE = 12
+
+# How a row lies in a page of the cache: PARTS entries of PART_SIZE follow the head.
+FORMAT_PAGE_ROWS, ROUND_ROW, THROUGH, PAD_BASE, PAD_STRIDE, PAD_BYTES, PARTS = range(7)
+FORMAT_HEAD = 7
+(
+    FIRST,  # channels FIRST .. LAST - 1
+    LAST,
+    ELEMENT,  # SMALL_FLOAT, WHOLE, PLAIN16 or PLAIN32
+    BITS,
+    MANTISSA,
+    BIAS,
+    MAX_CODE,
+    NAN_CODE,  # -1: none
+    TIES_TO_EVEN,
+    LARGEST,
+    SCALE,  # index in SCALE_KINDS; -1: none
+    BLOCK,
+    FLOOR,
+    FLOOR_EXPONENT,  # least exponent, for floors on the scale
+    TENSOR_SCALE,
+    CODE_BASE,  # bytes: row i of a page has its codes at CODE_BASE + CODE_STRIDE * i
+    CODE_STRIDE,
+    SCALE_BASE,
+    SCALE_STRIDE,
+) = range(19)
+PART_SIZE = 19
+
+SMALL_FLOAT, WHOLE, PLAIN16, PLAIN32 = range(4)
+POW2_BYTE, POW2_FP32, PLAIN_FP32, E4M3_BYTE, INVERSE_FP32, TENSOR = range(6)
+
+# A projection.
+X, X_STRIDE, W, W_STRIDE, OUT, TOKENS, CHANNELS, HIDDEN_BYTES, TILE_TOKENS, TILE_CHANNELS, NEXT_TILE = range(11)
+PROJECT_SIZE = 11

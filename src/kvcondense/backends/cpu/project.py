@@ -1,0 +1,171 @@
+"""Stage 1 in Numba: fp32 products of bf16 rows, x [T, D] and w [N, D] as they lie, no packing.
+
+Every output is one sum over D in 16 lanes, whose order depends on D alone: a token gives the same bits in any batch.
+With AVX-512 BF16 a lane adds two products per instruction; else both are widened and added one after the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import cfunc, types
+from numba.core import cgutils
+
+from kvcondense.backends.cpu import params, simd
+from kvcondense.backends.cpu.native import has_bf16_products
+from kvcondense.backends.cpu.pool import kernel
+from kvcondense.backends.cpu.simd import LANES, constant, fetch_add, load_i64, pointer
+
+_I64 = ir.IntType(64)
+_F = ir.VectorType(ir.FloatType(), LANES)
+_I = ir.VectorType(ir.IntType(32), LANES)
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not have."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+_BF = ir.VectorType(_BFloat(), 2 * LANES)
+
+
+def _pair_products(b: ir.IRBuilder, acc: ir.Value, x: tuple[ir.Value, ...], w: tuple[ir.Value, ...]) -> ir.Value:
+    """acc + the products of both halves of each lane."""
+    if len(x) == 1:
+        kind = ir.FunctionType(_F, [_F, _BF, _BF])
+        function = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+        return b.call(function, [acc, x[0], w[0]])
+    function = cgutils.get_or_insert_function(b.module, ir.FunctionType(_F, [_F] * 3), f"llvm.fma.v{LANES}f32")
+    return b.call(function, [x[1], w[1], b.call(function, [x[0], w[0], acc])])
+
+
+def _operand(b: ir.IRBuilder, pairs: ir.Value, native: bool) -> tuple[ir.Value, ...]:
+    """32 bf16 as the product takes them: as they are, or widened, even ones and odd ones."""
+    if native:
+        return (b.bitcast(pairs, _BF),)
+    return b.bitcast(b.shl(pairs, constant(16)), _F), b.bitcast(b.and_(pairs, constant(-0x10000)), _F)
+
+
+def _tile(tokens: int, channels: int, native: bool) -> Any:
+    """A kernel for ``tokens`` rows of x times ``channels`` rows of w, its sums in registers."""
+
+    @simd.operation(types.void, *[types.int64] * 7)
+    def tile(
+        b: ir.IRBuilder,
+        x: ir.Value,
+        x_stride: ir.Value,
+        w: ir.Value,
+        w_stride: ir.Value,
+        out: ir.Value,
+        out_stride: ir.Value,
+        size: ir.Value,
+    ) -> None:
+        def number(n: int) -> ir.Constant:
+            return ir.Constant(_I64, n)
+
+        rows_x = [b.add(x, b.mul(x_stride, number(i))) for i in range(tokens)]
+        rows_w = [b.add(w, b.mul(w_stride, number(i))) for i in range(channels)]
+        before, loop, after = b.block, b.append_basic_block("loop"), b.append_basic_block("after")
+        b.branch(loop)
+        b.position_at_end(loop)
+        at = b.phi(_I64)
+        at.add_incoming(number(0), before)
+        sums = [[b.phi(_F) for _ in rows_w] for _ in rows_x]
+        for acc in (a for line in sums for a in line):
+            acc.add_incoming(constant(0.0, _F), before)
+
+        def load(row: ir.Value) -> tuple[ir.Value, ...]:
+            return _operand(b, b.load(pointer(b, b.add(row, at), _I), align=2), native)
+
+        operands_w = [load(r) for r in rows_w]
+        nexts = []
+        for line, row in zip(sums, rows_x, strict=True):
+            operand = load(row)
+            nexts.append([_pair_products(b, a, operand, o) for a, o in zip(line, operands_w, strict=True)])
+        following = b.add(at, number(simd.BYTES))
+        at.add_incoming(following, loop)
+        for line, new in zip(sums, nexts, strict=True):
+            for acc, value in zip(line, new, strict=True):
+                acc.add_incoming(value, loop)
+        b.cbranch(b.icmp_signed("<", following, size), loop, after)
+        b.position_at_end(after)
+        for i, line in enumerate(nexts):
+            target = b.add(out, b.mul(out_stride, number(i)))
+            for j, value in enumerate(line):
+                b.store(_sum(b, value), pointer(b, b.add(target, number(4 * j)), ir.FloatType()), align=4)
+
+    return tile
+
+
+def _sum(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Sum of the lanes, second half to the first."""
+    size = LANES
+    while size > 1:
+        size //= 2
+        low, high = (
+            ir.Constant(ir.VectorType(ir.IntType(32), size), list(range(k, k + size))) for k in (0, size)
+        )
+        x = b.fadd(b.shuffle_vector(x, x, low), b.shuffle_vector(x, x, high))
+    return b.extract_element(x, ir.Constant(ir.IntType(32), 0))
+
+
+_NATIVE = has_bf16_products()
+# As many sums as registers hold: 24 of 32 with AVX-512 BF16, 16 where operands are widened.
+_HEIGHT = 6 if _NATIVE else 4
+_tall, _four, _two, _one = (_tile(n, 4, _NATIVE) for n in (_HEIGHT, 4, 2, 1))
+_row = _tile(1, 8, _NATIVE)
+
+
+@kernel
+def _work(p):
+    x, x_stride = load_i64(p + 8 * params.X), load_i64(p + 8 * params.X_STRIDE)
+    w, w_stride = load_i64(p + 8 * params.W), load_i64(p + 8 * params.W_STRIDE)
+    tokens, channels = load_i64(p + 8 * params.TOKENS), load_i64(p + 8 * params.CHANNELS)
+    size, out = load_i64(p + 8 * params.HIDDEN_BYTES), load_i64(p + 8 * params.OUT)
+    tall, wide = load_i64(p + 8 * params.TILE_TOKENS), load_i64(p + 8 * params.TILE_CHANNELS)
+    columns = (channels + wide - 1) // wide
+    total = (tokens + tall - 1) // tall * columns
+    counter = load_i64(p + 8 * params.NEXT_TILE)
+    stride = 4 * channels
+    while True:
+        task = fetch_add(counter, 1)
+        if task >= total:
+            break
+        token, last = task // columns * tall, min(tokens, task // columns * tall + tall)
+        first = task % columns * wide
+        end = min(channels, first + wide)
+        while token < last:
+            left = last - token
+            rows = x + token * x_stride
+            target = out + token * stride
+            if left >= _HEIGHT:
+                for n in range(first, end, 4):
+                    _tall(rows, x_stride, w + n * w_stride, w_stride, target + 4 * n, stride, size)
+                token += _HEIGHT
+            elif left >= 4:
+                for n in range(first, end, 4):
+                    _four(rows, x_stride, w + n * w_stride, w_stride, target + 4 * n, stride, size)
+                token += 4
+            elif left >= 2:
+                for n in range(first, end, 4):
+                    _two(rows, x_stride, w + n * w_stride, w_stride, target + 4 * n, stride, size)
+                token += 2
+            else:
+                for n in range(first, end, 8):
+                    _row(rows, x_stride, w + n * w_stride, w_stride, target + 4 * n, stride, size)
+                token += 1
+
+
+@cfunc("void(int64)", error_model="numpy")
+def entry(p):
+    """Run a projection; every thread of a launch enters here."""
+    _work(p)

@@ -1,0 +1,113 @@
+"""Stages 4 to 6 in Numba: RMS norm, RoPE and Hadamard of one row in place, with the reference's order of operations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from kvcondense.backends.cpu import params, simd
+from kvcondense.backends.cpu.pool import inlined, kernel
+from kvcondense.backends.cpu.simd import BYTES, LANES, load, load_i64, splat, store
+
+
+@inlined
+def round_bf16(x):
+    """To the nearest bf16, ties to even, as fp32. A NaN stays one, with its sign."""
+    b = simd.bits(x)
+    odd = simd.shift_right(b, simd.isplat(np.int32(16))) & simd.isplat(np.int32(1))
+    rounded = (b + simd.isplat(np.int32(0x7FFF)) + odd) & simd.isplat(np.int32(-0x10000))
+    magnitude = b & simd.isplat(np.int32(0x7FFFFFFF))
+    infinity = simd.isplat(np.int32(0x7F800000))
+    return simd.from_bits(simd.iwhere_less(infinity, magnitude, (b & simd.isplat(np.int32(-0x10000))) | simd.isplat(np.int32(0x7FC00000)), rounded))
+
+
+@inlined
+def bf16_code(x):
+    """The 16 bits of the nearest bf16; every NaN is 0x7FC0."""
+    x = simd.bits(round_bf16(x))
+    magnitude = x & simd.isplat(np.int32(0x7FFFFFFF))
+    x = simd.iwhere_less(simd.isplat(np.int32(0x7F800000)), magnitude, simd.isplat(np.int32(0x7FC00000)), x)
+    return simd.shift_right(x, simd.isplat(np.int32(16)))
+
+
+@kernel
+def tree_sum(x, n):
+    """Sum of n fp32 by repeated halving, as ``numerics.tree_sum`` orders it. Overwrites them."""
+    while n % (2 * LANES) == 0:
+        n //= 2
+        for i in range(0, 4 * n, BYTES):
+            store(x + i, load(x + i) + load(x + 4 * n + i))
+    if n == LANES:
+        return simd.halving_sum(load(x))
+    while n > 1:
+        half = n // 2
+        for i in range(0, 4 * half, 4):
+            simd.store_scalar(x + i, simd.load_scalar(x + i) + simd.load_scalar(x + 4 * half + i))
+        if n % 2:
+            simd.store_scalar(x + 4 * half, simd.load_scalar(x + 8 * half))
+        n -= half
+    return simd.load_scalar(x)
+
+
+@kernel
+def rms_norm(row, gamma, spec, work):
+    """n = gamma * (u * rsqrt(mean(u^2) + eps)); the REFERENCE profile rounds u and n to bf16."""
+    d = load_i64(spec + 8 * params.HEAD_DIM)
+    rounding = load_i64(spec + 8 * params.ROUND)
+    eps = simd.float_of(load_i64(spec + 8 * params.EPS))
+    for i in range(0, 4 * d, BYTES):
+        u = load(row + i)
+        if rounding:
+            u = round_bf16(u)
+            store(row + i, u)
+        store(work + i, u * u)
+    mean = tree_sum(work, d) / np.float32(d)
+    scale = splat(np.float32(1) / np.float32(math.sqrt(mean + eps)))
+    for i in range(0, 4 * d, BYTES):
+        n = load(gamma + i) * (load(row + i) * scale)
+        store(row + i, round_bf16(n) if rounding else n)
+
+
+@kernel
+def rope(row, cos, sin, spec):
+    """(a, b) -> (a cos - b sin, a sin + b cos) on the pairs of the last channels; the REFERENCE profile rounds to bf16."""
+    size = load_i64(spec + 8 * params.ROPE_DIM)
+    first = row + 4 * (load_i64(spec + 8 * params.HEAD_DIM) - size)
+    rounding = load_i64(spec + 8 * params.ROUND)
+    odd = simd.lane_number() & simd.isplat(np.int32(1))
+    # a cos + (-(b sin)) has the same bits as a cos - b sin.
+    sign = simd.to_float(odd + odd - simd.isplat(np.int32(1)))
+    for i in range(0, 4 * size, BYTES):
+        x = load(first + i)
+        out = x * simd.load_pairs(cos + i // 2) + sign * (simd.swap(x, 1) * simd.load_pairs(sin + i // 2))
+        store(first + i, round_bf16(out) if rounding else out)
+
+
+@kernel
+def hadamard(row, spec):
+    """y = (H row) d^-0.5 by butterflies, neighbours first."""
+    d = load_i64(spec + 8 * params.HEAD_DIM)
+    lane = simd.lane_number()
+    for distance in (1, 2, 4, 8):
+        one = simd.isplat(np.int32(distance))
+        # +1 in lanes that keep their value, -1 in those that are subtracted from their partner.
+        flag = simd.shift_right(lane & one, simd.isplat(np.int32(_LOG2[distance])))
+        sign = simd.to_float(simd.isplat(np.int32(1)) - flag - flag)
+        for i in range(0, 4 * d, BYTES):
+            x = load(row + i)
+            store(row + i, simd.swap(x, distance) + sign * x)
+    step = LANES
+    while step < d:
+        for block in range(0, d, 2 * step):
+            for i in range(4 * block, 4 * (block + step), BYTES):
+                a, b = load(row + i), load(row + i + 4 * step)
+                store(row + i, a + b)
+                store(row + i + 4 * step, a - b)
+        step *= 2
+    scale = splat(simd.float_of(load_i64(spec + 8 * params.HADAMARD_SCALE)))
+    for i in range(0, 4 * d, BYTES):
+        store(row + i, load(row + i) * scale)
+
+
+_LOG2 = (0, 0, 1, 0, 2, 0, 0, 0, 3)

@@ -1,0 +1,344 @@
+"""Vectors of 16 lanes for Numba: fp32 and int32 types and the few operations that the kernels are written in.
+
+Every operation is one LLVM instruction or intrinsic, so what a kernel computes does not depend on what a vectoriser
+makes of a loop: no reassociation, no contraction, one fma where it says fma. LLVM splits the vectors where the processor
+has shorter ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, overload, register_model
+
+LANES = 16
+BYTES = 4 * LANES
+"""Bytes of a vector of fp32."""
+
+_I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+_F = ir.VectorType(ir.FloatType(), LANES)
+_I = ir.VectorType(_I32, LANES)
+
+
+class _Vector(types.Type):
+    def __init__(self, name: str, llvm: ir.VectorType) -> None:
+        self.llvm = llvm
+        super().__init__(name=f"{name}x{LANES}")
+
+
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, fe_type: _Vector) -> None:
+        super().__init__(manager, fe_type, fe_type.llvm)
+
+
+F32 = _Vector("f32", _F)
+I32 = _Vector("i32", _I)
+
+
+def operation(result: types.Type, *operands: types.Type) -> Callable[[Callable[..., Any]], Any]:
+    """Make ``emit(builder, *values)`` callable in kernels, with these types."""
+
+    def wrap(emit: Callable[..., Any]) -> Any:
+        def typing(context: Any, *args: Any) -> Any:  # noqa: ARG001 - Numba passes them
+            def codegen(target: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
+                out = emit(builder, *values)
+                return target.get_dummy_value() if result is types.void else out
+
+            return result(*operands), codegen
+
+        typing.__name__, typing.__doc__ = emit.__name__, emit.__doc__
+        names = ["context", *(f"operand_{i}" for i in range(len(operands)))]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        signature = inspect.Signature([inspect.Parameter(n, kind) for n in names])
+        vars(typing)["__signature__"] = signature  # Numba counts the operands there
+        return intrinsic(typing)
+
+    return wrap
+
+
+def constant(value: int | float, kind: ir.Type = _I) -> ir.Constant:
+    """A vector with ``value`` in every lane."""
+    return ir.Constant(kind, [value] * LANES)
+
+
+def pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    """An address as a pointer."""
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def _call(builder: ir.IRBuilder, name: str, kind: ir.Type, *values: ir.Value) -> ir.Value:
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * len(values)), name)
+    return builder.call(function, values)
+
+
+def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, align: int) -> ir.Value:
+    return builder.load(pointer(builder, address, kind), align=align)
+
+
+def _store(builder: ir.IRBuilder, address: ir.Value, value: ir.Value, align: int) -> None:
+    builder.store(value, pointer(builder, address, value.type), align=align)
+
+
+def _lanes(*index: int) -> ir.Constant:
+    return ir.Constant(ir.VectorType(_I32, len(index)), list(index))
+
+
+# Memory. Vectors need no more than the alignment of their elements.
+
+
+@operation(F32, types.int64)
+def load(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """16 fp32."""
+    return _load(b, address, _F, 4)
+
+
+@operation(F32, types.int64)
+def load_bf16(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """16 bf16, widened."""
+    half = _load(b, address, ir.VectorType(_I16, LANES), 2)
+    return b.bitcast(b.shl(b.zext(half, _I), constant(16)), _F)
+
+
+@operation(F32, types.int64)
+def load_fp16(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """16 fp16, widened."""
+    return b.fpext(_load(b, address, ir.VectorType(ir.HalfType(), LANES), 2), _F)
+
+
+@operation(F32, types.int64)
+def load_pairs(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """8 fp32, each in two neighbouring lanes."""
+    eight = _load(b, address, ir.VectorType(ir.FloatType(), LANES // 2), 4)
+    return b.shuffle_vector(eight, eight, _lanes(*(i // 2 for i in range(LANES))))
+
+
+@operation(types.void, types.int64, F32)
+def store(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
+    """16 fp32."""
+    _store(b, address, x, 4)
+
+
+@operation(types.void, types.int64, I32)
+def store_16(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
+    """The low 16 bits of each lane."""
+    _store(b, address, b.trunc(x, ir.VectorType(_I16, LANES)), 1)
+
+
+@operation(types.void, types.int64, I32)
+def store_8(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
+    """The low 8 bits of each lane."""
+    _store(b, address, b.trunc(x, ir.VectorType(_I8, LANES)), 1)
+
+
+@operation(types.void, types.int64, I32)
+def store_4(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
+    """The low 4 bits of each lane, the even lane in the low nibble: 8 bytes."""
+    half = ir.VectorType(_I32, LANES // 2)
+    even = b.shuffle_vector(x, x, _lanes(*range(0, LANES, 2)))
+    odd = b.shuffle_vector(x, x, _lanes(*range(1, LANES, 2)))
+    packed = b.or_(even, b.shl(odd, ir.Constant(half, [4] * (LANES // 2))))
+    _store(b, address, b.trunc(packed, ir.VectorType(_I8, LANES // 2)), 1)
+
+
+@operation(types.int64, types.int64)
+def load_i64(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """One int64."""
+    return _load(b, address, _I64, 8)
+
+
+@operation(types.void, types.int64, types.int64)
+def store_i64(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
+    """One int64."""
+    _store(b, address, x, 8)
+
+
+@operation(types.float32, types.int64)
+def load_scalar(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """One fp32."""
+    return _load(b, address, ir.FloatType(), 4)
+
+
+@operation(types.void, types.int64, types.float32)
+def store_scalar(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
+    """One fp32, at any address."""
+    _store(b, address, x, 1)
+
+
+@operation(types.void, types.int64, types.int64)
+def store_byte(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
+    """The low 8 bits."""
+    _store(b, address, b.trunc(x, _I8), 1)
+
+
+@operation(types.int64, types.int64, types.int64)
+def fetch_add(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> ir.Value:
+    """Add to a counter that threads share; the value before. Orders the memory accesses around it."""
+    return b.atomic_rmw("add", pointer(b, address, _I64), x, "acq_rel")
+
+
+# Lanes.
+
+
+@operation(F32, types.float32)
+def splat(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """One value in every lane."""
+    return b.shuffle_vector(
+        b.insert_element(ir.Constant(_F, ir.Undefined), x, ir.Constant(_I32, 0)),
+        ir.Constant(_F, ir.Undefined),
+        constant(0),
+    )
+
+
+@operation(I32, types.int32)
+def isplat(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """One integer in every lane."""
+    undefined = ir.Constant(_I, ir.Undefined)
+    return b.shuffle_vector(b.insert_element(undefined, x, ir.Constant(_I32, 0)), undefined, constant(0))
+
+
+@operation(I32, F32)
+def bits(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """The bits of fp32 values."""
+    return b.bitcast(x, _I)
+
+
+@operation(F32, I32)
+def from_bits(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """fp32 values from their bits."""
+    return b.bitcast(x, _F)
+
+
+@operation(types.float32, types.int64)
+def float_of(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """One fp32 from its bits."""
+    return b.bitcast(b.trunc(x, _I32), ir.FloatType())
+
+
+@operation(types.int64, types.float32)
+def bits_of(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """The bits of one fp32, not negative."""
+    return b.zext(b.bitcast(x, _I32), _I64)
+
+
+@operation(F32, I32)
+def to_float(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Integers as fp32."""
+    return b.sitofp(x, _F)
+
+
+@operation(F32, F32, types.int64)
+def swap(b: ir.IRBuilder, x: ir.Value, distance: ir.Value) -> ir.Value:
+    """Lane i gets lane i ^ distance (1, 2, 4 or 8)."""
+    out = x
+    for d in (1, 2, 4, 8):
+        swapped = b.shuffle_vector(x, x, _lanes(*(i ^ d for i in range(LANES))))
+        out = b.select(b.icmp_signed("==", distance, ir.Constant(_I64, d)), swapped, out)
+    return out
+
+
+@operation(I32)
+def lane_number(b: ir.IRBuilder) -> ir.Value:  # noqa: ARG001 - every operation gets a builder
+    """0, 1, .. 15."""
+    return _lanes(*range(LANES))
+
+
+@operation(types.float32, F32)
+def halving_sum(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Sum of the lanes as ``numerics.tree_sum`` forms it: the second half is added to the first until one is left."""
+    size = LANES
+    while size > 1:
+        size //= 2
+        low = b.shuffle_vector(x, x, _lanes(*range(size)))
+        x = b.fadd(low, b.shuffle_vector(x, x, _lanes(*range(size, 2 * size))))
+    return b.extract_element(x, ir.Constant(_I32, 0))
+
+
+@operation(types.int64, I32)
+def largest_lane(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """The largest of 16 integers, none of them negative."""
+    size = LANES
+    while size > 1:
+        size //= 2
+        low = b.shuffle_vector(x, x, _lanes(*range(size)))
+        high = b.shuffle_vector(x, x, _lanes(*range(size, 2 * size)))
+        x = b.select(b.icmp_signed("<", low, high), high, low)
+    return b.zext(b.extract_element(x, ir.Constant(_I32, 0)), _I64)
+
+
+# Arithmetic.
+
+
+@operation(F32, F32, F32, F32)
+def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    """x y + z, rounded once."""
+    return _call(b, f"llvm.fma.v{LANES}f32", _F, x, y, z)
+
+
+@operation(F32, F32, F32)
+def at_least(b: ir.IRBuilder, x: ir.Value, low: ir.Value) -> ir.Value:
+    """x, or ``low`` where x is smaller. A NaN in x stays."""
+    return b.select(b.fcmp_ordered("<", x, low), low, x)
+
+
+@operation(F32, F32)
+def negative_magnitude(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """-|x|."""
+    return b.bitcast(b.or_(b.bitcast(x, _I), constant(-0x80000000)), _F)
+
+
+@operation(F32, F32, F32, F32, F32)
+def where_less(b: ir.IRBuilder, x: ir.Value, y: ir.Value, yes: ir.Value, no: ir.Value) -> ir.Value:
+    """``yes`` where x < y, else ``no`` (also for NaN)."""
+    return b.select(b.fcmp_ordered("<", x, y), yes, no)
+
+
+@operation(I32, I32, I32, I32, I32)
+def iwhere_less(b: ir.IRBuilder, x: ir.Value, y: ir.Value, yes: ir.Value, no: ir.Value) -> ir.Value:
+    """``yes`` where x < y (signed), else ``no``."""
+    return b.select(b.icmp_signed("<", x, y), yes, no)
+
+
+@operation(I32, I32, I32)
+def shift_left(b: ir.IRBuilder, x: ir.Value, by: ir.Value) -> ir.Value:
+    """x << by, lane by lane."""
+    return b.shl(x, by)
+
+
+@operation(I32, I32, I32)
+def shift_right(b: ir.IRBuilder, x: ir.Value, by: ir.Value) -> ir.Value:
+    """x >> by, lane by lane, keeping the sign."""
+    return b.ashr(x, by)
+
+
+def _operator(symbol: Callable[..., Any], kind: _Vector, instruction: str) -> None:
+    @operation(kind, kind, kind)
+    def emit(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+        return getattr(b, instruction)(x, y)
+
+    @overload(symbol)
+    def typed(x, y):
+        if x is kind and y is kind:
+            return lambda x, y: emit(x, y)
+        return None
+
+    del typed
+
+
+for _symbol, _float, _integer in (
+    (operator.add, "fadd", "add"),
+    (operator.sub, "fsub", "sub"),
+    (operator.mul, "fmul", None),
+    (operator.truediv, "fdiv", None),
+    (operator.and_, None, "and_"),
+    (operator.or_, None, "or_"),
+):
+    for _kind, _instruction in ((F32, _float), (I32, _integer)):
+        if _instruction:
+            _operator(_symbol, _kind, _instruction)
