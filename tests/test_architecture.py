@@ -20,7 +20,7 @@ ARROWS = {
     "weights": {"spec", "errors"},
     "layout": {"layout", "formats", "spec", "errors"},
     "stages": {"layout", "spec", "numerics", "errors"},
-    "backends": {"backends", "stages", "rope_table", "layout", "spec", "errors"},
+    "backends": {"backends", "stages", "rope_table", "layout", "formats", "spec", "errors"},
     "validate": {"layout", "rope_table", "weights", "spec", "errors"},
     "api": {"validate", "backends", "stages", "rope_table", "layout", "weights", "spec", "numerics", "errors"},
     "golden": {

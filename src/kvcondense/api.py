@@ -12,7 +12,7 @@ from kvcondense.errors import DeviceError, RangeError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.online import OnlineState
-from kvcondense.layout.plan import Plan
+from kvcondense.layout.plan import Plan, Slots
 from kvcondense.layout.state import StatePool
 from kvcondense.numerics import compute_dtype
 from kvcondense.rope_table import RopeTable
@@ -82,7 +82,7 @@ def condense(
     select(impl, step).run(step)
     plan = step.plan
     if state is not None and state.tags is not None:
-        kept = plan.without_padding()
+        kept = plan.facts(spec).dense
         state.tag(batch, kept.keep_row, kept.keep_position)
     return CondensedRows(step.rows, plan.window_request, plan.window_index, plan.window_slot, step.latent)
 
@@ -97,7 +97,7 @@ def store(rows: torch.Tensor, slot_mapping: torch.Tensor, cache: PagedCache) -> 
     if rows.device != cache.data.device:
         raise DeviceError("rows", f"device {cache.data.device} as the cache", rows.device)
     validate.tensor("slot_mapping", slot_mapping, (rows.shape[0],), (torch.int32, torch.int64), rows.device)
-    validate.slots(slot_mapping, cache)
+    validate.slots(Slots.of(slot_mapping), cache)
     store_stage.scatter(rows, slot_mapping.to(torch.int64), cache)
 
 
@@ -154,7 +154,9 @@ def _step(
             page_rows=None if cache is None else cache.page_rows,
         )
     validate.step(spec, kv_score, weights, rope, plan, state, cache)
-    rows = torch.zeros(plan.num_windows, spec.head_dim, dtype=compute_dtype(kv_score.dtype), device=kv_score.device)
+    # Backends leave rows of padding entries alone.
+    make = torch.empty if plan.facts(spec).dense is plan else torch.zeros
+    rows = make(plan.num_windows, spec.head_dim, dtype=compute_dtype(kv_score.dtype), device=kv_score.device)
     return Step(
         spec=spec,
         plan=plan,
@@ -165,5 +167,5 @@ def _step(
         state=state,
         cache=cache,
         rows=rows,
-        latent=torch.zeros_like(rows) if latent else None,
+        latent=rows.clone() if latent else None,
     )

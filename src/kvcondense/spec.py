@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -96,27 +97,27 @@ class CompressorSpec:
         """The fields as JSON holds them."""
         return {**asdict(self), "rounding": self.rounding.value}
 
-    @property
+    @functools.cached_property
     def halves(self) -> int:
         """c: 2 if windows overlap, else 1."""
         return 2 if self.overlap else 1
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """N = c * head_dim: projected kv channels, and as many score channels."""
         return self.halves * self.head_dim
 
-    @property
+    @functools.cached_property
     def window(self) -> int:
         """W = c * ratio: tokens that one row reads."""
         return self.halves * self.ratio
 
-    @property
+    @functools.cached_property
     def projected(self) -> int:
         """Channels of a kv_score row: 2N (kv first, then score), or N without a gate."""
         return self.width * (2 if self.has_gate else 1)
 
-    @property
+    @functools.cached_property
     def state_dim(self) -> int:
         """Channels of a state row: [kv | score + ape], or [kv] without a gate."""
         return self.projected

@@ -8,8 +8,8 @@ from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeErr
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.online import OnlineState
-from kvcondense.layout.plan import Plan
-from kvcondense.layout.state import StatePool, check_stateless
+from kvcondense.layout.plan import Facts, Plan, Slots
+from kvcondense.layout.state import StatePool
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
 from kvcondense.weights import WEIGHT_DTYPES, CompressorWeights
@@ -23,18 +23,34 @@ def tensor(
     device: torch.device | None = None,
 ) -> None:
     """Raise unless ``value`` is a tensor of ``shape`` (None: any size), one of ``dtypes``, on ``device``."""
+    if isinstance(value, torch.Tensor) and value.dtype in dtypes and device in (None, value.device):
+        sizes = value.shape
+        if len(sizes) == len(shape):
+            for wanted, size in zip(shape, sizes, strict=True):
+                if wanted is not None and wanted != size:
+                    break
+            else:
+                return
+    _explain(name, value, shape, dtypes, device)
+
+
+def _explain(
+    name: str,
+    value: object,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None,
+) -> None:
+    """Raise the error of a value that :func:`tensor` did not take."""
     if not isinstance(value, torch.Tensor):
         raise DtypeError(name, "a tensor", type(value).__name__)
-    fits = value.dim() == len(shape) and all(
-        want is None or want == got for want, got in zip(shape, value.shape, strict=True)
-    )
-    if not fits:
+    pairs = zip(shape, value.shape, strict=False)
+    if value.dim() != len(shape) or any(want not in (None, got) for want, got in pairs):
         wanted = ", ".join("any" if s is None else str(s) for s in shape)
         raise ShapeError(name, f"shape [{wanted}]", f"shape {list(value.shape)}")
     if value.dtype not in dtypes:
         raise DtypeError(name, " or ".join(str(d).removeprefix("torch.") for d in dtypes), value.dtype)
-    if device is not None and value.device != device:
-        raise DeviceError(name, f"device {device}", value.device)
+    raise DeviceError(name, f"device {device}", value.device)
 
 
 def projection(spec: CompressorSpec, x: torch.Tensor, weights: CompressorWeights) -> None:
@@ -62,18 +78,19 @@ def step(
     device = kv_score.device
     if device.type == "meta" or batch.query_start_loc.device != device:
         raise DeviceError("kv_score", f"device {batch.query_start_loc.device} as the batch", device)
-    if kv_score.shape[0] < int(batch.query_start_loc[-1]):
-        raise ShapeError("kv_score", f"at least {int(batch.query_start_loc[-1])} rows", f"{kv_score.shape[0]} rows")
-    if (plan.ratio, plan.overlap) != (spec.ratio, spec.overlap):
+    if plan.ratio != spec.ratio or plan.overlap != spec.overlap:
         raise KvCondenseError(
             "plan",
             f"a plan for ratio {spec.ratio}, overlap {spec.overlap}",
             f"one for ratio {plan.ratio}, overlap {plan.overlap}",
         )
+    facts = plan.facts(spec)
+    if kv_score.shape[0] < facts.tokens:
+        raise ShapeError("kv_score", f"at least {facts.tokens} rows", f"{kv_score.shape[0]} rows")
     _weights(spec, weights, device)
-    _rope(spec, rope, plan, device)
-    _cache(spec, cache, plan, device)
-    _state(spec, state, plan, device)
+    _rope(spec, rope, facts, device)
+    _cache(spec, cache, plan, facts, device)
+    _state(spec, state, plan, facts, device)
 
 
 def batch_and_plan(
@@ -96,13 +113,12 @@ def batch_and_plan(
             raise KvCondenseError("plan", "the plan of this batch", "a plan of another batch")
 
 
-def slots(slot: torch.Tensor, cache: PagedCache, name: str = "slot_mapping") -> None:
+def slots(slot: Slots, cache: PagedCache, name: str = "slot_mapping") -> None:
     """Raise RangeError unless every slot is -1 or a row of ``cache``, and no row is named twice."""
-    written = slot[slot >= 0]
-    if bool((slot < -1).any()) or bool((written >= cache.num_rows).any()):
-        worst = int(slot.max()) if bool((written >= cache.num_rows).any()) else int(slot.min())
+    if slot.lowest < -1 or slot.highest >= cache.num_rows:
+        worst = slot.highest if slot.highest >= cache.num_rows else slot.lowest
         raise RangeError(name, f"-1 or a cache row below {cache.num_rows}", worst)
-    if written.unique().shape[0] != written.shape[0]:
+    if slot.shared:
         raise RangeError(name, "a cache row of its own for each row", "rows that share one")
 
 
@@ -118,7 +134,7 @@ def _weights(spec: CompressorSpec, weights: CompressorWeights, device: torch.dev
         raise KvCondenseError("weights.ape", "None (the spec has no ape)", "a tensor")
 
 
-def _rope(spec: CompressorSpec, rope: RopeTable | None, plan: Plan, device: torch.device) -> None:
+def _rope(spec: CompressorSpec, rope: RopeTable | None, facts: Facts, device: torch.device) -> None:
     if spec.rope_dim == 0:
         if rope is not None:
             raise KvCondenseError("rope", "None (rope_dim is 0)", "a RopeTable")
@@ -128,13 +144,14 @@ def _rope(spec: CompressorSpec, rope: RopeTable | None, plan: Plan, device: torc
     require("rope", rope, RopeTable)
     for name, table in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
         tensor(name, table, (None, spec.rope_dim // 2), (torch.float32, torch.float64), device)
-    if plan.num_windows:
-        last = int(plan.window_index.max()) * spec.ratio
-        if last >= rope.cos.shape[0]:
-            raise RangeError("rope", f"at least {last + 1} positions", rope.cos.shape[0])
+    last = facts.last_window * spec.ratio
+    if last >= rope.cos.shape[0]:
+        raise RangeError("rope", f"at least {last + 1} positions", rope.cos.shape[0])
 
 
-def _cache(spec: CompressorSpec, cache: PagedCache | None, plan: Plan, device: torch.device) -> None:
+def _cache(
+    spec: CompressorSpec, cache: PagedCache | None, plan: Plan, facts: Facts, device: torch.device
+) -> None:
     if cache is None:
         return
     if cache.head_dim != spec.head_dim:
@@ -146,17 +163,19 @@ def _cache(spec: CompressorSpec, cache: PagedCache | None, plan: Plan, device: t
         raise KvCondenseError("batch.slot_mapping", "slot_mapping or block_table (a cache is given)", "neither")
     if plan.page_rows is not None and plan.batch.block_table is not None and plan.page_rows != cache.page_rows:
         raise KvCondenseError("plan", f"a plan for pages of {cache.page_rows} rows", f"{plan.page_rows} rows")
-    slots(plan.window_slot, cache, "slot_mapping" if plan.batch.block_table is None else "block_table")
+    slots(facts.slots, cache, "slot_mapping" if plan.batch.block_table is None else "block_table")
 
 
-def _state(spec: CompressorSpec, state: StatePool | OnlineState | None, plan: Plan, device: torch.device) -> None:
+def _state(
+    spec: CompressorSpec, state: StatePool | OnlineState | None, plan: Plan, facts: Facts, device: torch.device
+) -> None:
     if plan.state_layout != (None if state is None else state.layout):
         raise KvCondenseError("plan", "a plan for the layout of this state", f"{plan.state_layout}")
     if state is None:
-        check_stateless(spec, plan.batch)
+        facts.reads.check_none(plan.batch)
         return
     if state.state_dim != spec.state_dim:
         raise ShapeError("state", f"rows of {spec.state_dim} channels", f"{state.state_dim}")
     if state.device != device:
         raise DeviceError("state", f"device {device}", state.device)
-    state.check_continues(spec, plan.batch)
+    state.check_continues(spec, plan.batch, facts.reads)

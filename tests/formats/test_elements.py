@@ -92,14 +92,15 @@ def test_every_code_decodes_as_in_ml_dtypes_and_encodes_back(name):
     got = element.decode(codes)
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(torch.signbit(got)[~got.isnan()], torch.signbit(expected)[~got.isnan()])
-    assert torch.equal(element.encode(got), codes)
+    # A NaN has no sign: what sign a computed one has depends on the processor.
+    assert torch.equal(element.encode(got), torch.where(got.isnan(), element.nan_code or 0, codes))
     assert element.largest == float(ml_dtypes.finfo(dtype).max)
 
 
 def test_zeros_subnormals_and_what_is_not_finite():
     specials = torch.tensor([0.0, -0.0, 1e-45, -1e-45, np.inf, -np.inf, np.nan, 3.4e38, -3.4e38])
-    assert E4M3.encode(specials).tolist() == [0, 128, 0, 128, 0x7F, 0xFF, 0x7F, 0x7E, 0xFE]
-    assert E2M1.encode(specials).tolist() == [0, 8, 0, 8, 0, 8, 0, 7, 15]
+    assert E4M3.encode(specials).tolist() == [0, 128, 0, 128, 0x7F, 0x7F, 0x7F, 0x7E, 0xFE]
+    assert E2M1.encode(specials).tolist() == [0, 8, 0, 8, 0, 0, 0, 7, 15]
     assert INT8.encode(specials).tolist() == [0, 0, 0, 0, 0, 0, 0, 127, -127]
     assert E4M3.encode(torch.tensor([2.0**-10, 2.0**-9, 1.5 * 2.0**-10])).tolist() == [0, 1, 1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
@@ -62,6 +63,7 @@ def backend_names() -> tuple[str, ...]:
     return tuple(_MODULES)
 
 
+@functools.cache
 def get_backend(name: str) -> Backend:
     """The backend called ``name``; raises UnsupportedError with the list of names otherwise."""
     if name not in _MODULES:

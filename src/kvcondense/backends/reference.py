@@ -47,7 +47,7 @@ class ReferenceBackend:
         positions = do.token_positions(plan, step.kv_score.shape[0])
         tokens = do.state_rows(spec, step.kv_score, step.ape, positions, state_dtype)  # [T, state_dim]
         live = plan.window_request >= 0
-        dense = plan.without_padding()
+        dense = plan.facts(spec).dense
         acc = None
         if isinstance(step.state, OnlineState):
             pooled, acc = online.fold(spec, dense, tokens, step.state, step.ape)  # [E, d], [A, 3, d]

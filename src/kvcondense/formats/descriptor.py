@@ -68,23 +68,23 @@ class CacheFormat:
     align: int = 1
     through: CacheFormat | None = None
 
-    @property
+    @functools.cached_property
     def plain(self) -> Element | None:
         """The element, if rows are plain values of one type and nothing else; else None."""
         first, *others = self.channels
         return None if others or first.scale else first.element
 
-    @property
+    @functools.cached_property
     def scaled(self) -> Channels | None:
         """The channels that have scales, if any."""
         return next((c for c in self.channels if c.scale), None)
 
-    @property
+    @functools.cached_property
     def scales_outside(self) -> bool:
         """True if the scales are a tensor of their own beside the pages."""
         return self.scaled is not None and not any(SCALES in section for section in self.sections)
 
-    @property
+    @functools.cached_property
     def tensor_scale(self) -> bool:
         """True if one given scale serves the whole cache."""
         return bool(self.scaled and self.scaled.scale and self.scaled.scale.kind is Scale.TENSOR)

@@ -48,7 +48,8 @@ class SmallFloat:
     """A float of ``bits`` bits: sign, exponent (``bias``), ``mantissa`` bits, subnormals; no infinity.
 
     encode rounds to nearest (ties to even, or down: towards zero), saturates finite values at ``max_code`` and keeps
-    the sign of zero. NaN and infinity become the NaN code if there is one and code 0 if not; a scale says so then.
+    the sign of zero. NaN and infinity become the NaN code if there is one and code 0 if not (a scale says so then),
+    without a sign: what sign a NaN has depends on the processor.
     """
 
     name: str
@@ -89,7 +90,7 @@ class SmallFloat:
         code = torch.where(magnitude >= (128 - self.bias) << 23, normal, subnormal).clamp(max=self.max_code)
         code = torch.where(magnitude == _INFINITY, self.nan_code or 0, code)
         sign = (bits >> (32 - self.bits)) & (1 << (self.bits - 1))
-        return (code | sign).to(torch.uint8)
+        return torch.where(magnitude == _INFINITY, code, code | sign).to(torch.uint8)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         code = codes.to(torch.int32)

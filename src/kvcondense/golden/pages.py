@@ -184,7 +184,7 @@ def _nearest(x: np.ndarray, table: np.ndarray, ties_down: bool) -> np.ndarray:
 def _nearest_fp8(x: np.ndarray) -> bytes:
     finite = np.isfinite(x)
     codes = np.where(finite, _nearest(np.where(finite, x, 0.0), _FP8, False), _NAN_FP8)
-    return (codes + 128 * np.signbit(x)).astype(np.uint8).tobytes()
+    return (codes + 128 * (finite & np.signbit(x))).astype(np.uint8).tobytes()
 
 
 def _nearest_fp4(x: np.ndarray, ties_down: bool) -> np.ndarray:

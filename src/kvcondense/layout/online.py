@@ -9,7 +9,7 @@ import torch
 
 from kvcondense.errors import RangeError, StateMismatchError, UnsupportedError, require, require_int
 from kvcondense.layout.batch import RaggedBatch
-from kvcondense.layout.state import check_fork, check_slots, slot_index
+from kvcondense.layout.state import Reads, check_fork, check_slots, slot_index
 from kvcondense.spec import CompressorSpec
 
 
@@ -94,8 +94,9 @@ class OnlineState:
         """Bytes of one request: accumulators and log."""
         return 4 * (3 * self.acc.shape[2] + self.layout.log_rows * self.state_dim) + 8
 
-    def check_continues(self, spec: CompressorSpec, batch: RaggedBatch) -> None:
+    def check_continues(self, spec: CompressorSpec, batch: RaggedBatch, reads: Reads) -> None:
         """Raise StateMismatchError unless every request goes on where its slot can, or at a window boundary."""
+        del reads  # rows; here it is the folded window that counts
         self._check(spec, batch, batch.active)
 
     def check_at(self, spec: CompressorSpec, batch: RaggedBatch) -> None:

@@ -9,12 +9,44 @@ import torch
 from kvcondense.errors import KvCondenseError, RangeError, ShapeError, require
 from kvcondense.layout.batch import RaggedBatch, check_fields, copy_fields, spread
 from kvcondense.layout.online import OnlineLayout
-from kvcondense.layout.state import PagedLayout, RingLayout
+from kvcondense.layout.state import PagedLayout, Reads, RingLayout
 from kvcondense.spec import CompressorSpec
 
 Layout = RingLayout | PagedLayout | OnlineLayout
 WINDOW_FIELDS = ("window_request", "window_index", "window_slot")
 KEEP_FIELDS = ("keep_token", "keep_request", "keep_position", "keep_row")
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Cache rows that a step writes: the lowest entry (-1: none), the highest, and whether two are the same row."""
+
+    lowest: int
+    highest: int
+    shared: bool
+
+    @classmethod
+    def of(cls, slot: torch.Tensor) -> Slots:
+        """Of slots [E]; asks for values."""
+        if slot.shape[0] == 0:
+            return cls(-1, -1, False)
+        written = slot[slot >= 0]
+        return cls(int(slot.min()), int(slot.max()), written.unique().shape[0] != written.shape[0])
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the checks of a step need of the values in a plan. Asked for once, then every layer checks without waiting.
+
+    tokens: query_start_loc[-1]; last_window: the highest index, -1 without windows; dense: the plan without padding;
+    reads: the state rows that its requests go on from.
+    """
+
+    tokens: int
+    last_window: int
+    slots: Slots
+    dense: Plan
+    reads: Reads
 
 
 @dataclass(frozen=True)
@@ -154,6 +186,25 @@ class Plan:
         check_fields(self, other, names)
         self.batch.copy_(other.batch)
         copy_fields(self, other, names)
+        vars(self).pop("_facts", None)
+
+    def facts(self, spec: CompressorSpec) -> Facts:
+        """The facts of this plan, for a spec of its ratio and overlap. The first call asks for values.
+
+        They are kept, since a plan does not change but through :meth:`copy_`.
+        """
+        known: Facts | None = vars(self).get("_facts")
+        if known is None:
+            windows = self.window_index
+            known = Facts(
+                tokens=int(self.batch.query_start_loc[-1]),
+                last_window=int(windows.max()) if windows.shape[0] else -1,
+                slots=Slots.of(self.window_slot),
+                dense=self.without_padding(),
+                reads=Reads.of(spec, self.batch, self.state_layout),
+            )
+            vars(self)["_facts"] = known
+        return known
 
     @property
     def num_windows(self) -> int:

@@ -253,16 +253,22 @@ class StatePool:
         index = slot_index(name, blocks, self.layout.num_rows // self._block_rows, self.data.device)
         return index[:, None] * self._block_rows + torch.arange(self._block_rows, device=index.device)
 
-    def check_continues(self, spec: CompressorSpec, batch: RaggedBatch) -> None:
+    def check_continues(self, spec: CompressorSpec, batch: RaggedBatch, reads: Reads) -> None:
         """Raise StateMismatchError unless every stored row that ``batch`` may read holds the position it should."""
-        if self.tags is not None:
-            self.check_rows(batch, *live_rows(spec, torch.where(batch.active, batch.start_positions, 0)))
+        del spec
+        if self.tags is not None and reads.row is not None and reads.row.shape[0]:
+            held = self.tags.index_select(0, reads.row)
+            if not torch.equal(held, reads.position):
+                self._mismatch(batch, reads.request, reads.position, held)
 
     def check_rows(self, batch: RaggedBatch, request: torch.Tensor, position: torch.Tensor) -> None:
         """Raise StateMismatchError unless the pool holds each (request, position)."""
         if self.tags is None:
             return
-        held = self.tags[self.layout.address(batch, request, position)]
+        self._mismatch(batch, request, position, self.tags[self.layout.address(batch, request, position)])
+
+    @staticmethod
+    def _mismatch(batch: RaggedBatch, request: torch.Tensor, position: torch.Tensor, held: torch.Tensor) -> None:
         wrong = held != position
         if bool(wrong.any()):
             i = int(wrong.nonzero()[0, 0])
@@ -291,13 +297,27 @@ def live_rows(spec: CompressorSpec, start: torch.Tensor) -> tuple[torch.Tensor, 
     return request, low[request] + offset
 
 
-def check_stateless(spec: CompressorSpec, batch: RaggedBatch) -> None:
-    """Raise StateMismatchError if a request continues from rows that only a state pool could hold."""
-    request, position = live_rows(spec, torch.where(batch.active, batch.start_positions, 0))
-    if request.shape[0]:
-        raise StateMismatchError(
-            "state",
-            f"a StatePool (request {int(request[0])} continues at {int(batch.start_positions[request[0]])} "
-            f"and reads position {int(position[0])})",
-            "None",
-        )
+@dataclass(frozen=True)
+class Reads:
+    """Stored rows that the requests of a step go on from: request, position [S], and, in rings and pages, row [S]."""
+
+    request: torch.Tensor
+    position: torch.Tensor
+    row: torch.Tensor | None
+
+    @classmethod
+    def of(cls, spec: CompressorSpec, batch: RaggedBatch, layout: object) -> Reads:
+        """Of a batch; asks for values."""
+        request, position = live_rows(spec, torch.where(batch.active, batch.start_positions, 0))
+        row = layout.address(batch, request, position) if isinstance(layout, RingLayout | PagedLayout) else None
+        return cls(request, position, row)
+
+    def check_none(self, batch: RaggedBatch) -> None:
+        """Raise StateMismatchError if a request continues from rows that only a state pool could hold."""
+        if self.request.shape[0]:
+            raise StateMismatchError(
+                "state",
+                f"a StatePool (request {int(self.request[0])} continues at "
+                f"{int(batch.start_positions[self.request[0]])} and reads position {int(self.position[0])})",
+                "None",
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from array import array
 from dataclasses import dataclass
 
@@ -12,7 +11,6 @@ from kvcondense.backends import Step
 from kvcondense.backends.cpu import native, params, tables
 from kvcondense.backends.cpu.launch import launch
 from kvcondense.errors import UnsupportedError
-from kvcondense.formats import CacheFormat
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.state import PagedLayout, StatePool
@@ -40,10 +38,14 @@ class CpuBackend:
             return f"kv_score is {kv_score.dtype}; the kernels compute in fp32 (the reference takes fp64)"
         if state is not None and state.dtype not in (torch.float32, torch.bfloat16):
             return f"the state is {state.dtype}; the kernels take fp32 and bf16"
-        reason = _shape_problem(step.spec)
-        if reason is None and step.cache is not None:
-            reason = _format_problem(step.cache.format, step.cache.head_dim)
-        return reason or native.problem()
+        if step.spec.head_dim % _LANES or step.spec.rope_dim % _LANES:
+            return f"head_dim {step.spec.head_dim} and rope_dim {step.spec.rope_dim} must be multiples of {_LANES}"
+        if step.cache is not None:
+            try:
+                _format_block(step.cache)
+            except UnsupportedError as error:
+                return str(error)
+        return native.problem()
 
     def run(self, step: Step) -> None:
         """Do the step. A cache in validation mode is encoded by its format, so that nothing is written if it raises."""
@@ -55,22 +57,6 @@ class CpuBackend:
             _run(step, windows=False, cache=None, keeps=True)
         else:
             _run(step, windows=True, cache=step.cache, keeps=True)
-
-
-@functools.cache
-def _shape_problem(spec: CompressorSpec) -> str | None:
-    if spec.head_dim % _LANES or spec.rope_dim % _LANES:
-        return f"head_dim {spec.head_dim} and rope_dim {spec.rope_dim} must be multiples of {_LANES}"
-    return None
-
-
-@functools.cache
-def _format_problem(form: CacheFormat, head_dim: int) -> str | None:
-    try:
-        tables.format_block(form, head_dim, 1, 1.0 if form.tensor_scale else None)
-    except UnsupportedError as error:
-        return str(error)
-    return None
 
 
 def _run(step: Step, *, windows: bool, cache: PagedCache | None, keeps: bool) -> None:
@@ -89,12 +75,13 @@ def _run(step: Step, *, windows: bool, cache: PagedCache | None, keeps: bool) ->
     counters = torch.zeros((params.WINDOW_BLOCKS >> 3) + (count if blocks > 1 else 0), dtype=torch.int64)
     ape, gamma = None if step.ape is None else _fp32(step.ape), _fp32(step.gamma)
     cos, sin = (gamma, gamma) if step.rope is None else (_fp32(step.rope.cos), _fp32(step.rope.sin))
+    rule = tables.spec_block(spec, staged)
     form = None if cache is None else _format_block(cache)
     table, page_rows, paged, data = _addressing(step)
     block = array(
         "q",
         (  # in the order of params
-            _address(tables.spec_block(spec, staged)),
+            _address(rule),
             0 if form is None else _address(form),
             counters.data_ptr(),
             scratch.data_ptr(),

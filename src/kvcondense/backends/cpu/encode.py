@@ -59,9 +59,8 @@ def small_float(x, size, mantissa, bias, max_code, nan_code, ties_to_even):
     code = simd.iwhere_less(magnitude, isplat(np.int32((128 - bias) << 23)), subnormal, normal)
     largest = isplat(np.int32(max_code))
     code = simd.iwhere_less(largest, code, largest, code)
-    code = simd.iwhere_less(magnitude, isplat(_INFINITY), code, isplat(np.int32(max(nan_code, 0))))
     sign = simd.shift_right(b, isplat(np.int32(32 - size))) & isplat(np.int32(1 << (size - 1)))
-    return code | sign
+    return simd.iwhere_less(magnitude, isplat(_INFINITY), code | sign, isplat(np.int32(max(nan_code, 0))))
 
 
 @kernel

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import struct
 from array import array
+from collections.abc import Callable
 
 from kvcondense.backends.cpu import params
 from kvcondense.errors import UnsupportedError
@@ -25,14 +25,40 @@ _SCALES = {
 }
 
 
+_MOST = 256
+_blocks: dict[tuple[object, ...], tuple[object, array[int]]] = {}
+
+
+def _reuse(key: tuple[object, ...], owner: object, make: Callable[[], array[int]]) -> array[int]:
+    """The block under ``key``, which has the id of ``owner``: hashing a spec or format would take longer than a launch.
+
+    The entry keeps its owner alive, so that the id stays its own.
+    """
+    known = _blocks.get(key)
+    if known is None:
+        if len(_blocks) >= _MOST:
+            _blocks.clear()
+        known = _blocks[key] = (owner, make())
+    return known[1]
+
+
 def float_bits(x: float) -> int:
     """The bits of x as fp32."""
     return struct.unpack("<I", struct.pack("<f", x))[0]
 
 
-@functools.cache
 def spec_block(spec: CompressorSpec, staged: int) -> array[int]:
     """``staged``: channels that are staged at once, 0 if all rows are fp32."""
+    return _reuse((id(spec), staged), spec, lambda: _spec_block(spec, staged))
+
+
+def format_block(form: CacheFormat, head_dim: int, page_rows: int, tensor_scale: float | None) -> array[int]:
+    """How rows of ``form`` are encoded and lie in pages of ``page_rows`` rows."""
+    key = (id(form), head_dim, page_rows, tensor_scale)
+    return _reuse(key, form, lambda: _format_block(form, head_dim, page_rows, tensor_scale))
+
+
+def _spec_block(spec: CompressorSpec, staged: int) -> array[int]:
     block = array("q", bytes(8 * params.SPEC_SIZE))
     for index, value in (
         (params.RATIO, spec.ratio),
@@ -52,9 +78,7 @@ def spec_block(spec: CompressorSpec, staged: int) -> array[int]:
     return block
 
 
-@functools.cache
-def format_block(form: CacheFormat, head_dim: int, page_rows: int, tensor_scale: float | None) -> array[int]:
-    """How rows of ``form`` are encoded and lie in pages of ``page_rows`` rows."""
+def _format_block(form: CacheFormat, head_dim: int, page_rows: int, tensor_scale: float | None) -> array[int]:
     fields = {f.name: f for f in form.fields(head_dim)}
     inner = form.through or form
     block = array("q", bytes(8 * (params.FORMAT_HEAD + params.PART_SIZE * len(inner.channels))))
