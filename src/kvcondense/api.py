@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kvcondense import validate
-from kvcondense.backends import Backend, Step, backend_names, get_backend, select
+from kvcondense.backends import Backend, Step, backend_names, get_backend, select, select_projector
 from kvcondense.errors import DeviceError, RangeError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
@@ -39,19 +39,25 @@ class CondensedRows:
 
 
 def project(
-    spec: CompressorSpec, x: torch.Tensor, weights: CompressorWeights, *, tile: int | None = project_stage.TILE
+    spec: CompressorSpec,
+    x: torch.Tensor,
+    weights: CompressorWeights,
+    *,
+    tile: int | None = project_stage.TILE,
+    impl: str | Backend = "auto",
 ) -> torch.Tensor:
     """kv_score = x @ w.T: x [T, D] -> [T, 2N] fp32, kv channels first, then scores ([T, N] without a gate).
 
-    Products of bf16 values are exact and summed in fp32. With the default ``tile`` every GEMM has the same shape, so a
-    token gives the same bits in any batch (checked on the CPU by a test); ``tile=None`` runs one GEMM, which is faster
-    for few tokens and not batch-invariant. Raises ShapeError, DtypeError or DeviceError.
+    Products of bf16 values are exact and summed in fp32. A token gives the same bits in any batch: ``cpu`` (bf16 x and
+    w) sums in an order that depends on D alone; ``reference`` runs GEMMs of ``tile`` tokens, all of one shape (checked
+    on the CPU by a test), or, with ``tile=None``, one GEMM that promises nothing. Raises ShapeError, DtypeError,
+    DeviceError, or UnsupportedError if ``impl`` cannot run this.
     """
     validate.projection(spec, x, weights)
     if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
         raise RangeError("tile", "None or an integer of at least 1", repr(tile))
     assert weights.w is not None
-    return project_stage.project(x, weights.w, tile)
+    return select_projector(impl, x, weights.w).project(x, weights.w, tile)
 
 
 def condense(
@@ -115,7 +121,7 @@ def compress(
     impl: str | Backend = "auto",
 ) -> CondensedRows:
     """``project``, then ``condense``: hidden states x [T, D] to finished rows. See there for arguments and errors."""
-    kv_score = project(spec, x, weights)
+    kv_score = project(spec, x, weights, impl=impl)
     return condense(spec, kv_score, weights, rope, batch, plan=plan, state=state, cache=cache, latent=latent, impl=impl)
 
 

@@ -149,9 +149,7 @@ def _rope(spec: CompressorSpec, rope: RopeTable | None, facts: Facts, device: to
         raise RangeError("rope", f"at least {last + 1} positions", rope.cos.shape[0])
 
 
-def _cache(
-    spec: CompressorSpec, cache: PagedCache | None, plan: Plan, facts: Facts, device: torch.device
-) -> None:
+def _cache(spec: CompressorSpec, cache: PagedCache | None, plan: Plan, facts: Facts, device: torch.device) -> None:
     if cache is None:
         return
     if cache.head_dim != spec.head_dim:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -54,6 +55,21 @@ class Backend(Protocol):
         ...
 
 
+class Projector(Protocol):
+    """A backend that also multiplies hidden states with the merged weight; a row depends on its own token alone."""
+
+    @property
+    def name(self) -> str: ...
+
+    def why_not_project(self, x: torch.Tensor, w: torch.Tensor) -> str | None:
+        """None if ``project`` can do this, else the reason."""
+        ...
+
+    def project(self, x: torch.Tensor, w: torch.Tensor, tile: int | None) -> torch.Tensor:
+        """x [T, D], w [projected, D] -> x @ w.T [T, projected]; ``tile``: rows per GEMM of backends that need it."""
+        ...
+
+
 # Name -> module with a BACKEND; imported when it is asked for. "auto" takes the first that can run the step.
 _MODULES = {"cpu": "kvcondense.backends.cpu", "reference": "kvcondense.backends.reference"}
 
@@ -73,16 +89,35 @@ def get_backend(name: str) -> Backend:
 
 def select(impl: str | Backend, step: Step) -> Backend:
     """The backend for ``step``: the named one or an error that says why not, never a fallback."""
-    if not isinstance(impl, str):
-        if not callable(getattr(impl, "run", None)) or not callable(getattr(impl, "why_not", None)):
-            raise DtypeError("impl", "a backend's name, or an object with why_not and run", type(impl).__name__)
-        candidates = [impl]
-    else:
-        candidates = [get_backend(n) for n in (_MODULES if impl == "auto" else (impl,))]
+    if not isinstance(impl, str) and not (
+        callable(getattr(impl, "run", None)) and callable(getattr(impl, "why_not", None))
+    ):
+        raise DtypeError("impl", "a backend's name, or an object with why_not and run", type(impl).__name__)
+    return _first(impl, lambda backend: backend.why_not(step), "run this step")
+
+
+def select_projector(impl: str | Backend, x: torch.Tensor, w: torch.Tensor) -> Projector:
+    """The backend for a projection, by the same rules."""
+
+    def why_not(backend: Any) -> str | None:
+        if not callable(getattr(backend, "why_not_project", None)):
+            return "it has no projection (call project, then condense)"
+        return backend.why_not_project(x, w)
+
+    return _first(impl, why_not, "project x")
+
+
+def _first(impl: Any, why_not: Callable[[Any], str | None], purpose: str) -> Any:
+    candidates = _candidates(impl) if isinstance(impl, str) else (impl,)
     reasons = []
     for backend in candidates:
-        reason = backend.why_not(step)
+        reason = why_not(backend)
         if reason is None:
             return backend
-        reasons.append(f"{backend.name}: {reason}")
-    raise UnsupportedError("impl", "a backend that can run this step", "; ".join(reasons))
+        reasons.append(f"{getattr(backend, 'name', type(backend).__name__)}: {reason}")
+    raise UnsupportedError("impl", f"a backend that can {purpose}", "; ".join(reasons))
+
+
+@functools.cache
+def _candidates(impl: str) -> tuple[Backend, ...]:
+    return tuple(get_backend(name) for name in (_MODULES if impl == "auto" else (impl,)))

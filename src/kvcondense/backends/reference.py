@@ -10,7 +10,7 @@ import torch
 from kvcondense.backends import Step
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
-from kvcondense.stages import hadamard, norm, online, pool, rope, store, window
+from kvcondense.stages import hadamard, norm, online, pool, project, rope, store, window
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ class ReferenceBackend:
     def why_not(self, step: Step) -> str | None:  # noqa: ARG002 - the protocol asks
         """Always None: the reference runs every valid step."""
         return None
+
+    def why_not_project(self, x: torch.Tensor, w: torch.Tensor) -> str | None:  # noqa: ARG002
+        """Always None."""
+        return None
+
+    def project(self, x: torch.Tensor, w: torch.Tensor, tile: int | None) -> torch.Tensor:
+        """One GEMM per ``tile`` tokens, in torch."""
+        return project.project(x, w, tile)
 
     def run(self, step: Step) -> None:
         """tokens -> rows -> windows -> pool -> norm -> RoPE -> Hadamard -> cache; then keep what later steps read."""

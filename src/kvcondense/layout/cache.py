@@ -136,7 +136,7 @@ class PagedCache:
         return section[:, :, f.offset : f.offset + f.nbytes].view(f.dtype)
 
     def encode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """rows [E, d] -> stored values of each field [E, count]; raises RangeError in validation mode if one is lost."""
+        """rows [E, d] -> stored values of each field [E, count]; in validation mode, RangeError if one is lost."""
         stored = self.format.encode(rows, self.tensor_scale)
         if self.strict:
             lost = self.format.lost(rows, stored, self.tensor_scale).nonzero()

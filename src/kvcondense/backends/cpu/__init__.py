@@ -13,7 +13,7 @@ from kvcondense.backends.cpu.launch import launch
 from kvcondense.errors import UnsupportedError
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.online import OnlineState
-from kvcondense.layout.state import PagedLayout, StatePool
+from kvcondense.layout.state import PagedLayout
 from kvcondense.spec import CompressorSpec
 
 _KINDS = {torch.float32: params.FP32, torch.bfloat16: params.BF16, torch.float16: params.FP16}
@@ -57,6 +57,44 @@ class CpuBackend:
             _run(step, windows=False, cache=None, keeps=True)
         else:
             _run(step, windows=True, cache=step.cache, keeps=True)
+
+    def why_not_project(self, x: torch.Tensor, w: torch.Tensor) -> str | None:
+        """None if x @ w.T can run here, else the reason."""
+        if x.device.type != "cpu":
+            return f"x is on {x.device}, not on the CPU"
+        if x.dtype is not torch.bfloat16 or w.dtype is not torch.bfloat16:
+            return f"x is {x.dtype} and w {w.dtype}; the kernel multiplies bf16"
+        if x.shape[1] % 32 or x.shape[1] == 0 or w.shape[0] % 8:
+            return f"w is {list(w.shape)}; channels must come in multiples of 8 and the hidden size in multiples of 32"
+        return native.problem()
+
+    def project(self, x: torch.Tensor, w: torch.Tensor, tile: int | None) -> torch.Tensor:  # noqa: ARG002 - not needed
+        """x @ w.T with fp32 sums, in an order that depends on the hidden size alone."""
+        x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (x, w))
+        tokens, channels = x.shape[0], w.shape[0]
+        out = torch.empty(tokens, channels, dtype=torch.float32)
+        # A panel of w stays in the second-level cache while tokens pass by; a few tokens share the panels out instead.
+        tall, wide = (120, 128) if tokens >= 48 else (48, 32)
+        next_tile = torch.zeros(1, dtype=torch.int64)
+        block = array(
+            "q",
+            (  # in the order of params
+                x.data_ptr(),
+                2 * x.stride(0),
+                w.data_ptr(),
+                2 * w.stride(0),
+                out.data_ptr(),
+                tokens,
+                channels,
+                2 * x.shape[1],
+                tall,
+                wide,
+                next_tile.data_ptr(),
+            ),
+        )
+        threads = 1 if tokens * w.numel() < _SERIAL else torch.get_num_threads()
+        launch(native.address("project"), _address(block), threads)
+        return out
 
 
 def _run(step: Step, *, windows: bool, cache: PagedCache | None, keeps: bool) -> None:

@@ -1,7 +1,7 @@
 """Compiled kernels: machine code cached on disk, compiled by Numba when there is none, called by address.
 
 The cache holds object files of one function each. Their names are a digest of everything that decides their content:
-the sources of this package, the versions of Numba and llvmlite, the processor and its features. Loading one needs
+the kernels' sources, the versions of Numba and llvmlite, the processor and its features. Loading one needs
 llvmlite alone, so that a process that finds its kernels compiled never imports Numba.
 """
 
@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 KERNELS = ("condense", "project")
-"""Modules of this package with a function ``entry`` each."""
-_HOST = ("__init__", "launch", "native", "tables")
-"""Modules that no machine code comes from."""
+"""Modules of ``kernels`` with a function ``entry`` each."""
 _SYMBOL = "kvcondense_{kernel}"
 _ENTRY = """
 define void @{name}(i64 %block) {{
@@ -117,9 +116,9 @@ def _stamp() -> str:
     name, features = processor()
     parts = [version("numba"), version("llvmlite"), platform.machine(), sys.platform, name, *sorted(features)]
     digest = hashlib.sha256("\n".join(parts).encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        if source.stem not in _HOST:
-            digest.update(source.read_bytes())
+    here = Path(__file__).parent
+    for source in (here / "params.py", *sorted((here / "kernels").glob("*.py"))):
+        digest.update(source.read_bytes())
     digest.update(_ENTRY.encode())
     return digest.hexdigest()[:24]
 
@@ -161,7 +160,7 @@ def _compile(kernel: str) -> bytes:
     sys.stderr.write(f"kvcondense: compiling the CPU kernel {kernel!r}, once for this machine ... ")
     sys.stderr.flush()
     began = time.perf_counter()
-    entry = import_module(f"kvcondense.backends.cpu.{kernel}").entry
+    entry = import_module(f"kvcondense.backends.cpu.kernels.{kernel}").entry
     wrapper = rf'^define [^\n]*@"?{re.escape(entry.native_name)}"?\(.*?^}}$'
     text, found = re.subn(wrapper, "", entry.inspect_llvm(), flags=re.MULTILINE | re.DOTALL)
     assert found == 1, "the callback that Numba made is in its module"
@@ -189,11 +188,10 @@ def _link(code: bytes, symbol: str) -> int:
     return engine.get_function_address(symbol)
 
 
-def _target(llvm):  # noqa: ANN001, ANN202 - a module
+def _target(llvm: Any) -> Any:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    name, features = processor()
-    every = llvm.get_host_cpu_features()
+    features = llvm.get_host_cpu_features().flatten()
     return llvm.Target.from_default_triple().create_target_machine(
-        cpu=name, features=every.flatten(), opt=3, reloc="pic", codemodel="jitdefault", jit=True
+        cpu=processor()[0], features=features, opt=3, reloc="pic", codemodel="jitdefault", jit=True
     )

@@ -6,14 +6,14 @@ import struct
 from array import array
 from collections.abc import Callable
 
+import torch
+
 from kvcondense.backends.cpu import params
 from kvcondense.errors import UnsupportedError
 from kvcondense.formats.descriptor import PAD, SCALES, CacheFormat, Channels
 from kvcondense.formats.elements import INT8, Plain, SmallFloat, ceil_log2_ratio
 from kvcondense.formats.scales import Scale
 from kvcondense.spec import CompressorSpec, Rounding
-
-import torch
 
 _SCALES = {
     Scale.POW2_BYTE: params.POW2_BYTE,

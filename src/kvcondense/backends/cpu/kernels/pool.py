@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kvcondense.backends.cpu import simd
-from kvcondense.backends.cpu.simd import BYTES, fma, load, load_i64, splat, store
+from kvcondense.backends.cpu.kernels import simd
+from kvcondense.backends.cpu.kernels.simd import BYTES, fma, load, load_i64, splat, store
 
 ENTRY = 24
 """Bytes of a table entry."""

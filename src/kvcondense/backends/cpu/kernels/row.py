@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 
-from kvcondense.backends.cpu import params, simd
-from kvcondense.backends.cpu.pool import inlined, kernel
-from kvcondense.backends.cpu.simd import BYTES, LANES, load, load_i64, splat, store
+from kvcondense.backends.cpu import params
+from kvcondense.backends.cpu.kernels import simd
+from kvcondense.backends.cpu.kernels.pool import inlined, kernel
+from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, load, load_i64, splat, store
 
 
 @inlined
@@ -19,7 +20,11 @@ def round_bf16(x):
     rounded = (b + simd.isplat(np.int32(0x7FFF)) + odd) & simd.isplat(np.int32(-0x10000))
     magnitude = b & simd.isplat(np.int32(0x7FFFFFFF))
     infinity = simd.isplat(np.int32(0x7F800000))
-    return simd.from_bits(simd.iwhere_less(infinity, magnitude, (b & simd.isplat(np.int32(-0x10000))) | simd.isplat(np.int32(0x7FC00000)), rounded))
+    return simd.from_bits(
+        simd.iwhere_less(
+            infinity, magnitude, (b & simd.isplat(np.int32(-0x10000))) | simd.isplat(np.int32(0x7FC00000)), rounded
+        )
+    )
 
 
 @inlined
@@ -71,7 +76,7 @@ def rms_norm(row, gamma, spec, work):
 
 @kernel
 def rope(row, cos, sin, spec):
-    """(a, b) -> (a cos - b sin, a sin + b cos) on the pairs of the last channels; the REFERENCE profile rounds to bf16."""
+    """(a, b) -> (a cos - b sin, a sin + b cos) on pairs of the last channels; the REFERENCE profile rounds to bf16."""
     size = load_i64(spec + 8 * params.ROPE_DIM)
     first = row + 4 * (load_i64(spec + 8 * params.HEAD_DIM) - size)
     rounding = load_i64(spec + 8 * params.ROUND)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numba import cfunc
 
-from kvcondense.backends.cpu import encode, params, pool, row, simd, window
-from kvcondense.backends.cpu.pool import ENTRY, kernel
-from kvcondense.backends.cpu.simd import BYTES, LANES, fetch_add, load, load_i64, splat, store
+from kvcondense.backends.cpu import params
+from kvcondense.backends.cpu.kernels import encode, pool, row, simd, window
+from kvcondense.backends.cpu.kernels.pool import ENTRY, kernel
+from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, fetch_add, load, load_i64, splat, store
 
 _MINUS_INFINITY = np.float32(-np.inf)
 _ZERO = np.float32(0)
@@ -73,7 +74,7 @@ def _fold(p, q, begin, stop, acc, first, last, scratch):
 
 
 @kernel
-def _finish(p, e, q, index, scratch):
+def _finish(p, e, index, scratch):
     """P of window e in ROWS -> norm, RoPE, Hadamard, in place, and the cache's bytes."""
     spec = load_i64(p + 8 * params.SPEC)
     d = load_i64(spec + 8 * params.HEAD_DIM)
@@ -118,7 +119,7 @@ def _window(p, task, blocks, scratch):
         left = load_i64(p + 8 * params.COUNTERS) + params.WINDOW_BLOCKS + 8 * e
         if fetch_add(left, 1) < blocks - 1:
             return
-    _finish(p, e, q, index, scratch)
+    _finish(p, e, index, scratch)
 
 
 @kernel

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcondense.backends.cpu import params, simd
-from kvcondense.backends.cpu.pool import inlined, kernel
-from kvcondense.backends.cpu.row import bf16_code, round_bf16
-from kvcondense.backends.cpu.simd import BYTES, LANES, isplat, load, load_i64, splat, store
+from kvcondense.backends.cpu import params
+from kvcondense.backends.cpu.kernels import simd
+from kvcondense.backends.cpu.kernels.pool import inlined, kernel
+from kvcondense.backends.cpu.kernels.row import bf16_code, round_bf16
+from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, isplat, load, load_i64, splat, store
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
@@ -92,7 +93,7 @@ def _whole(x):
 
 @kernel
 def _power_of_two(amax_bits, part):
-    """Exponent of the scale 2^ceil(log2(amax / largest)), at least -127: where the mantissa of amax passes largest's."""
+    """ceil(log2(amax / largest)), at least -127: it changes where the mantissa of amax passes that of largest."""
     largest = load_i64(part + 8 * params.LARGEST)
     above = 1 if (amax_bits & _MANTISSA) > (largest & _MANTISSA) else 0
     exponent = (amax_bits >> 23) - (largest >> 23) + above

@@ -1,7 +1,7 @@
 """Vectors of 16 lanes for Numba: fp32 and int32 types and the few operations that the kernels are written in.
 
 Every operation is one LLVM instruction or intrinsic, so what a kernel computes does not depend on what a vectoriser
-makes of a loop: no reassociation, no contraction, one fma where it says fma. LLVM splits the vectors where the processor
+makes of a loop: no reassociation, no contraction, one fma where it says fma. LLVM splits the vectors where a processor
 has shorter ones.
 """
 
@@ -68,21 +68,21 @@ def constant(value: int | float, kind: ir.Type = _I) -> ir.Constant:
     return ir.Constant(kind, [value] * LANES)
 
 
-def pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+def pointer(builder: Any, address: Any, kind: ir.Type) -> Any:
     """An address as a pointer."""
     return builder.inttoptr(address, kind.as_pointer())
 
 
-def _call(builder: ir.IRBuilder, name: str, kind: ir.Type, *values: ir.Value) -> ir.Value:
+def _call(builder: Any, name: str, kind: ir.Type, *values: Any) -> Any:
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * len(values)), name)
     return builder.call(function, values)
 
 
-def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, align: int) -> ir.Value:
+def _load(builder: Any, address: Any, kind: ir.Type, align: int) -> Any:
     return builder.load(pointer(builder, address, kind), align=align)
 
 
-def _store(builder: ir.IRBuilder, address: ir.Value, value: ir.Value, align: int) -> None:
+def _store(builder: Any, address: Any, value: Any, align: int) -> None:
     builder.store(value, pointer(builder, address, value.type), align=align)
 
 
@@ -94,51 +94,51 @@ def _lanes(*index: int) -> ir.Constant:
 
 
 @operation(F32, types.int64)
-def load(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+def load(b: Any, address: Any) -> Any:
     """16 fp32."""
     return _load(b, address, _F, 4)
 
 
 @operation(F32, types.int64)
-def load_bf16(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+def load_bf16(b: Any, address: Any) -> Any:
     """16 bf16, widened."""
     half = _load(b, address, ir.VectorType(_I16, LANES), 2)
     return b.bitcast(b.shl(b.zext(half, _I), constant(16)), _F)
 
 
 @operation(F32, types.int64)
-def load_fp16(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+def load_fp16(b: Any, address: Any) -> Any:
     """16 fp16, widened."""
     return b.fpext(_load(b, address, ir.VectorType(ir.HalfType(), LANES), 2), _F)
 
 
 @operation(F32, types.int64)
-def load_pairs(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+def load_pairs(b: Any, address: Any) -> Any:
     """8 fp32, each in two neighbouring lanes."""
     eight = _load(b, address, ir.VectorType(ir.FloatType(), LANES // 2), 4)
     return b.shuffle_vector(eight, eight, _lanes(*(i // 2 for i in range(LANES))))
 
 
 @operation(types.void, types.int64, F32)
-def store(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
+def store(b: Any, address: Any, x: Any) -> None:
     """16 fp32."""
     _store(b, address, x, 4)
 
 
 @operation(types.void, types.int64, I32)
-def store_16(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
+def store_16(b: Any, address: Any, x: Any) -> None:
     """The low 16 bits of each lane."""
     _store(b, address, b.trunc(x, ir.VectorType(_I16, LANES)), 1)
 
 
 @operation(types.void, types.int64, I32)
-def store_8(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
+def store_8(b: Any, address: Any, x: Any) -> None:
     """The low 8 bits of each lane."""
     _store(b, address, b.trunc(x, ir.VectorType(_I8, LANES)), 1)
 
 
 @operation(types.void, types.int64, I32)
-def store_4(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
+def store_4(b: Any, address: Any, x: Any) -> None:
     """The low 4 bits of each lane, the even lane in the low nibble: 8 bytes."""
     half = ir.VectorType(_I32, LANES // 2)
     even = b.shuffle_vector(x, x, _lanes(*range(0, LANES, 2)))
@@ -148,37 +148,37 @@ def store_4(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
 
 
 @operation(types.int64, types.int64)
-def load_i64(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+def load_i64(b: Any, address: Any) -> Any:
     """One int64."""
     return _load(b, address, _I64, 8)
 
 
 @operation(types.void, types.int64, types.int64)
-def store_i64(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
+def store_i64(b: Any, address: Any, x: Any) -> None:
     """One int64."""
     _store(b, address, x, 8)
 
 
 @operation(types.float32, types.int64)
-def load_scalar(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+def load_scalar(b: Any, address: Any) -> Any:
     """One fp32."""
     return _load(b, address, ir.FloatType(), 4)
 
 
 @operation(types.void, types.int64, types.float32)
-def store_scalar(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
+def store_scalar(b: Any, address: Any, x: Any) -> None:
     """One fp32, at any address."""
     _store(b, address, x, 1)
 
 
 @operation(types.void, types.int64, types.int64)
-def store_byte(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
+def store_byte(b: Any, address: Any, x: Any) -> None:
     """The low 8 bits."""
     _store(b, address, b.trunc(x, _I8), 1)
 
 
 @operation(types.int64, types.int64, types.int64)
-def fetch_add(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> ir.Value:
+def fetch_add(b: Any, address: Any, x: Any) -> Any:
     """Add to a counter that threads share; the value before. Orders the memory accesses around it."""
     return b.atomic_rmw("add", pointer(b, address, _I64), x, "acq_rel")
 
@@ -187,7 +187,7 @@ def fetch_add(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> ir.Value:
 
 
 @operation(F32, types.float32)
-def splat(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def splat(b: Any, x: Any) -> Any:
     """One value in every lane."""
     return b.shuffle_vector(
         b.insert_element(ir.Constant(_F, ir.Undefined), x, ir.Constant(_I32, 0)),
@@ -197,44 +197,44 @@ def splat(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 @operation(I32, types.int32)
-def isplat(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def isplat(b: Any, x: Any) -> Any:
     """One integer in every lane."""
     undefined = ir.Constant(_I, ir.Undefined)
     return b.shuffle_vector(b.insert_element(undefined, x, ir.Constant(_I32, 0)), undefined, constant(0))
 
 
 @operation(I32, F32)
-def bits(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def bits(b: Any, x: Any) -> Any:
     """The bits of fp32 values."""
     return b.bitcast(x, _I)
 
 
 @operation(F32, I32)
-def from_bits(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def from_bits(b: Any, x: Any) -> Any:
     """fp32 values from their bits."""
     return b.bitcast(x, _F)
 
 
 @operation(types.float32, types.int64)
-def float_of(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def float_of(b: Any, x: Any) -> Any:
     """One fp32 from its bits."""
     return b.bitcast(b.trunc(x, _I32), ir.FloatType())
 
 
 @operation(types.int64, types.float32)
-def bits_of(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def bits_of(b: Any, x: Any) -> Any:
     """The bits of one fp32, not negative."""
     return b.zext(b.bitcast(x, _I32), _I64)
 
 
 @operation(F32, I32)
-def to_float(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def to_float(b: Any, x: Any) -> Any:
     """Integers as fp32."""
     return b.sitofp(x, _F)
 
 
 @operation(F32, F32, types.int64)
-def swap(b: ir.IRBuilder, x: ir.Value, distance: ir.Value) -> ir.Value:
+def swap(b: Any, x: Any, distance: Any) -> Any:
     """Lane i gets lane i ^ distance (1, 2, 4 or 8)."""
     out = x
     for d in (1, 2, 4, 8):
@@ -244,13 +244,13 @@ def swap(b: ir.IRBuilder, x: ir.Value, distance: ir.Value) -> ir.Value:
 
 
 @operation(I32)
-def lane_number(b: ir.IRBuilder) -> ir.Value:  # noqa: ARG001 - every operation gets a builder
+def lane_number(b: Any) -> Any:  # noqa: ARG001 - every operation gets a builder
     """0, 1, .. 15."""
     return _lanes(*range(LANES))
 
 
 @operation(types.float32, F32)
-def halving_sum(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def halving_sum(b: Any, x: Any) -> Any:
     """Sum of the lanes as ``numerics.tree_sum`` forms it: the second half is added to the first until one is left."""
     size = LANES
     while size > 1:
@@ -261,7 +261,7 @@ def halving_sum(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 @operation(types.int64, I32)
-def largest_lane(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def largest_lane(b: Any, x: Any) -> Any:
     """The largest of 16 integers, none of them negative."""
     size = LANES
     while size > 1:
@@ -276,50 +276,50 @@ def largest_lane(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 @operation(F32, F32, F32, F32)
-def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
     """x y + z, rounded once."""
     return _call(b, f"llvm.fma.v{LANES}f32", _F, x, y, z)
 
 
 @operation(F32, F32, F32)
-def at_least(b: ir.IRBuilder, x: ir.Value, low: ir.Value) -> ir.Value:
+def at_least(b: Any, x: Any, low: Any) -> Any:
     """x, or ``low`` where x is smaller. A NaN in x stays."""
     return b.select(b.fcmp_ordered("<", x, low), low, x)
 
 
 @operation(F32, F32)
-def negative_magnitude(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def negative_magnitude(b: Any, x: Any) -> Any:
     """-|x|."""
     return b.bitcast(b.or_(b.bitcast(x, _I), constant(-0x80000000)), _F)
 
 
 @operation(F32, F32, F32, F32, F32)
-def where_less(b: ir.IRBuilder, x: ir.Value, y: ir.Value, yes: ir.Value, no: ir.Value) -> ir.Value:
+def where_less(b: Any, x: Any, y: Any, yes: Any, no: Any) -> Any:
     """``yes`` where x < y, else ``no`` (also for NaN)."""
     return b.select(b.fcmp_ordered("<", x, y), yes, no)
 
 
 @operation(I32, I32, I32, I32, I32)
-def iwhere_less(b: ir.IRBuilder, x: ir.Value, y: ir.Value, yes: ir.Value, no: ir.Value) -> ir.Value:
+def iwhere_less(b: Any, x: Any, y: Any, yes: Any, no: Any) -> Any:
     """``yes`` where x < y (signed), else ``no``."""
     return b.select(b.icmp_signed("<", x, y), yes, no)
 
 
 @operation(I32, I32, I32)
-def shift_left(b: ir.IRBuilder, x: ir.Value, by: ir.Value) -> ir.Value:
+def shift_left(b: Any, x: Any, by: Any) -> Any:
     """x << by, lane by lane."""
     return b.shl(x, by)
 
 
 @operation(I32, I32, I32)
-def shift_right(b: ir.IRBuilder, x: ir.Value, by: ir.Value) -> ir.Value:
+def shift_right(b: Any, x: Any, by: Any) -> Any:
     """x >> by, lane by lane, keeping the sign."""
     return b.ashr(x, by)
 
 
 def _operator(symbol: Callable[..., Any], kind: _Vector, instruction: str) -> None:
     @operation(kind, kind, kind)
-    def emit(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    def emit(b: Any, x: Any, y: Any) -> Any:
         return getattr(b, instruction)(x, y)
 
     @overload(symbol)

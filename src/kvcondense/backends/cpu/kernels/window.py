@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from kvcondense.backends.cpu import params, simd
-from kvcondense.backends.cpu.pool import ENTRY, inlined, kernel
-from kvcondense.backends.cpu.row import bf16_code, round_bf16
-from kvcondense.backends.cpu.simd import LANES, load, load_i64, store, store_i64
+from kvcondense.backends.cpu import params
+from kvcondense.backends.cpu.kernels import simd
+from kvcondense.backends.cpu.kernels.pool import ENTRY, inlined, kernel
+from kvcondense.backends.cpu.kernels.row import bf16_code, round_bf16
+from kvcondense.backends.cpu.kernels.simd import LANES, load, load_i64, store, store_i64
 
 
 @inlined

@@ -12,10 +12,11 @@ from llvmlite import ir
 from numba import cfunc, types
 from numba.core import cgutils
 
-from kvcondense.backends.cpu import params, simd
+from kvcondense.backends.cpu import params
+from kvcondense.backends.cpu.kernels import simd
+from kvcondense.backends.cpu.kernels.pool import kernel
+from kvcondense.backends.cpu.kernels.simd import LANES, constant, fetch_add, load_i64, pointer
 from kvcondense.backends.cpu.native import has_bf16_products
-from kvcondense.backends.cpu.pool import kernel
-from kvcondense.backends.cpu.simd import LANES, constant, fetch_add, load_i64, pointer
 
 _I64 = ir.IntType(64)
 _F = ir.VectorType(ir.FloatType(), LANES)
@@ -38,7 +39,7 @@ class _BFloat(ir.Type):
 _BF = ir.VectorType(_BFloat(), 2 * LANES)
 
 
-def _pair_products(b: ir.IRBuilder, acc: ir.Value, x: tuple[ir.Value, ...], w: tuple[ir.Value, ...]) -> ir.Value:
+def _pair_products(b: Any, acc: Any, x: tuple[Any, ...], w: tuple[Any, ...]) -> Any:
     """acc + the products of both halves of each lane."""
     if len(x) == 1:
         kind = ir.FunctionType(_F, [_F, _BF, _BF])
@@ -48,7 +49,7 @@ def _pair_products(b: ir.IRBuilder, acc: ir.Value, x: tuple[ir.Value, ...], w: t
     return b.call(function, [x[1], w[1], b.call(function, [x[0], w[0], acc])])
 
 
-def _operand(b: ir.IRBuilder, pairs: ir.Value, native: bool) -> tuple[ir.Value, ...]:
+def _operand(b: Any, pairs: Any, native: bool) -> tuple[Any, ...]:
     """32 bf16 as the product takes them: as they are, or widened, even ones and odd ones."""
     if native:
         return (b.bitcast(pairs, _BF),)
@@ -60,14 +61,14 @@ def _tile(tokens: int, channels: int, native: bool) -> Any:
 
     @simd.operation(types.void, *[types.int64] * 7)
     def tile(
-        b: ir.IRBuilder,
-        x: ir.Value,
-        x_stride: ir.Value,
-        w: ir.Value,
-        w_stride: ir.Value,
-        out: ir.Value,
-        out_stride: ir.Value,
-        size: ir.Value,
+        b: Any,
+        x: Any,
+        x_stride: Any,
+        w: Any,
+        w_stride: Any,
+        out: Any,
+        out_stride: Any,
+        size: Any,
     ) -> None:
         def number(n: int) -> ir.Constant:
             return ir.Constant(_I64, n)
@@ -83,7 +84,7 @@ def _tile(tokens: int, channels: int, native: bool) -> Any:
         for acc in (a for line in sums for a in line):
             acc.add_incoming(constant(0.0, _F), before)
 
-        def load(row: ir.Value) -> tuple[ir.Value, ...]:
+        def load(row: Any) -> tuple[Any, ...]:
             return _operand(b, b.load(pointer(b, b.add(row, at), _I), align=2), native)
 
         operands_w = [load(r) for r in rows_w]
@@ -106,14 +107,12 @@ def _tile(tokens: int, channels: int, native: bool) -> Any:
     return tile
 
 
-def _sum(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def _sum(b: Any, x: Any) -> Any:
     """Sum of the lanes, second half to the first."""
     size = LANES
     while size > 1:
         size //= 2
-        low, high = (
-            ir.Constant(ir.VectorType(ir.IntType(32), size), list(range(k, k + size))) for k in (0, size)
-        )
+        low, high = (ir.Constant(ir.VectorType(ir.IntType(32), size), list(range(k, k + size))) for k in (0, size))
         x = b.fadd(b.shuffle_vector(x, x, low), b.shuffle_vector(x, x, high))
     return b.extract_element(x, ir.Constant(ir.IntType(32), 0))
 
