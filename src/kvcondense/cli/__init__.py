@@ -1,4 +1,4 @@
-"""The ``kvcondense`` command: verify, conformance, compress, convert, plan, info."""
+"""The ``kvcondense`` command: verify, conformance, compress, convert, plan, bench, info."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from kvcondense.cli import compress, conformance, convert, info, plan, verify
+from kvcondense.cli import bench, compress, conformance, convert, info, plan, verify
 from kvcondense.errors import KvCondenseError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("conformance", epilog=conformance.EXAMPLE)(conformance.conformance)
 app.command("compress", epilog=compress.EXAMPLE)(compress.compress)
 app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
 app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
+app.command("bench", epilog=bench.EXAMPLE)(bench.bench)
 app.command("info", epilog=info.EXAMPLE)(info.info)
 
 

@@ -1,1 +1,1 @@
-"""Numba kernels in the order of the data: project, window, pool, row (norm, RoPE, Hadamard), encode; condense runs all."""
+"""Numba kernels: project, window, pool, row (norm, RoPE, Hadamard), encode; condense runs them."""

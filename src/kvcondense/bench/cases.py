@@ -1,0 +1,116 @@
+"""What is timed: named cases, their inputs, and the bytes and flops that no implementation can avoid."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvcondense.config import ModelConfig
+from kvcondense.formats import get_format
+from kvcondense.spec import CompressorSpec
+
+# No YaRN: one of the peers has none. It changes a table, not the work.
+CONFIG = replace(ModelConfig.FLASH, name="flash without YaRN", yarn=None)
+FORMAT = "fp8_model1"
+PAGE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """``batch`` requests at position ``start`` bring ``tokens`` tokens each; ``hidden``: as x, to be projected."""
+
+    name: str
+    kind: str
+    tokens: int
+    batch: int
+    start: int
+    hidden: bool = False
+
+    @property
+    def spec(self) -> CompressorSpec:
+        return CompressorSpec.hca(CONFIG) if self.kind == "hca" else CompressorSpec.csa(CONFIG)
+
+    @property
+    def windows(self) -> int:
+        """Windows that each request completes."""
+        return (self.start + self.tokens) // self.spec.ratio - self.start // self.spec.ratio
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that must be read or written once: inputs, stored rows that windows need, kept rows, cache rows.
+
+        Weights of the projection are among them, returned rows are not.
+        """
+        spec, end = self.spec, self.start + self.tokens
+        row = 4 * spec.projected
+        new = self.tokens * (2 * CONFIG.hidden_size if self.hidden else row)
+        # Of a stored row, a window reads one half of the channels if windows overlap.
+        stored = min(self.start, spec.window - 1) if self.windows else 0
+        kept = min(self.tokens, spec.seed_rows(end))
+        cache = self.windows * get_format(FORMAT).row_bytes(spec.head_dim)
+        weight = 2 * spec.projected * CONFIG.hidden_size if self.hidden else 0
+        return self.batch * (new + stored * row // spec.halves + kept * row + cache) + weight
+
+    @property
+    def flops(self) -> int:
+        """Of the projection."""
+        return 2 * self.batch * self.tokens * CONFIG.hidden_size * self.spec.projected if self.hidden else 0
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("prefill 8192, ratio 128", "hca", 8192, 1, 0),
+        Case("prefill 8192, ratio 4", "csa", 8192, 1, 0),
+        Case("decode 16 on a boundary, ratio 128", "hca", 1, 16, 1023),
+        Case("decode 16 on a boundary, ratio 4", "csa", 1, 16, 1023),
+        Case("decode 16 within a window, ratio 128", "hca", 1, 16, 1000),
+        Case("decode 16 within a window, ratio 4", "csa", 1, 16, 1000),
+        Case("prefill 2048 from x, ratio 128", "hca", 2048, 1, 0, hidden=True),
+        Case("decode 16 from x, ratio 128", "hca", 1, 16, 1000, hidden=True),
+        Case("decode 1 from x, ratio 128", "hca", 1, 1, 1000, hidden=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of a case, the same for everybody. Tokens are x [B, n, D] bf16 or kv_score [B, n, projected] fp32.
+
+    history: the tokens before ``start``; new: those of the timed step; rest: those that complete the open window, so
+    that a step without a finished row is compared by the row that follows. w [projected, D], ape [r, N], norm [d].
+    """
+
+    case: Case
+    history: torch.Tensor
+    new: torch.Tensor
+    rest: torch.Tensor
+    w: torch.Tensor
+    ape: torch.Tensor
+    norm: torch.Tensor
+
+
+@functools.lru_cache(maxsize=1)
+def make_inputs(case: Case) -> Inputs:
+    """Random inputs with the spread of a trained model's, from a fixed seed."""
+    spec, gen = case.spec, torch.Generator().manual_seed(0)
+    end = case.start + case.tokens
+    sizes = (case.start, case.tokens, -end % spec.ratio)
+    channels = CONFIG.hidden_size if case.hidden else spec.projected
+
+    def tokens(count: int) -> torch.Tensor:
+        t = torch.randn(case.batch, count, channels, generator=gen)
+        return t.bfloat16() if case.hidden else 1.5 * t
+
+    history, new, rest = (tokens(n) for n in sizes)
+    return Inputs(
+        case=case,
+        history=history,
+        new=new,
+        rest=rest,
+        w=(torch.randn(spec.projected, CONFIG.hidden_size, generator=gen) / 40).bfloat16(),
+        ape=0.1 * torch.randn(spec.ratio, spec.width, generator=gen),
+        norm=1 + 0.2 * torch.randn(spec.head_dim, generator=gen),
+    )

@@ -1,0 +1,133 @@
+"""Clocks: rates of this machine, interleaved timings, warm and cold, and what a case cannot be faster than."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvcondense.bench.cases import Case
+
+_COLD_BYTES = 1 << 28
+"""Memory that is written between cold runs: more than a core's share of any cache."""
+_WARM_BYTES = 1 << 23
+_BUDGET_S = 0.6
+_FEWEST, _MOST, _MOST_COLD = 5, 20, 15
+_QUICK_S, _BURST = 0.005, 20
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes per second from memory and from the caches, and bf16 multiply-adds of torch per second, times two."""
+
+    memory: float
+    cache: float
+    gemm: float
+
+    @classmethod
+    def measure(cls) -> Rates:
+        """Best of several: a floor should be one."""
+        large, small = torch.ones(_COLD_BYTES // 4), torch.ones(_WARM_BYTES // 4)
+        x, w = torch.randn(2048, 4096).bfloat16(), torch.randn(1024, 4096).bfloat16()
+        return cls(
+            memory=_COLD_BYTES / min(clock(large.sum) for _ in range(7)),
+            cache=_WARM_BYTES / min(clock(small.sum) for _ in range(50)),
+            gemm=2 * 2048 * 4096 * 1024 / min(clock(lambda: torch.nn.functional.linear(x, w)) for _ in range(7)),
+        )
+
+    def floor(self, case: Case, cold: bool) -> float:
+        """Seconds: the larger of bytes over bandwidth and flops over the GEMM's rate.
+
+        Warm bytes come from the caches only if they are few enough to have been there.
+        """
+        bandwidth = self.memory if cold or case.bytes > 2 * _WARM_BYTES else self.cache
+        return max(case.bytes / bandwidth, case.flops / self.gemm)
+
+
+def clock(work: Callable[[], object]) -> float:
+    """Seconds that ``work`` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+Work = tuple[Callable[[], Any], Callable[[Any], object]]
+"""What is timed: a preparation, not timed, and the work on what it returns."""
+
+
+def interleaved(works: Sequence[Work], *, cold: bool) -> list[list[float]]:
+    """Seconds of each work, taken in turns, so that a slow moment of the machine meets all of them.
+
+    Warm: in its turn, a work runs unclocked first, and several times if it is quick. Cold: other memory is written
+    right before each run.
+    """
+    spoil = torch.zeros(_COLD_BYTES // 4) if cold else None
+    times: list[list[float]] = [[] for _ in works]
+    for prepare, work in works:
+        work(prepare())
+    costs = [clock(lambda p=prepare, w=work: w(p())) for prepare, work in works]
+    bursts = [1 if cold or cost > _QUICK_S else _BURST for cost in costs]
+    most = _MOST_COLD if cold else _MOST
+    rounds = int(max(_FEWEST, min(most, len(works) * _BUDGET_S / max(sum(costs), 1e-6))))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for index, (prepare, work) in enumerate(works):
+                for turn in range(-1 if not cold else 0, bursts[index]):
+                    argument = prepare()
+                    if spoil is not None:
+                        spoil.add_(1)
+                    start = time.perf_counter()
+                    work(argument)
+                    if turn >= 0:
+                        times[index].append(time.perf_counter() - start)
+    finally:
+        gc.enable()
+    return times
+
+
+def median(times: Sequence[float]) -> float:
+    """The middle one."""
+    return statistics.median(times)
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures were measured on."""
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = []
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The commit of the sources, "+" if they were changed since; "unknown" outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        name = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "."], cwd=here.parent, check=False)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name.stdout.strip() + ("+" if changed.returncode else "")

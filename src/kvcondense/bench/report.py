@@ -1,0 +1,77 @@
+"""What timings look like: lines, a Markdown table, and bars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def line(record: Record) -> str:
+    """One timing, with its ratio to the floor."""
+    ratio = record["us"] / record["floor_us"]
+    return (
+        f"{record['case']:<38} {record['runner']:<18} {record['cache']:<5} {record['us']:>11.1f} us "
+        f"{ratio:>8.2f} x floor"
+    )
+
+
+def markdown(records: Sequence[Record], cache: str = "warm") -> str:
+    """Cases by implementations, in microseconds."""
+    timed = [r for r in records if r.get("cache") == cache]
+    runners = list(dict.fromkeys(r["runner"] for r in timed))
+    lines = ["| microseconds | floor | " + " | ".join(runners) + " |", "|---|" + "---|" * (len(runners) + 1)]
+    for case in dict.fromkeys(r["case"] for r in timed):
+        of_case = {r["runner"]: r for r in timed if r["case"] == case}
+        floor = next(iter(of_case.values()))["floor_us"]
+        cells = [_number(of_case[name]["us"]) if name in of_case else "-" for name in runners]
+        lines.append(f"| {case} | {_number(floor)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(us: float) -> str:
+    return f"{us:.0f}" if us >= 100 else f"{us:.1f}"
+
+
+def plot(records: Sequence[Record], path: Path) -> None:
+    """Bars per case, logarithmic, with the floor as a line; below, time per token by context if it was measured."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    timed = [r for r in records if r.get("cache") == "warm"]
+    cases, runners = (list(dict.fromkeys(r[key] for r in timed)) for key in ("case", "runner"))
+    contexts = [r for r in records if "context" in r]
+    figure, axes = plt.subplots(
+        1 + bool(contexts), 1, figsize=(12, 6 + 4 * bool(contexts)), squeeze=False, layout="constrained"
+    )
+    bars = axes[0][0]
+    width = 0.8 / max(len(runners), 1)
+    for k, name in enumerate(runners):
+        of = {r["case"]: r["us"] for r in timed if r["runner"] == name}
+        at = [i + (k - (len(runners) - 1) / 2) * width for i, case in enumerate(cases) if case in of]
+        drawn = bars.bar(at, [of[c] for c in cases if c in of], width, label=name)
+        bars.bar_label(drawn, fmt=lambda v: _number(v), fontsize=6, rotation=90, padding=2)
+    for i, case in enumerate(cases):
+        floor = next(r["floor_us"] for r in timed if r["case"] == case)
+        bars.plot([i - 0.45, i + 0.45], [floor, floor], color="black", lw=1, label="floor" if i == 0 else None)
+    bars.set_yscale("log")
+    bars.set_ylim(top=bars.get_ylim()[1] * 3)
+    bars.set_ylabel("microseconds, warm")
+    bars.set_xticks(range(len(cases)), [c.replace(", ", "\n") for c in cases], fontsize=7)
+    bars.legend(fontsize=8)
+    if contexts:
+        lines = axes[1][0]
+        for name in dict.fromkeys(r["runner"] for r in contexts):
+            of_runner = [r for r in contexts if r["runner"] == name]
+            lines.plot([r["context"] for r in of_runner], [r["us"] for r in of_runner], marker="o", label=name)
+        lines.set_xscale("log", base=2)
+        lines.set_yscale("log")
+        lines.set_xlabel("tokens of context")
+        lines.set_ylabel("microseconds per token, ratio 4")
+        lines.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

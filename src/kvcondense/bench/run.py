@@ -1,0 +1,124 @@
+"""Run cases: compare everybody's rows, then time those that were right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from kvcondense.bench import measure, peers
+from kvcondense.bench.cases import Case, Inputs, make_inputs
+from kvcondense.bench.runners import Gemm, Kvcondense, Runner
+from kvcondense.layout.plan import Plan
+
+CLOSE = 0.1
+"""How far a peer's row may be from the reference's, in RMS of the row; chains in bf16 differ by up to 0.063."""
+_CONTEXTS = (1024, 4096, 16384)
+_STEPS = 8
+
+
+def distance(runner: Runner, inputs: Inputs, expected: torch.Tensor) -> float:
+    """Largest difference from the expected rows [B, windows, d], in RMS of a row; inf if there are others."""
+    rows = rows_of(runner, inputs)
+    if rows.shape != expected.shape:
+        return float("inf")
+    rms = expected.square().mean(-1, keepdim=True).sqrt()
+    worst = ((rows - expected).abs() / rms).max()
+    return float("inf") if torch.isnan(worst) else float(worst)
+
+
+def rows_of(runner: Runner, inputs: Inputs) -> torch.Tensor:
+    """The rows of the case's tokens, after the timed step itself or, if it completes none, after the tokens that do."""
+    state = runner.copy(runner.primed())
+    if inputs.rest.shape[1] == 0:
+        return runner.feed(state, inputs.new)
+    runner.step(state)
+    return runner.feed(state, inputs.rest)
+
+
+def run_case(case: Case, backend: str, rates: measure.Rates, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Records of one case: for each implementation, warm and cold medians, or why there are none."""
+    inputs = make_inputs(case)
+    reference = Kvcondense(inputs, "reference")
+    expected = rows_of(reference, inputs)
+    ours = [Kvcondense(inputs, backend), Kvcondense(inputs, backend, checked=True)] if backend != "reference" else []
+    runners: list[Any] = [*ours, reference, *(peer(inputs) for peer in peers.installed())]
+    timed = []
+    for runner in runners:
+        worst = distance(runner, inputs, expected)
+        if worst <= CLOSE:
+            timed.append((runner, worst))
+        else:
+            say(f"{case.name}: {runner.name} is not timed, its rows are off by {worst:.3g} of their RMS")
+            yield {"case": case.name, "runner": runner.name, "wrong": worst}
+    if case.hidden:
+        timed.append((Gemm(inputs), None))
+    primed = [runner.primed() for runner, _ in timed]
+    works = [
+        (lambda r=runner, s=state: r.copy(s), runner.step) for (runner, _), state in zip(timed, primed, strict=True)
+    ]
+    for cold in (False, True):
+        times = measure.interleaved(works, cold=cold)
+        floor = rates.floor(case, cold)
+        for (runner, worst), seconds in zip(timed, times, strict=True):
+            yield {
+                "case": case.name,
+                "runner": runner.name,
+                "cache": "cold" if cold else "warm",
+                "us": round(1e6 * measure.median(seconds), 2),
+                "floor_us": round(1e6 * floor, 2),
+                "rounds": len(seconds),
+                "off_by_rms": worst,
+                "note": runner.note,
+            }
+
+
+def context_series(backend: str, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Time per token of a request at growing contexts, ratio 4, mean over two windows: who copies, and who does not.
+
+    All layers of a ratio share the plan of a step, so it is made beforehand, and its own time is a line.
+    """
+    for length in _CONTEXTS:
+        inputs = make_inputs(Case(f"token at context {length}, ratio 4", "csa", 1, 1, length))
+        ours = _Stepping(inputs, backend)
+        runners: list[Any] = [ours, *(peer(inputs) for peer in peers.installed())]
+        works: list[measure.Work] = []
+        for runner in runners:
+            state = runner.primed()
+
+            def steps(state: Any, runner: Any = runner) -> None:
+                for _ in range(_STEPS):
+                    runner.step(state)
+
+            works.append((lambda r=runner, s=state: r.copy(s), steps))
+        works.append((lambda: None, lambda _, ours=ours: ours.plans()))
+        times = measure.interleaved(works, cold=False)
+        names = [*(r.name for r in runners), "plan of a step"]
+        for name, seconds in zip(names, times, strict=True):
+            us = 1e6 * measure.median(seconds) / _STEPS
+            say(f"context {length:>6}: {name:<18} {us:8.1f} us a token")
+            yield {"context": length, "runner": name, "us": round(us, 2)}
+
+
+class _Stepping(Kvcondense):
+    """A request that goes on from step to step."""
+
+    def __init__(self, inputs: Inputs, backend: str) -> None:
+        super().__init__(inputs, backend, steps=_STEPS)
+
+    def primed(self) -> dict[str, Any]:
+        state = super().primed()
+        self.pool = state["pool"]
+        return {**state, "plans": self.plans()}
+
+    def plans(self) -> list[Plan]:
+        start = self.inputs.case.start
+        return [self._plan(start + i, 1, self.pool) for i in range(_STEPS)]
+
+    def copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "plans": list(state["plans"])}
+
+    def step(self, state: dict[str, Any]) -> None:
+        state["plan"] = state["plans"].pop(0)
+        super().step(state)

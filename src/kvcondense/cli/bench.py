@@ -1,0 +1,108 @@
+"""``kvcondense bench``: timings beside floors and installed peers, as lines, JSON lines, a table and a chart."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from kvcondense.backends import get_backend
+from kvcondense.bench import measure, report
+from kvcondense.bench.cases import CASES
+from kvcondense.bench.run import context_series, run_case
+from kvcondense.cli.output import Output
+from kvcondense.errors import RangeError, UnsupportedError
+
+EXAMPLE = "Example: kvcondense bench --backend cpu --json timings.jsonl --plot timings.png"
+_MOST_BYTES = 16 << 20
+
+
+def bench(
+    backend: Annotated[str, typer.Option(help="Backend to time.")] = "cpu",
+    case: Annotated[list[str] | None, typer.Option(help="Part of a case's name; may be given again.")] = None,
+    context: Annotated[bool, typer.Option("--context/--no-context", help="Time per token by context, too.")] = True,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch and of the kernels.")] = None,
+    list_cases: Annotated[bool, typer.Option("--list", help="Print the cases, with their bytes and flops.")] = False,
+    from_file: Annotated[
+        Path | None, typer.Option("--from", metavar="FILE", help="Show timings of an earlier --json instead.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table at the end.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw bars to a picture.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="JSON lines, a timing each ('-': standard output).")
+    ] = None,
+) -> None:
+    """Time a backend beside the reference, transformers and nano-deepseek-v4 where installed.
+
+    Before anyone is timed, its rows are compared with the reference's. Timings are medians of interleaved rounds, warm
+    and with cold caches. The floor is the case's bytes over the bandwidth, or its flops over the rate of torch's bf16
+    GEMM, both measured in the same run. Exit status 1 if the backend's rows are wrong.
+    """
+    output = Output(json_file)
+    if list_cases:
+        for c in CASES.values():
+            output.say(f"{c.name:<38} {c.bytes:>12} bytes {c.flops:>14} flops")
+        return
+    chosen = [c for c in CASES.values() if not case or any(part in c.name for part in case)]
+    if not chosen:
+        raise RangeError("--case", f"part of one of: {'; '.join(CASES)}", case)
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise UnsupportedError("--plot", "a file that ends in .png, .svg or .pdf", plot)
+    if from_file is not None:
+        records = _read(from_file)
+    else:
+        get_backend(backend)  # a wrong name is an error before any work
+        if threads is not None:
+            if threads < 1:
+                raise RangeError("--threads", "at least 1", threads)
+            torch.set_num_threads(threads)
+        records = _measure(output, backend, chosen, context)
+    if json_file is not None:
+        lines = "".join(json.dumps(r) + "\n" for r in records)
+        if output.to_stdout:
+            sys.stdout.write(lines)
+        else:
+            json_file.write_text(lines, encoding="utf-8")
+    if markdown:
+        output.say(report.markdown(records).rstrip("\n"))
+    if plot is not None:
+        report.plot(records, plot)
+        output.say(f"drawn to {plot}")
+    if any("wrong" in r and r["runner"].startswith(backend) for r in records):
+        raise typer.Exit(1)
+
+
+def _measure(output: Output, backend: str, chosen: list[Any], context: bool) -> list[report.Record]:
+    output.say("measuring this machine's rates ...")
+    rates = measure.Rates.measure()
+    records: list[report.Record] = [{"machine": measure.machine(), "rates": vars(rates)}]
+    output.say(f"{records[0]['machine']}")
+    output.say(
+        f"memory {rates.memory / 1e9:.0f} GB/s, cache {rates.cache / 1e9:.0f} GB/s, "
+        f"bf16 GEMM {rates.gemm / 1e9:.0f} GFLOP/s"
+    )
+    for number, one in enumerate(chosen, 1):
+        output.say(f"[{number}/{len(chosen)}] {one.name}: comparing rows, then timing ...")
+        for record in run_case(one, backend, rates, output.say):
+            records.append(record)
+            if "us" in record:
+                output.say(report.line(record))
+    if context:
+        records += context_series(backend, output.say)
+    return records
+
+
+def _read(path: Path) -> list[report.Record]:
+    if path.stat().st_size > _MOST_BYTES:
+        raise RangeError("--from", f"at most {_MOST_BYTES} bytes", path.stat().st_size)
+    try:
+        records = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines() if text]
+    except ValueError as error:
+        raise UnsupportedError("--from", "JSON lines of kvcondense bench", f"{path} ({error})") from error
+    if not records or not all(isinstance(r, dict) for r in records) or "machine" not in records[0]:
+        raise UnsupportedError("--from", "JSON lines of kvcondense bench", path)
+    return records
