@@ -122,8 +122,20 @@ def slots(slot: Slots, cache: PagedCache, name: str = "slot_mapping") -> None:
         raise RangeError(name, "a cache row of its own for each row", "rows that share one")
 
 
+def _fits(value: object, spec: CompressorSpec, device: torch.device) -> bool:
+    """True if this frozen value was found to fit this very spec on this device; :func:`_fitted` remembers it."""
+    known = vars(value).get("_fits")
+    return known is not None and known[0] is spec and known[1] == device
+
+
+def _fitted(value: object, spec: CompressorSpec, device: torch.device) -> None:
+    vars(value)["_fits"] = (spec, device)
+
+
 def _weights(spec: CompressorSpec, weights: CompressorWeights, device: torch.device) -> None:
     require("weights", weights, CompressorWeights)
+    if _fits(weights, spec, device):
+        return
     exact = (torch.float32, torch.float64)
     tensor("weights.norm", weights.norm, (spec.head_dim,), exact, device)
     if spec.has_ape:
@@ -132,6 +144,7 @@ def _weights(spec: CompressorSpec, weights: CompressorWeights, device: torch.dev
         tensor("weights.ape", weights.ape, (spec.ratio, spec.width), exact, device)
     elif weights.ape is not None:
         raise KvCondenseError("weights.ape", "None (the spec has no ape)", "a tensor")
+    _fitted(weights, spec, device)
 
 
 def _rope(spec: CompressorSpec, rope: RopeTable | None, facts: Facts, device: torch.device) -> None:
@@ -142,8 +155,10 @@ def _rope(spec: CompressorSpec, rope: RopeTable | None, facts: Facts, device: to
     if rope is None:
         raise KvCondenseError("rope", f"a RopeTable (rope_dim is {spec.rope_dim})", "None")
     require("rope", rope, RopeTable)
-    for name, table in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
-        tensor(name, table, (None, spec.rope_dim // 2), (torch.float32, torch.float64), device)
+    if not _fits(rope, spec, device):
+        for name, table in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
+            tensor(name, table, (None, spec.rope_dim // 2), (torch.float32, torch.float64), device)
+        _fitted(rope, spec, device)
     last = facts.last_window * spec.ratio
     if last >= rope.cos.shape[0]:
         raise RangeError("rope", f"at least {last + 1} positions", rope.cos.shape[0])

@@ -1,8 +1,8 @@
 """Other implementations, where they are installed: transformers' and nano-deepseek-v4's compressors.
 
 They are run as their packages have them, but for three things. Where a case brings kv_score, their projections pick
-their channels from it. The lightning indexer and the attention mask that follow are left out. RoPE has no YaRN, which one
-of them lacks. They keep rows in the type they compute in: nothing is quantised or paged.
+their channels from it. The lightning indexer and the attention mask that follow are left out. RoPE has no YaRN, which
+one of them lacks. They keep rows in the type they compute in: nothing is quantised or paged.
 """
 
 from __future__ import annotations

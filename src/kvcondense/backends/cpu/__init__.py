@@ -19,6 +19,7 @@ from kvcondense.spec import CompressorSpec
 _KINDS = {torch.float32: params.FP32, torch.bfloat16: params.BF16, torch.float16: params.FP16}
 _STAGE_CHANNELS = 128
 _LANES = 16
+_COUNTERS = (0,) * (params.WINDOW_BLOCKS // 8 - params.CALL_SIZE)
 _SERIAL = 1 << 16
 """Elements below which a step runs in the calling thread: waking others takes longer."""
 
@@ -110,7 +111,7 @@ def _run(step: Step, *, windows: bool, cache: PagedCache | None, keeps: bool) ->
     threads, blocks, chunk = _split(spec, count, requests, kept)
     scratch_bytes = 20 * spec.head_dim + (48 + 8 * staged) * spec.window + params.LINE
     scratch = torch.empty(threads * scratch_bytes, dtype=torch.uint8)
-    counters = torch.zeros((params.WINDOW_BLOCKS >> 3) + (count if blocks > 1 else 0), dtype=torch.int64)
+    zeros = _COUNTERS if blocks == 1 else _COUNTERS + (0,) * count
     ape, gamma = None if step.ape is None else _fp32(step.ape), _fp32(step.gamma)
     cos, sin = (gamma, gamma) if step.rope is None else (_fp32(step.rope.cos), _fp32(step.rope.sin))
     rule = tables.spec_block(spec, staged)
@@ -121,7 +122,6 @@ def _run(step: Step, *, windows: bool, cache: PagedCache | None, keeps: bool) ->
         (  # in the order of params
             _address(rule),
             0 if form is None else _address(form),
-            counters.data_ptr(),
             scratch.data_ptr(),
             scratch_bytes,
             kv_score.data_ptr(),
@@ -160,6 +160,7 @@ def _run(step: Step, *, windows: bool, cache: PagedCache | None, keeps: bool) ->
             0 if cache is None or cache.scales is None or cache.format.tensor_scale else 4 * cache.scales.stride(0),
             blocks,
             chunk,
+            *zeros,
         ),
     )
     launch(native.address("condense"), _address(block), threads)

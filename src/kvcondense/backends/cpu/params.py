@@ -10,7 +10,6 @@ from __future__ import annotations
 (
     SPEC,  # address of a spec block
     FORMAT,  # address of a format block; 0: no cache
-    COUNTERS,  # address of int64 counters, zeroed: see below
     SCRATCH,  # address of scratch memory
     SCRATCH_BYTES,  # of each thread
     KV_SCORE,
@@ -49,14 +48,15 @@ from __future__ import annotations
     SCALES_STRIDE,  # bytes from page to page
     BLOCKS,  # channel blocks that a window's pool is split into
     CHUNK,  # windows that a thread takes at once
-) = range(41)
-CALL_SIZE = 41
+) = range(40)
+CALL_SIZE = 40
 
 FP32, BF16, FP16 = range(3)
 
-# Counters of a call, 64 bytes apart, so that threads do not share a line; then one per window if BLOCKS > 1.
+# Counters follow the call block, zeroed: byte offsets, a cache line apart so that threads do not share one; then one
+# counter per window if BLOCKS > 1.
 LINE = 64
-THREADS, NEXT_WINDOW, DONE_WINDOWS, NEXT_OPEN, NEXT_KEEP, WINDOW_BLOCKS = (LINE * i for i in range(6))
+THREADS, NEXT_WINDOW, DONE_WINDOWS, NEXT_OPEN, NEXT_KEEP, WINDOW_BLOCKS = (8 * CALL_SIZE + LINE * i for i in range(6))
 
 # What a compressor computes.
 (

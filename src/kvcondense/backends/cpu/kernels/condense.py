@@ -116,7 +116,7 @@ def _window(p, task, blocks, scratch):
     else:
         _pool(p, q, index, first, last, scratch, out)
     if blocks > 1:
-        left = load_i64(p + 8 * params.COUNTERS) + params.WINDOW_BLOCKS + 8 * e
+        left = p + params.WINDOW_BLOCKS + 8 * e
         if fetch_add(left, 1) < blocks - 1:
             return
     _finish(p, e, index, scratch)
@@ -158,17 +158,16 @@ def _wait(counter, total):
 
 @kernel
 def _work(p):
-    counters = load_i64(p + 8 * params.COUNTERS)
-    number = fetch_add(counters + params.THREADS, 1)
+    number = fetch_add(p + params.THREADS, 1)
     scratch = load_i64(p + 8 * params.SCRATCH) + number * load_i64(p + 8 * params.SCRATCH_BYTES)
     spec = load_i64(p + 8 * params.SPEC)
     for c in range(0, 4 * load_i64(spec + 8 * params.HEAD_DIM), BYTES):
         store(scratch + c, splat(_ZERO))
     blocks, chunk = load_i64(p + 8 * params.BLOCKS), load_i64(p + 8 * params.CHUNK)
     total = load_i64(p + 8 * params.WINDOWS) * blocks
-    done = counters + params.DONE_WINDOWS
+    done = p + params.DONE_WINDOWS
     while True:
-        first = _take(counters + params.NEXT_WINDOW, total, chunk)
+        first = _take(p + params.NEXT_WINDOW, total, chunk)
         if first < 0:
             break
         last = min(first + chunk, total)
@@ -182,7 +181,7 @@ def _work(p):
     if online:
         requests = load_i64(p + 8 * params.REQUESTS)
         while True:
-            q = _take(counters + params.NEXT_OPEN, requests, 1)
+            q = _take(p + params.NEXT_OPEN, requests, 1)
             if q < 0:
                 break
             _open(p, q, scratch)
@@ -191,7 +190,7 @@ def _work(p):
             return
         _wait(done, total + requests)
     while True:
-        first = _take(counters + params.NEXT_KEEP, keeps, 4)
+        first = _take(p + params.NEXT_KEEP, keeps, 4)
         if first < 0:
             break
         for k in range(first, min(first + 4, keeps)):
