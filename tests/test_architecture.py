@@ -34,9 +34,12 @@ ARROWS = {
     "snapshot": {"stages", "layout", "spec", "errors"},
     "cachefile": {"api", "layout", "weights", "formats", "spec", "errors"},
     "stream": {"cachefile", "api", "layout", "rope_table", "weights", "formats", "spec", "config", "errors"},
+    "bench": {
+        "bench", "api", "backends", "layout", "rope_table", "weights", "formats", "spec", "config", "errors",
+    },
     "cli": {
-        "cli", "stream", "cachefile", "conformance", "golden", "api", "backends", "layout", "weights", "formats",
-        "spec", "config", "errors", "kvcondense",
+        "cli", "bench", "stream", "cachefile", "conformance", "golden", "api", "backends", "layout", "weights",
+        "formats", "spec", "config", "errors", "kvcondense",
     },
 }  # fmt: skip
 FREE = {"__init__", "__main__"}
@@ -86,6 +89,15 @@ def test_arrows_have_no_cycle():
 def test_only_the_reference_backend_knows_the_stages():
     for path in sorted((PACKAGE / "backends").rglob("*.py")):
         assert ("stages" in set(imports(path))) == (path.name == "reference.py")
+
+
+def test_host_side_of_the_cpu_backend_does_not_import_numba():
+    """What a process with compiled kernels imports: llvmlite at most, and that inside functions."""
+    for path in sorted((PACKAGE / "backends" / "cpu").glob("*.py")):
+        top = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        names = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
+        names |= {n.module for n in top if isinstance(n, ast.ImportFrom)}
+        assert not [n for n in names if n.split(".")[0] in ("numba", "llvmlite") or ".kernels" in n], path
 
 
 def test_golden_reference_does_not_use_the_stages():

@@ -25,18 +25,24 @@ NAMES = {
 
 BLOCKED = """
 import sys
-blocked = ("triton", "numba", "transformers", "safetensors", "typer", "rich", "matplotlib", "hypothesis")
+blocked = ("triton", "numba", "llvmlite", "transformers", "safetensors", "typer", "rich", "matplotlib", "hypothesis")
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in blocked:
             raise ImportError(name + " is blocked")
 sys.meta_path.insert(0, Block())
 import kvcondense, torch
-spec = kvcondense.CompressorSpec(ratio=2, head_dim=4, eps=1e-6, rope_dim=0, has_ape=False)
+spec = kvcondense.CompressorSpec(ratio=2, head_dim=16, eps=1e-6, rope_dim=0, has_ape=False)
 batch = kvcondense.RaggedBatch.build([0, 4], start_positions=[0])
-weights = kvcondense.CompressorWeights(norm=torch.ones(4))
-rows = kvcondense.condense(spec, torch.randn(4, 8), weights, None, batch)
-assert rows.values.shape == (2, 4)
+weights = kvcondense.CompressorWeights(norm=torch.ones(16))
+rows = kvcondense.condense(spec, torch.randn(4, 32), weights, None, batch)
+assert rows.values.shape == (2, 16)
+try:
+    kvcondense.condense(spec, torch.randn(4, 32), weights, None, batch, impl="cpu")
+except kvcondense.KvCondenseError as error:
+    assert "cpu: llvmlite cannot be imported" in str(error), error
+else:
+    raise AssertionError("an explicit backend never falls back")
 loaded = sorted(m for m in blocked if m in sys.modules)
 assert not loaded, loaded
 """

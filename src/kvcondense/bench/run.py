@@ -43,6 +43,8 @@ def run_case(case: Case, backend: str, rates: measure.Rates, say: Callable[[str]
     reference = Kvcondense(inputs, "reference")
     expected = rows_of(reference, inputs)
     ours = [Kvcondense(inputs, backend), Kvcondense(inputs, backend, checked=True)] if backend != "reference" else []
+    if ours and not case.hidden:
+        ours.append(Kvcondense(inputs, backend, bare=True))
     runners: list[Any] = [*ours, reference, *(peer(inputs) for peer in peers.installed())]
     timed = []
     for runner in runners:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from kvcondense.api import compress, condense
+from kvcondense.backends import Step, get_backend
 from kvcondense.bench.cases import CONFIG, FORMAT, PAGE_ROWS, Inputs
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
@@ -42,14 +43,20 @@ class Runner(Protocol):
 class Kvcondense:
     """A backend through the public functions, with a plan that a step's layers share, storing FP8 rows.
 
-    ``checked``: the state pool's host tags are on, which no engine's kernel has.
+    ``checked``: the state pool's host tags are on, which no engine's kernel has. ``bare``: the backend's ``run`` alone,
+    for a step that was checked before: what it costs beyond is this library's validation.
     """
 
-    def __init__(self, inputs: Inputs, backend: str, *, checked: bool = False, steps: int = 1) -> None:
+    def __init__(
+        self, inputs: Inputs, backend: str, *, checked: bool = False, bare: bool = False, steps: int = 1
+    ) -> None:
         case = inputs.case
         self.inputs, self.spec, self.backend, self.checked = inputs, case.spec, backend, checked
-        self.name = f"{backend}, checked" if checked else backend
-        self.note = "pool, norm, RoPE, FP8 store, state" + ("; state tags checked" if checked else "")
+        self.bare = bare
+        self.name = backend + (", checked" if checked else ", bare" if bare else "")
+        self.note = "pool, norm, RoPE, FP8 store, state" + (
+            "; state tags checked" if checked else "; no validation" if bare else ""
+        )
         self.weights = CompressorWeights(norm=inputs.norm, ape=inputs.ape, w=inputs.w)
         end = case.start + steps * case.tokens + inputs.rest.shape[1]
         self.rope = RopeTable.build(CONFIG, end + self.spec.ratio)
@@ -79,7 +86,10 @@ class Kvcondense:
         state = {"pool": pool, "cache": cache, "position": 0}
         if case.start:
             self.feed(state, self.inputs.history)
-        state["plan"] = self._plan(case.start, case.tokens, pool)
+        plan = state["plan"] = self._plan(case.start, case.tokens, pool)
+        if self.bare:
+            w, rows = self.weights, torch.zeros(plan.num_windows, self.spec.head_dim)
+            state["step"] = Step(self.spec, plan, self.new, w.ape, w.norm, self.rope, pool, cache, rows, None)
         return state
 
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -87,11 +97,14 @@ class Kvcondense:
 
     def step(self, state: dict[str, Any]) -> None:
         plan = state["plan"]
+        state["position"] = self.inputs.case.start + self.inputs.case.tokens
+        if self.bare:
+            get_backend(self.backend).run(state["step"])
+            return
         self.run(
             self.spec, self.new, self.weights, self.rope, plan.batch,
             plan=plan, state=state["pool"], cache=state["cache"], impl=self.backend,
         )  # fmt: skip
-        state["position"] = self.inputs.case.start + self.inputs.case.tokens
 
     def feed(self, state: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
         start, count = state["position"], tokens.shape[1]

@@ -11,6 +11,7 @@ import typer
 
 import kvcondense
 from kvcondense.api import explain
+from kvcondense.backends.cpu import native
 from kvcondense.cli import plan
 from kvcondense.cli.output import JsonFile, Output
 from kvcondense.config import PRESETS
@@ -35,6 +36,9 @@ def info(
     error: Annotated[
         bool, typer.Option("--error", help="With --format: its error on rows like a trained model's.")
     ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the CPU kernels now that are not compiled yet, to fill an image.")
+    ] = False,
     head_dim: Annotated[int, typer.Option(help="Channels, for formats that take any number.")] = describe.EXAMPLE_DIM,
     json_file: JsonFile = None,
 ) -> None:
@@ -43,6 +47,11 @@ def info(
     With --formats or --format: the cache formats, down to the byte.
     """
     output = Output(json_file)
+    if compile:
+        reason = native.problem()
+        if reason is not None:
+            raise UnsupportedError("--compile", "a machine that can run the CPU kernels", reason)
+        native.compile_all(output.say)
     for flag, given in (("--names", names), ("--markdown", markdown)):
         if given and not formats:
             raise UnsupportedError(flag, "it together with --formats", "it alone")
@@ -58,7 +67,7 @@ def info(
 
 def _machine(output: Output) -> dict[str, Any]:
     versions = {"kvcondense": kvcondense.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "numba", "transformers"):
+    for package in ("numba", "triton", "transformers"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -68,12 +77,22 @@ def _machine(output: Output) -> dict[str, Any]:
         output.say(f"{name:<14} {number}")
     for name, reason in backends.items():
         output.say(f"backend {name:<6} {'can run' if reason is None else reason}")
+    kernels = _kernels(backends["cpu"])
+    for kernel in kernels:
+        state = "compiled" if kernel["cached"] else "not compiled yet"
+        output.say(f"CPU kernel     {kernel['name']}: {state}, {kernel['path']}")
     output.say(f"formats        {len(FORMATS)}: kvcondense info --formats")
     output.say()
     rows = compressors()
     for row in (dict(zip(HEADINGS, HEADINGS, strict=True)), *rows):
         output.say(" ".join(f"{row[h]:<{15 if h == 'compressor' else 10}}" for h in HEADINGS).rstrip())
-    return {"versions": versions, "backends": backends, "formats": list(FORMATS), "compressors": rows}
+    return {
+        "versions": versions,
+        "backends": backends,
+        "kernels": kernels,
+        "formats": list(FORMATS),
+        "compressors": rows,
+    }
 
 
 def _formats(output: Output, names: bool, markdown: bool) -> dict[str, Any]:
@@ -150,7 +169,14 @@ def compressors() -> list[dict[str, str]]:
     return lines
 
 
+def _kernels(reason: str | None) -> list[dict[str, Any]]:
+    """Where compiled kernels are kept, and which there are; none where the backend cannot run."""
+    if reason is not None:
+        return []
+    return [{"name": k.name, "path": str(k.path), "cached": k.cached} for k in native.status()]
+
+
 def _backends() -> dict[str, str | None]:
-    spec = CompressorSpec(ratio=1, head_dim=2, eps=1e-6, rope_dim=0, has_ape=False, has_gate=False)
-    weights = CompressorWeights(norm=torch.ones(2))
-    return explain(spec, torch.ones(1, 2), weights, None, RaggedBatch.build([0, 1], start_positions=[0]))
+    spec = CompressorSpec(ratio=1, head_dim=16, eps=1e-6, rope_dim=0, has_ape=False, has_gate=False)
+    weights = CompressorWeights(norm=torch.ones(16))
+    return explain(spec, torch.ones(1, 16), weights, None, RaggedBatch.build([0, 1], start_positions=[0]))

@@ -9,7 +9,7 @@ import torch
 
 from kvcondense.backends import Step
 from kvcondense.backends.cpu import native, params, tables
-from kvcondense.backends.cpu.launch import launch
+from kvcondense.backends.cpu.threads import launch
 from kvcondense.errors import UnsupportedError
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.online import OnlineState
@@ -39,8 +39,8 @@ class CpuBackend:
             return f"kv_score is {kv_score.dtype}; the kernels compute in fp32 (the reference takes fp64)"
         if state is not None and state.dtype not in (torch.float32, torch.bfloat16):
             return f"the state is {state.dtype}; the kernels take fp32 and bf16"
-        if step.spec.head_dim % _LANES or step.spec.rope_dim % _LANES:
-            return f"head_dim {step.spec.head_dim} and rope_dim {step.spec.rope_dim} must be multiples of {_LANES}"
+        if step.spec.head_dim % _LANES:
+            return f"head_dim {step.spec.head_dim} is not a multiple of {_LANES}"
         if step.cache is not None:
             try:
                 _format_block(step.cache)

@@ -165,7 +165,7 @@ def _scale_of(amax_bits, part):
     if rule == params.E4M3_BYTE:
         size, mantissa, bias, max_code, nan_code = _E4M3
         code = small_float(splat(amax / largest), size, mantissa, bias, max_code, nan_code, 1)
-        value = simd.halving_sum(small_float_value(code, size, mantissa, bias, nan_code)) / np.float32(LANES)
+        value = simd.first_lane(small_float_value(code, size, mantissa, bias, nan_code))
         return value, value, simd.largest_lane(code)
     multiplier = largest / amax
     return np.float32(1) / multiplier, multiplier, 0

@@ -28,6 +28,12 @@ def round_bf16(x):
 
 
 @inlined
+def _round_scalar(x):
+    """:func:`round_bf16` of one number."""
+    return simd.first_lane(round_bf16(splat(x)))
+
+
+@inlined
 def bf16_code(x):
     """The 16 bits of the nearest bf16; every NaN is 0x7FC0."""
     x = simd.bits(round_bf16(x))
@@ -83,10 +89,17 @@ def rope(row, cos, sin, spec):
     odd = simd.lane_number() & simd.isplat(np.int32(1))
     # a cos + (-(b sin)) has the same bits as a cos - b sin.
     sign = simd.to_float(odd + odd - simd.isplat(np.int32(1)))
-    for i in range(0, 4 * size, BYTES):
+    whole = size // LANES * BYTES
+    for i in range(0, whole, BYTES):
         x = load(first + i)
         out = x * simd.load_pairs(cos + i // 2) + sign * (simd.swap(x, 1) * simd.load_pairs(sin + i // 2))
         store(first + i, round_bf16(out) if rounding else out)
+    for i in range(whole, 4 * size, 8):
+        a, b = simd.load_scalar(first + i), simd.load_scalar(first + i + 4)
+        c, s = simd.load_scalar(cos + i // 2), simd.load_scalar(sin + i // 2)
+        even, odd_one = a * c - b * s, a * s + b * c
+        simd.store_scalar(first + i, _round_scalar(even) if rounding else even)
+        simd.store_scalar(first + i + 4, _round_scalar(odd_one) if rounding else odd_one)
 
 
 @kernel

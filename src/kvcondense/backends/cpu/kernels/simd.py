@@ -250,6 +250,12 @@ def lane_number(b: Any) -> Any:  # noqa: ARG001 - every operation gets a builder
 
 
 @operation(types.float32, F32)
+def first_lane(b: Any, x: Any) -> Any:
+    """Lane 0."""
+    return b.extract_element(x, ir.Constant(_I32, 0))
+
+
+@operation(types.float32, F32)
 def halving_sum(b: Any, x: Any) -> Any:
     """Sum of the lanes as ``numerics.tree_sum`` forms it: the second half is added to the first until one is left."""
     size = LANES

@@ -1,0 +1,180 @@
+"""The CPU kernels' numerics: the exponential, rows and states beside the reference's, bytes of every format."""
+
+from dataclasses import replace
+
+import numba
+import numpy as np
+import pytest
+import torch
+
+from kvcondense import (
+    CompressorSpec,
+    CompressorWeights,
+    ModelConfig,
+    PagedCache,
+    RaggedBatch,
+    RopeTable,
+    StatePool,
+    condense,
+)
+from kvcondense.backends.cpu.kernels import pool, simd
+from kvcondense.formats import FORMATS
+from kvcondense.layout.online import OnlineState
+from kvcondense.numerics import ulp_distance
+from kvcondense.spec import Rounding
+from machine import SPECS, rope, tokens, weights
+
+
+@pytest.fixture(scope="module")
+def exp():
+    @numba.njit
+    def run(x, out, n):
+        for i in range(0, 4 * n, simd.BYTES):
+            simd.store(out + i, pool.exp(simd.load(x + i)))
+
+    def call(x):
+        x = x.contiguous()
+        out = torch.zeros_like(x)
+        run(x.data_ptr(), out.data_ptr(), x.numel())
+        return out
+
+    return call
+
+
+def exact(x):
+    """e^x in fp64, rounded to fp32."""
+    return torch.from_numpy(np.exp(x.double().numpy())).float()
+
+
+def test_exp_is_within_two_ulp_of_every_sampled_number(exp):
+    gen = torch.Generator().manual_seed(0)
+    near = torch.arange(1 << 20, dtype=torch.int32)
+    x = torch.cat([
+        -87.3 * torch.rand(1 << 22, generator=gen),
+        -torch.rand(1 << 20, generator=gen),
+        -(2.0 ** (-30 * torch.rand(1 << 20, generator=gen))),
+        # Neighbours of the points where the integer part of x log2 e changes.
+        (-(0.5 + (near >> 14)) * np.log(2)).clamp(min=-87.3).float() * (1 + (near % 7 - 3) * 2.0**-23),
+    ])  # fmt: skip
+    worst = ulp_distance(exp(x), exact(x)).max()
+    assert x.numel() > 7_000_000
+    assert 1 <= int(worst) <= 2
+
+
+def test_exp_at_its_ends(exp):
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([0.0, -0.0, -1e-45, -inf, nan, -88.0, -104.0, -1e30, -87.33, -87.6, -87.7, -3.4e38, 0, 0, 0, 0])
+    got = exp(x)
+    assert got[[0, 1, 2, 12]].tolist() == [1.0] * 4, "the largest score has weight exactly 1"
+    assert got[[3, 5, 6, 7, 11]].tolist() == [0.0] * 5, "minus infinity has weight exactly 0"
+    assert torch.isnan(got[4])
+    assert got[8] > 0
+    assert ((got[8:11] - exact(x[8:11])).abs() < 2.0**-126).all()
+
+
+def both(spec, kv_score, batch, make_state, *, format="bf16", **kwargs):
+    """(rows, state bytes, cache bytes) of the reference and of the CPU backend, from equal states."""
+    out = []
+    for impl in ("reference", "cpu"):
+        state = make_state()
+        cache = PagedCache.allocate(spec.head_dim, 2, 300, format=format)
+        table = torch.tensor([[1], [0]])
+        rows = condense(
+            spec, kv_score, weights(spec), rope(spec, 1024), replace(batch, block_table=table),
+            state=state, cache=cache, impl=impl, **kwargs,
+        )  # fmt: skip
+        out.append((rows, state, cache))
+    return out
+
+
+def seeded(spec, dtype=torch.float32, online=False):
+    """Two requests at positions 240 and 131 with earlier tokens in their state."""
+    state = OnlineState.allocate(spec, 2, 3) if online else StatePool.ring(spec, 2, spec.window + 3, dtype=dtype)
+    history = tokens(spec, 371, seed=3)
+    batch = RaggedBatch.build([0, 240, 371], start_positions=[0, 0], state_slots=[0, 1])
+    condense(spec, history, weights(spec), rope(spec, 1024), batch, state=state, impl="reference")
+    return state
+
+
+CALL = RaggedBatch.build([0, 40, 55], start_positions=[240, 131], state_slots=[0, 1], draft_rows=[0, 3])
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("kind", ["fp32", "bf16 state", "bf16 tokens", "fp16 tokens", "bf16 both", "strided"])
+def test_rows_and_states_are_the_references(name, kind):
+    spec = SPECS[name]
+    dtype = torch.bfloat16 if kind in ("bf16 state", "bf16 both") else torch.float32
+    x = tokens(spec, 55, seed=1)
+    if "tokens" in kind or kind == "bf16 both":
+        x = x.to(torch.float16 if "fp16" in kind else torch.bfloat16)
+    if kind == "strided":
+        x = torch.stack([x, torch.full_like(x, float("nan"))], dim=-1).flatten(1)[:, ::2]
+        assert x.stride() == (2 * spec.projected, 2)
+    (r, old, _), (c, new, _) = both(spec, x, CALL, lambda: seeded(spec, dtype))
+    assert r.values.shape[0] > 0
+    close(c.values, r.values, spec)
+    # What is kept is stored, not computed: equal bits (but for memory that nobody wrote).
+    assert torch.equal(old.data.nan_to_num(7), new.data.nan_to_num(7))
+    assert not torch.isnan(new.data).all()
+
+
+@pytest.mark.parametrize("name", ["hca", "r8", "r2"])
+def test_online_rows_and_states_are_the_references(name):
+    spec = SPECS[name]
+    (r, old, _), (c, new, _) = both(spec, tokens(spec, 55, seed=1), CALL, lambda: seeded(spec, online=True))
+    close(c.values, r.values, spec)
+    torch.testing.assert_close(new.acc, old.acc, rtol=1e-5, atol=1e-5)
+    assert torch.equal(new.folded, old.folded)
+    assert torch.equal(new.log.nan_to_num(7), old.log.nan_to_num(7))
+
+
+@pytest.mark.parametrize("has_ape", [True, False])
+def test_one_token_per_row_has_weight_one(has_ape):
+    spec = replace(SPECS["r1"], rounding=Rounding.FUSED, rope_dim=0, has_ape=has_ape, has_gate=has_ape)
+    x = tokens(spec, 6)
+    batch = RaggedBatch.build([0, 6], start_positions=[0])
+    w = CompressorWeights(norm=torch.ones(16), ape=torch.randn(1, 16) if has_ape else None)
+    rows = [condense(spec, x, w, None, batch, impl=impl).values for impl in ("reference", "cpu")]
+    assert torch.equal(*rows)
+
+
+def close(actual, expected, spec):
+    """Two bf16 steps or 1e-3 (contract I9); after a Hadamard, or without rounding, fp32 noise on top."""
+    error = (actual - expected).abs()
+    if spec.rounding is Rounding.FUSED:
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    elif spec.rotate:
+        assert (error <= 0.02 * expected.square().mean(-1, keepdim=True).sqrt()).all()
+    else:
+        steps = ulp_distance(actual.bfloat16(), expected.bfloat16())
+        assert ((steps <= 2) | (error <= 1e-3 + 1e-3 * expected.abs())).all()
+    assert (actual == expected).float().mean() > (0.5 if spec.rotate or spec.rounding is Rounding.FUSED else 0.99)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("strict", [False, True])
+def test_bytes_are_the_formats_own_from_equal_rows(name, strict):
+    """Norm weights over 60 powers of two reach subnormal codes, floors of scales, ties and saturation."""
+    fmt = FORMATS[name]
+    d = fmt.head_dim or 512
+    rope_dim = fmt.rope_dim or 0
+    spec = CompressorSpec(2, d, 1e-6, rope_dim, rounding=Rounding.FUSED, has_ape=False)
+    table = RopeTable.build(ModelConfig.FLASH, 64) if rope_dim else None
+    gen = torch.Generator().manual_seed(1)
+    gamma = 2.0 ** (4 - (20 if strict else 60) * torch.rand(d, generator=gen))
+    x = torch.randn(64, spec.projected, generator=gen)
+    if not strict:
+        x[10:14, ::3] *= 1e4
+        x[20, 5], x[21, 7], x[22, 9] = float("nan"), float("inf"), -float("inf")
+        gamma[:8] = torch.tensor([1e3, 448.0, 1e30, -3.0, 0.0, -0.0, 6.0, 2.0**-30])
+    scale = (0.5 if strict else 0.01) if fmt.tensor_scale else None
+    batch = RaggedBatch.build([0, 64], start_positions=[0], slot_mapping=torch.arange(64) // 2)
+    expected, cache = (PagedCache.allocate(d, 4, 9, format=fmt, tensor_scale=scale, strict=strict) for _ in range(2))
+    for c in (expected, cache):
+        c.data.fill_(0xA5)
+    rows = condense(spec, x, CompressorWeights(norm=gamma), table, batch, cache=cache, impl="cpu")
+    expected.put(rows.slot, fmt.encode(rows.values, expected.tensor_scale))
+    assert torch.equal(cache.data, expected.data)
+    assert (cache.data != 0xA5).any()
+    if expected.scales is not None:
+        assert torch.equal(cache.scales.nan_to_num(9), expected.scales.nan_to_num(9))
