@@ -16,8 +16,8 @@ from kvcondense import (
 )
 from kvcondense.api import condense
 from kvcondense.layout.snapshot import export_live
+from kvcondense.snapshot import settle
 from kvcondense.spec import Rounding
-from kvcondense.stages.online import settle
 
 PATTERN = 5.0
 CONFIG = replace(ModelConfig.DEMO, name="tiny", head_dim=16, rope_dim=8, index_head_dim=16, hidden_size=32)
@@ -142,7 +142,7 @@ class Machine:
     def live_of(self, q):
         """Live state rows (of an online state: the running values at the committed position), as raw bits."""
         if self.online:
-            return settle(self.spec, self.state, self.at(q), self.weights.ape).view(torch.int32)
+            return settle(self.spec, self.state, self.at(q), ape=self.weights.ape, impl=self.impl).view(torch.int32)
         return export_live(self.spec, self.state, self.at(q)).view(torch.int32)
 
     def whole(self, q):

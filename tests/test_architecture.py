@@ -31,7 +31,7 @@ ARROWS = {
         "conformance", "golden", "snapshot", "api", "backends", "layout", "stages", "rope_table", "weights", "formats",
         "spec", "config", "numerics", "errors",
     },
-    "snapshot": {"stages", "layout", "spec", "errors"},
+    "snapshot": {"backends", "layout", "spec", "errors"},
     "cachefile": {"api", "layout", "weights", "formats", "spec", "errors"},
     "stream": {"cachefile", "api", "layout", "rope_table", "weights", "formats", "spec", "config", "errors"},
     "bench": {

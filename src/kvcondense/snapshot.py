@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from kvcondense.backends import Backend, Step, select
 from kvcondense.errors import CheckpointError, DtypeError, KvCondenseError, ShapeError, StateMismatchError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.online import OnlineState
+from kvcondense.layout.plan import Plan
 from kvcondense.layout.snapshot import export_live, import_live
 from kvcondense.layout.state import StatePool
 from kvcondense.spec import CompressorSpec
-from kvcondense.stages import online
 
 SCHEMA = 1
 _HEADER = "kvcondense"
@@ -28,20 +30,25 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 
 
 def save_live(
-    spec: CompressorSpec, state: StatePool | OnlineState, batch: RaggedBatch, *, ape: torch.Tensor | None = None
+    spec: CompressorSpec,
+    state: StatePool | OnlineState,
+    batch: RaggedBatch,
+    *,
+    ape: torch.Tensor | None = None,
+    impl: str | Backend = "auto",
 ) -> bytes:
     """The state of the one request of ``batch`` (:meth:`RaggedBatch.at`) as bytes.
 
     rows [position - live_start(position), state_dim] in the pool's dtype, or, of an online state, acc [3, head_dim]
-    with accepted drafts folded (``ape`` is needed for that without a gate). Raises StateMismatchError if the state does
-    not hold the request at its position.
+    with accepted drafts folded by ``impl`` (``ape`` is needed for that without a gate). Raises StateMismatchError if
+    the state does not hold the request at its position.
     """
     position = _one_request(batch)
     tensors: dict[str, torch.Tensor] = {}
     if isinstance(state, OnlineState):
-        _check_online(spec, state, batch)
+        acc = settle(spec, state, batch, ape=ape, impl=impl)
         if position % spec.ratio:
-            tensors["acc"] = online.settle(spec, state, batch, ape)[0].cpu()
+            tensors["acc"] = acc.cpu()
     else:
         tensors["rows"] = export_live(spec, state, batch).cpu()
     from safetensors.torch import save
@@ -58,12 +65,13 @@ def load_live(
     *,
     ape: torch.Tensor | None = None,
     convert: bool = False,
+    impl: str | Backend = "auto",
 ) -> None:
     """Put a payload of :func:`save_live` into ``state``, where the one request of ``batch`` has its slot or pages.
 
-    Rows fit rings, pages and online states; running values fit online states alone. Rows of another dtype are refused
-    unless ``convert``. Mutates ``state``. Raises CheckpointError for a payload that is none, KvCondenseError for one
-    of another spec or position, before anything is written.
+    Rows fit rings, pages and online states, where ``impl`` folds them; running values fit online states alone. Rows of
+    another dtype are refused unless ``convert``. Mutates ``state``. Raises CheckpointError for a payload that is none,
+    KvCondenseError for one of another spec or position, before anything is written.
     """
     position = _one_request(batch)
     header, tensors = _parse(payload)
@@ -87,9 +95,69 @@ def load_live(
             got = f"{tensors[name].dtype} {list(tensors[name].shape)}"
             raise ShapeError(f"payload {name}", f"{kind} {shape}", got)
     if isinstance(state, OnlineState):
-        _load_online(spec, state, batch, tensors, ape)
+        _load_online(spec, state, batch, tensors, ape, impl)
     else:
         import_live(spec, state, batch, tensors["rows"].to(state.device, state.dtype))
+
+
+def settle(
+    spec: CompressorSpec,
+    state: OnlineState,
+    batch: RaggedBatch,
+    *,
+    ape: torch.Tensor | None = None,
+    impl: str | Backend = "auto",
+) -> torch.Tensor:
+    """(m, l, o) [3, head_dim] of the open window of the one request of ``batch``: drafts before its position accepted.
+
+    At a window boundary the window is empty: (-inf, 0, 0). ``impl`` should be the backend that runs the steps, so that
+    its arithmetic folds the drafts, too. Reads the state, writes nothing; raises as :func:`save_live`.
+    """
+    _check_online(spec, state, batch)
+    assert batch.state_slots is not None
+    slot, position = int(batch.state_slots[0]), _one_request(batch)
+    folded, begin = int(state.folded[slot]), position // spec.ratio * spec.ratio
+    started = begin < min(folded, position)
+    cursor = folded if started else begin
+    logged = torch.arange(cursor, max(cursor, position), device=state.device)
+    rows = state.log[state.layout.address(batch, torch.zeros_like(logged), logged)]
+    return _fold(spec, state.acc[slot] if started else None, cursor, rows, ape, impl)
+
+
+def _fold(
+    spec: CompressorSpec,
+    acc: torch.Tensor | None,
+    cursor: int,
+    rows: torch.Tensor,
+    ape: torch.Tensor | None,
+    impl: str | Backend,
+) -> torch.Tensor:
+    """Fold rows [n, state_dim] of positions cursor .. into acc [3, d] (None: nothing yet): a step of one request."""
+    scratch = OnlineState.allocate(spec, 1, device=rows.device)
+    scratch.acc[0] = torch.tensor([float("-inf"), 0.0, 0.0], device=rows.device)[:, None] if acc is None else acc
+    if rows.shape[0] == 0:
+        return scratch.acc[0]
+    scratch.folded[0] = cursor
+    if spec.has_gate:  # a stored score has its ape
+        spec, ape = replace(spec, has_ape=False), None
+    start = torch.tensor([cursor], device=rows.device)
+    batch = RaggedBatch.build(
+        torch.tensor([0, rows.shape[0]], device=rows.device), start_positions=start, state_slots=torch.zeros_like(start)
+    )
+    step = Step(
+        spec=replace(spec, rope_dim=0),
+        plan=Plan.build(spec, batch, state_layout=scratch.layout),
+        kv_score=rows.to(torch.float32),
+        ape=ape,
+        gamma=torch.ones(spec.head_dim, device=rows.device),
+        rope=None,
+        state=scratch,
+        cache=None,
+        rows=rows.new_empty(0, spec.head_dim, dtype=torch.float32),
+        latent=None,
+    )
+    select(impl, step).run(step)
+    return scratch.acc[0]
 
 
 def _load_online(
@@ -98,20 +166,15 @@ def _load_online(
     batch: RaggedBatch,
     tensors: dict[str, torch.Tensor],
     ape: torch.Tensor | None,
+    impl: str | Backend,
 ) -> None:
     _check_online(spec, state, None)
     position = int(batch.start_positions[0])
-    acc = torch.tensor([float("-inf"), 0.0, 0.0])[:, None].repeat(1, spec.head_dim)[None]  # [1, 3, d]
-    if "acc" in tensors:
-        acc = tensors["acc"][None]
-    for i, row in enumerate(tensors.get("rows", torch.empty(0, spec.state_dim)).to(torch.float32)):
-        kv, score = row[None, : spec.head_dim], row[None, spec.head_dim :]
-        if not spec.has_gate:
-            first = position - tensors["rows"].shape[0]
-            score = torch.zeros_like(kv) if ape is None else ape.float()[(first + i) % spec.ratio][None]
-        acc = online.step(acc, kv, score)
+    rows = tensors.get("rows", torch.empty(0, spec.state_dim)).to(state.device)
+    acc = tensors["acc"].to(state.device) if "acc" in tensors else None
+    acc = _fold(spec, acc, position - rows.shape[0], rows, ape, impl)
     assert batch.state_slots is not None
-    state.acc[batch.state_slots] = acc.to(state.device)
+    state.acc[batch.state_slots] = acc
     state.folded[batch.state_slots] = position
     if state.tags is not None:
         state.tags[batch.state_slots] = position

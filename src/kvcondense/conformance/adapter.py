@@ -20,9 +20,8 @@ from kvcondense.layout.online import OnlineState
 from kvcondense.layout.snapshot import export_live
 from kvcondense.layout.state import StatePool
 from kvcondense.rope_table import RopeTable
-from kvcondense.snapshot import load_live, save_live
+from kvcondense.snapshot import load_live, save_live, settle
 from kvcondense.spec import CompressorSpec
-from kvcondense.stages.online import settle
 from kvcondense.weights import CompressorWeights
 
 KINDS = ("ring", "paged", "online")
@@ -153,7 +152,7 @@ class BackendAdapter:
 
     def state(self, batch: RaggedBatch) -> torch.Tensor | None:
         if isinstance(self.owned, OnlineState):
-            return settle(self.setup.spec, self.owned, batch, self.setup.weights.ape)
+            return settle(self.setup.spec, self.owned, batch, ape=self.setup.weights.ape, impl=self.impl)
         return export_live(self.setup.spec, self.owned, self._own(batch))
 
     def reset(self, slots: list[int]) -> None:
@@ -162,10 +161,11 @@ class BackendAdapter:
         self.owned.reset(slots)
 
     def export(self, batch: RaggedBatch) -> bytes:
-        return save_live(self.setup.spec, self.owned, self._own(batch), ape=self.setup.weights.ape)
+        return save_live(self.setup.spec, self.owned, self._own(batch), ape=self.setup.weights.ape, impl=self.impl)
 
     def load(self, batch: RaggedBatch, payload: bytes) -> None:
-        load_live(self.setup.spec, self.owned, self._own(batch), payload, ape=self.setup.weights.ape)
+        s = self.setup
+        load_live(s.spec, self.owned, self._own(batch), payload, ape=s.weights.ape, impl=self.impl)
 
     def _own(self, batch: RaggedBatch) -> RaggedBatch:
         """Pages instead of slots, if that is how this state is addressed."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
 from kvcondense.spec import CompressorSpec
@@ -46,30 +45,6 @@ def fold(
         acc = torch.where(use[:, None, None], step(acc, row[:, :d], score), acc)
     windows = plan.window_request.shape[0]
     return acc[:windows, 2] / acc[:windows, 1], acc[windows:]
-
-
-def settle(spec: CompressorSpec, state: OnlineState, batch: RaggedBatch, ape: torch.Tensor | None) -> torch.Tensor:
-    """(m, l, o) [R, 3, d] of the open window of each request at its start position: drafts before it are accepted.
-
-    At a window boundary the window is empty: (-inf, 0, 0). Reads the state, writes nothing.
-    """
-    d, position = spec.head_dim, batch.start_positions
-    begin = position // spec.ratio * spec.ratio
-    assert batch.state_slots is not None
-    folded = state.folded[batch.state_slots]
-    stored = (folded > begin) & (position > begin)
-    cursor = torch.where(stored, folded, begin)
-    empty = torch.tensor([float("-inf"), 0.0, 0.0], device=state.device)[:, None]
-    acc = torch.where(stored[:, None, None], state.acc[batch.state_slots], empty)  # [R, 3, d]
-    request = torch.arange(position.shape[0], device=state.device)
-    for j in range(state.layout.log_rows):
-        row = state.log[state.layout.address(batch, request, cursor + j)]  # [R, state_dim]
-        score = row[:, d:] if spec.has_gate else torch.zeros_like(row)
-        if not spec.has_gate and ape is not None:
-            score = score + ape.to(row.dtype)[(cursor + j) % spec.ratio]
-        use = cursor + j < position
-        acc = torch.where(use[:, None, None], step(acc, row[:, :d], score), acc)
-    return acc
 
 
 def step(acc: torch.Tensor, kv: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
