@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test bench lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +15,10 @@ demo: $(VENV)/.installed  ## a real compressor on a real text, checked against t
 
 test: $(VENV)/.installed  ## the whole test suite
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed  ## timings beside floors and peers
+	mkdir -p build/bench
+	$(BIN)/kvcondense bench --json build/bench/cpu.jsonl --plot build/bench/cpu.png --markdown
 
 lint: $(VENV)/.installed  ## style, types, and the tree's own rules
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """The README tells the truth: its example runs, its commands exist, its table is the one the code prints."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kvcondense.bench import report
 from kvcondense.cli import app
 from kvcondense.cli.info import HEADINGS, compressors
 from kvcondense.formats import FORMATS
@@ -38,6 +40,14 @@ def test_the_table_is_what_info_prints():
     lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
     lines += ["| " + " | ".join(row[h] for h in HEADINGS) + " |" for row in compressors()]
     assert "\n".join(lines) in README
+
+
+def test_the_timings_are_those_of_the_baseline():
+    path = Path(__file__).parent.parent / "benchmarks" / "baselines" / "cpu.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert report.markdown(records) in README
+    design = (Path(__file__).parent.parent / "DESIGN.md").read_text()
+    assert report.markdown(records, gemms=True) in design
 
 
 def test_the_number_of_formats_is_right():

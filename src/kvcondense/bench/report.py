@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvcondense.bench.runners import GEMMS
+
 Record = dict[str, Any]
 
 
@@ -18,10 +20,10 @@ def line(record: Record) -> str:
     )
 
 
-def markdown(records: Sequence[Record], cache: str = "warm") -> str:
-    """Cases by implementations, in microseconds."""
-    timed = [r for r in records if r.get("cache") == cache]
-    runners = list(dict.fromkeys(r["runner"] for r in timed))
+def markdown(records: Sequence[Record], *, gemms: bool = False) -> str:
+    """Cases by implementations, warm, in microseconds; with ``gemms``, the ways to project."""
+    timed = [r for r in records if r.get("cache") == "warm" and (r["runner"] in GEMMS or not gemms)]
+    runners = [name for name in dict.fromkeys(r["runner"] for r in timed) if gemms or name not in GEMMS[1:]]
     lines = ["| microseconds | floor | " + " | ".join(runners) + " |", "|---|" + "---|" * (len(runners) + 1)]
     for case in dict.fromkeys(r["case"] for r in timed):
         of_case = {r["runner"]: r for r in timed if r["case"] == case}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
-from kvcondense.api import compress, condense
+from kvcondense.api import compress, condense, project
 from kvcondense.backends import Step, get_backend
 from kvcondense.bench.cases import CONFIG, FORMAT, PAGE_ROWS, Inputs
 from kvcondense.layout.batch import RaggedBatch
@@ -71,7 +72,8 @@ class Kvcondense:
             start_positions=[start] * batch,
             state_slots=list(range(batch)),
             block_table=torch.arange(batch * self.pages).view(batch, -1),
-            draft_rows=1 if count == 1 else 0,  # so that the same step can be run again
+            # All of them drafts, so that the same step can be run again.
+            draft_rows=count if start and count == self.inputs.case.tokens else 0,
         )
 
     def _plan(self, start: int, count: int, pool: StatePool) -> Plan:
@@ -79,7 +81,8 @@ class Kvcondense:
 
     def primed(self) -> dict[str, Any]:
         case = self.inputs.case
-        pool = StatePool.ring(self.spec, case.batch, self.spec.required_ring_rows(1))
+        drafts = case.tokens if case.start else 0
+        pool = StatePool.ring(self.spec, case.batch, self.spec.required_ring_rows(drafts))
         if not self.checked:
             pool.tags = None
         cache = PagedCache.allocate(self.spec.head_dim, case.batch * self.pages, PAGE_ROWS, format=FORMAT)
@@ -117,14 +120,35 @@ class Kvcondense:
         return rows.values.view(tokens.shape[0], -1, self.spec.head_dim)
 
 
+GEMM = "bf16 GEMM alone"
+GEMMS = (GEMM, "our GEMM alone", "fp32 GEMM alone", "fp32 GEMM in bf16 math mode")
+"""Ways to project, without anything after it: a floor that is itself a measurement, ours, and what torch offers."""
+
+
 class Gemm:
-    """The projection alone, as torch does it in bf16: a floor that is itself a measurement."""
+    """A projection alone. torch's bf16 one rounds its result to bf16, the others give fp32."""
 
-    name = "bf16 GEMM alone"
-    note = "torch linear, result rounded to bf16; no rows"
+    def __init__(self, inputs: Inputs, name: str, backend: str) -> None:
+        self.name, self.note = name, "no rows" + ("; result rounded to bf16" if name == GEMM else "")
+        x, w = inputs.new.flatten(0, 1), inputs.w
+        wide_x, wide_w = x.float(), w.float()
+        weights = CompressorWeights(norm=inputs.norm, ape=inputs.ape, w=w)
 
-    def __init__(self, inputs: Inputs) -> None:
-        self.x, self.w = inputs.new.flatten(0, 1), inputs.w
+        def in_math_mode() -> torch.Tensor:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("medium")
+            try:
+                return torch.nn.functional.linear(wide_x, wide_w)
+            finally:
+                torch.set_float32_matmul_precision(before)
+
+        ways: tuple[Callable[[], torch.Tensor], ...] = (
+            lambda: torch.nn.functional.linear(x, w),
+            lambda: project(inputs.case.spec, x, weights, impl=backend),
+            lambda: torch.nn.functional.linear(wide_x, wide_w),
+            in_math_mode,
+        )
+        self.run = ways[GEMMS.index(name)]
 
     def primed(self) -> None:
         return None
@@ -134,4 +158,4 @@ class Gemm:
 
     def step(self, state: None) -> None:
         del state
-        torch.nn.functional.linear(self.x, self.w)
+        self.run()

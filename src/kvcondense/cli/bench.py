@@ -30,7 +30,7 @@ def bench(
     from_file: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Show timings of an earlier --json instead.")
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table at the end.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print two Markdown tables at the end.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw bars to a picture.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="JSON lines, a timing each ('-': standard output).")
@@ -68,7 +68,8 @@ def bench(
         else:
             json_file.write_text(lines, encoding="utf-8")
     if markdown:
-        output.say(report.markdown(records).rstrip("\n"))
+        output.say(report.markdown(records))
+        output.say(report.markdown(records, gemms=True).rstrip("\n"))
     if plot is not None:
         report.plot(records, plot)
         output.say(f"drawn to {plot}")

@@ -1,0 +1,137 @@
+"""The bench: floors are arithmetic, wrong rows are never timed, and what it prints can be drawn and read again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvcondense.bench import measure, peers, run
+from kvcondense.bench.cases import CASES, Case, make_inputs
+from kvcondense.bench.runners import Kvcondense
+from kvcondense.cli import app
+
+BASELINE = Path(__file__).parent.parent / "benchmarks" / "baselines" / "cpu.jsonl"
+RATES = measure.Rates(memory=1e9, cache=1e10, gemm=1e11)
+PREFILL = Case("tiny prefill", "csa", 12, 2, 0)
+DECODE = Case("tiny decode", "hca", 1, 2, 130)
+HIDDEN = Case("tiny from x", "csa", 3, 1, 6, hidden=True)
+ROW = 584
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(measure, "_COLD_BYTES", 1 << 12)
+    monkeypatch.setattr(measure, "_BUDGET_S", 0.0)
+
+
+def test_floors_count_every_byte_once():
+    cases = list(CASES.values())
+    # 8192 tokens of 2 * 512 fp32 and 64 rows; with overlap 4 * 512 fp32, 2048 rows, and 4 tokens kept.
+    assert cases[0].bytes == 8192 * 4096 + 64 * ROW
+    assert cases[1].bytes == 8192 * 8192 + 2048 * ROW + 4 * 8192
+    assert cases[2].bytes == 16 * (4096 + 127 * 4096 + ROW)
+    # 7 earlier rows, half of each, and 4 rows that the next window needs, the new one among them.
+    assert cases[3].bytes == 16 * (8192 + 7 * 8192 // 2 + 1 * 8192 + ROW)
+    assert cases[4].bytes == 16 * 2 * 4096
+    projection = CASES["prefill 2048 from x, ratio 128"]
+    assert projection.flops == 2 * 2048 * 4096 * 1024
+    assert RATES.floor(projection, cold=True) == projection.flops / 1e11
+    assert RATES.floor(cases[2], cold=True) == cases[2].bytes / 1e9
+    assert RATES.floor(cases[2], cold=False) == cases[2].bytes / 1e10
+    assert RATES.floor(cases[0], cold=False) == cases[0].bytes / 1e9, "it never was in a cache"
+
+
+@pytest.mark.parametrize("case", [PREFILL, DECODE, HIDDEN], ids=lambda c: c.name)
+def test_everybody_makes_the_same_rows(case):
+    inputs = make_inputs(case)
+    expected = run.rows_of(Kvcondense(inputs, "reference"), inputs)
+    assert expected.shape[1] > 0
+    assert run.distance(Kvcondense(inputs, "cpu"), inputs, expected) < 0.07
+    assert run.distance(Kvcondense(inputs, "cpu", checked=True), inputs, expected) < 0.07
+    for peer in peers.installed():
+        assert run.distance(peer(inputs), inputs, expected) < run.CLOSE
+
+
+def test_peers_of_the_bench_extra_are_found():
+    pytest.importorskip("nano_deepseek_v4")
+    assert peers.PEERS["nano"][1] in peers.installed()
+
+
+def test_wrong_rows_are_not_timed(monkeypatch):
+    class Dropped(Kvcondense):
+        def __init__(self, inputs):
+            super().__init__(inputs, "cpu")
+            self.name = "dropped ape"
+            self.weights = type(self.weights)(norm=inputs.norm, ape=inputs.ape * 0 + 3 * torch.randn(inputs.ape.shape))
+
+    monkeypatch.setattr(peers, "installed", lambda: [Dropped])
+    said = []
+    records = list(run.run_case(PREFILL, "cpu", RATES, said.append))
+    wrong = [r for r in records if "wrong" in r]
+    assert [r["runner"] for r in wrong] == ["dropped ape"]
+    assert wrong[0]["wrong"] > run.CLOSE
+    assert "not timed" in said[0]
+    timed = {(r["runner"], r["cache"]) for r in records if "us" in r}
+    assert timed == {(n, c) for n in ("cpu", "cpu, checked", "cpu, bare", "reference") for c in ("warm", "cold")}
+    assert all(r["us"] > 0 and r["floor_us"] > 0 and r["rounds"] >= 5 for r in records if "us" in r)
+
+
+def test_ways_to_project_are_timed_side_by_side(monkeypatch):
+    monkeypatch.setattr(peers, "installed", list)
+    before = torch.get_float32_matmul_precision()
+    names = {r["runner"] for r in run.run_case(HIDDEN, "cpu", RATES, print) if "us" in r}
+    assert {"bf16 GEMM alone", "our GEMM alone", "fp32 GEMM alone", "fp32 GEMM in bf16 math mode"} <= names
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_rounds_are_interleaved_and_preparations_are_not_timed(monkeypatch):
+    monkeypatch.setattr(measure, "_QUICK_S", 0.0)
+    order = []
+    works = [(lambda n=n: order.append(f"prepare {n}"), lambda _, n=n: order.append(n)) for n in ("a", "b")]
+    times = measure.interleaved(works, cold=True)
+    assert [len(t) for t in times] == [measure._FEWEST] * 2
+    assert order[-4:] == ["prepare a", "a", "prepare b", "b"]
+
+
+def test_a_request_goes_on_from_step_to_step(monkeypatch):
+    monkeypatch.setattr(run, "_CONTEXTS", (16,))
+    monkeypatch.setattr(peers, "installed", list)
+    records = list(run.context_series("cpu", print))
+    assert [(r["context"], r["runner"]) for r in records] == [(16, "cpu"), (16, "plan of a step")]
+
+
+def test_the_command_measures_prints_and_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr("kvcondense.cli.bench.CASES", {PREFILL.name: PREFILL})
+    monkeypatch.setattr(measure.Rates, "measure", lambda: RATES)
+    lines, picture = tmp_path / "t.jsonl", tmp_path / "t.png"
+    arguments = ["bench", "--no-context", "--json", str(lines), "--plot", str(picture), "--markdown"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert records[0]["rates"]["memory"] == 1e9
+    assert records[0]["machine"]["threads"] == torch.get_num_threads()
+    assert {r["case"] for r in records[1:]} == {"tiny prefill"}
+    assert picture.stat().st_size > 10_000
+    assert "| tiny prefill |" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--case", "nothing"], ["--backend", "nobody"], ["--threads", "0"], ["--plot", "x.txt"], ["--from", "README.md"]],
+)
+def test_bad_arguments_are_errors(arguments, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code != 0
+    assert arguments[0] in str(result.exception) or "impl" in str(result.exception)
+
+
+def test_the_baseline_says_where_it_comes_from_and_nobody_was_wrong(tmp_path):
+    records = [json.loads(line) for line in BASELINE.read_text().splitlines()]
+    assert set(records[0]["machine"]) == {"processor", "threads", "torch", "python", "commit"}
+    assert {r["case"] for r in records if "case" in r} == set(CASES)
+    assert not [r for r in records if "wrong" in r]
+    result = CliRunner().invoke(app, ["bench", "--from", str(BASELINE), "--plot", str(tmp_path / "b.png")])
+    assert result.exit_code == 0
