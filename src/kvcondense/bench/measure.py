@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ _COLD_BYTES = 1 << 28
 _WARM_BYTES = 1 << 23
 _BUDGET_S = 0.6
 _FEWEST, _MOST, _MOST_COLD = 5, 20, 15
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _QUICK_S, _BURST = 0.005, 20
 
 
@@ -50,6 +53,14 @@ class Rates:
         """
         bandwidth = self.memory if cold or case.bytes > 2 * _WARM_BYTES else self.cache
         return max(case.bytes / bandwidth, case.flops / self.gemm)
+
+
+def keep_memory() -> None:
+    """Ask glibc to keep freed memory, up to blocks of 32 MiB: else pages that come and go are most of some timings."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def clock(work: Callable[[], object]) -> float:

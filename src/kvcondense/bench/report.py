@@ -33,6 +33,17 @@ def markdown(records: Sequence[Record], *, gemms: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
+def contexts(records: Sequence[Record]) -> str:
+    """Microseconds per token by context."""
+    of = [r for r in records if "context" in r]
+    runners, lengths = (list(dict.fromkeys(r[key] for r in of)) for key in ("runner", "context"))
+    lines = ["| microseconds per token, ratio 4 | " + " | ".join(runners) + " |", "|---|" + "---|" * len(runners)]
+    for length in lengths:
+        cells = [_number(next(r["us"] for r in of if (r["context"], r["runner"]) == (length, n))) for n in runners]
+        lines.append(f"| context {length} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _number(us: float) -> str:
     return f"{us:.0f}" if us >= 100 else f"{us:.1f}"
 

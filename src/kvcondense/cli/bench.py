@@ -30,7 +30,7 @@ def bench(
     from_file: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Show timings of an earlier --json instead.")
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print two Markdown tables at the end.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables at the end.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw bars to a picture.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="JSON lines, a timing each ('-': standard output).")
@@ -69,6 +69,7 @@ def bench(
             json_file.write_text(lines, encoding="utf-8")
     if markdown:
         output.say(report.markdown(records))
+        output.say(report.contexts(records))
         output.say(report.markdown(records, gemms=True).rstrip("\n"))
     if plot is not None:
         report.plot(records, plot)
@@ -79,6 +80,7 @@ def bench(
 
 def _measure(output: Output, backend: str, chosen: list[Any], context: bool) -> list[report.Record]:
     output.say("measuring this machine's rates ...")
+    measure.keep_memory()
     rates = measure.Rates.measure()
     records: list[report.Record] = [{"machine": measure.machine(), "rates": vars(rates)}]
     output.say(f"{records[0]['machine']}")
