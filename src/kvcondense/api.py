@@ -88,8 +88,8 @@ def condense(
     select(impl, step).run(step)
     plan = step.plan
     if state is not None and state.tags is not None:
-        kept = plan.facts(spec).dense
-        state.tag(batch, kept.keep_row, kept.keep_position)
+        facts = plan.facts(spec)
+        state.tag(batch, facts.dense.keep_row, facts.dense.keep_position, facts.active)
     return CondensedRows(step.rows, plan.window_request, plan.window_index, plan.window_slot, step.latent)
 
 

@@ -120,14 +120,17 @@ class OnlineState:
                 "nothing that this request wrote" if first[q] < 0 else f"positions {int(first[q])}..{int(last[q])}",
             )
 
-    def tag(self, batch: RaggedBatch, address: torch.Tensor, position: torch.Tensor) -> None:
+    def tag(
+        self, batch: RaggedBatch, address: torch.Tensor, position: torch.Tensor, active: torch.Tensor | None = None
+    ) -> None:
         """Record from which positions the requests of a step can go on."""
         del address, position
         if self.tags is None or batch.state_slots is None:
             return
+        active = batch.active.nonzero()[:, 0] if active is None else active
         end = batch.start_positions + batch.lengths
         pairs = torch.stack([end - batch.draft_rows, end], dim=1)
-        self.tags[batch.state_slots[batch.active]] = pairs[batch.active]
+        self.tags.index_copy_(0, batch.state_slots.index_select(0, active), pairs.index_select(0, active))
 
     def reset(self, slots: torch.Tensor | Sequence[int]) -> None:
         """Forget what ``slots`` hold: NaN, and continuing from them raises (but at a window boundary)."""

@@ -39,13 +39,14 @@ class Facts:
     """What the checks of a step need of the values in a plan. Asked for once, then every layer checks without waiting.
 
     tokens: query_start_loc[-1]; last_window: the highest index, -1 without windows; dense: the plan without padding;
-    reads: the state rows that its requests go on from.
+    active: indices of the requests that bring tokens; reads: the state rows that they go on from.
     """
 
     tokens: int
     last_window: int
     slots: Slots
     dense: Plan
+    active: torch.Tensor
     reads: Reads
 
 
@@ -201,6 +202,7 @@ class Plan:
                 last_window=int(windows.max()) if windows.shape[0] else -1,
                 slots=Slots.of(self.window_slot),
                 dense=self.without_padding(),
+                active=self.batch.active.nonzero()[:, 0],
                 reads=Reads.of(spec, self.batch, self.state_layout),
             )
             vars(self)["_facts"] = known

@@ -278,16 +278,23 @@ class StatePool:
                 "nothing that this request wrote" if held[i] < 0 else f"position {int(held[i])}",
             )
 
-    def tag(self, batch: RaggedBatch, address: torch.Tensor, position: torch.Tensor) -> None:
-        """Record that rows ``address`` now hold ``position``; a ring forgets what it held from a request's start on."""
+    def tag(
+        self, batch: RaggedBatch, address: torch.Tensor, position: torch.Tensor, active: torch.Tensor | None = None
+    ) -> None:
+        """Record that rows ``address`` now hold ``position``; a ring forgets what it held from a request's start on.
+
+        ``active``: indices of ``batch.active``, if they are at hand.
+        """
         if self.tags is None:
             return
         if isinstance(self.layout, RingLayout) and batch.state_slots is not None:
-            slots = batch.state_slots[batch.active]
+            active = batch.active.nonzero()[:, 0] if active is None else active
+            slots = batch.state_slots.index_select(0, active)
             rings = self.tags.view(self.layout.num_slots, self.layout.ring_rows)
-            held = rings[slots]
-            rings[slots] = torch.where(held >= batch.start_positions[batch.active][:, None], -1, held)
-        self.tags[address] = position
+            held = rings.index_select(0, slots)
+            stale = held >= batch.start_positions.index_select(0, active)[:, None]
+            rings.index_copy_(0, slots, held.masked_fill_(stale, -1))
+        self.tags.index_copy_(0, address, position)
 
 
 def live_rows(spec: CompressorSpec, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
