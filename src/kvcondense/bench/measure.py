@@ -89,11 +89,13 @@ def interleaved(works: Sequence[Work], *, cold: bool) -> list[list[float]]:
     most = _MOST_COLD if cold else _MOST
     rounds = int(max(_FEWEST, min(most, len(works) * _BUDGET_S / max(sum(costs), 1e-6))))
     gc.collect()
+    gc.freeze()  # what is there now need not be looked at again
     gc.disable()
     try:
         for _ in range(rounds):
             for index, (prepare, work) in enumerate(works):
                 for turn in range(-1 if not cold else 0, bursts[index]):
+                    gc.collect()  # copies with cycles would stay, and their successors lie in fresh pages
                     argument = prepare()
                     if spoil is not None:
                         spoil.add_(1)
@@ -103,6 +105,7 @@ def interleaved(works: Sequence[Work], *, cold: bool) -> list[list[float]]:
                         times[index].append(time.perf_counter() - start)
     finally:
         gc.enable()
+        gc.unfreeze()
     return times
 
 

@@ -17,6 +17,8 @@ import torch
 
 from kvcondense.bench.cases import CONFIG, Inputs
 
+_SINGLE = 5
+"""Tokens of the history that are decoded rather than prefilled."""
 _LAYERS = {4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
 
 
@@ -75,8 +77,13 @@ class _Peer:
 
     def primed(self) -> dict[str, Any]:
         state = {"cache": self.cache(), "position": 0}
+        history = self.inputs.history
         if self.inputs.case.start:
-            self.feed(state, self.inputs.history)
+            # The last ones by themselves: what is left of a prefill is a view of all it projected, which would be
+            # copied and freed with every step.
+            self.feed(state, history[:, :-_SINGLE])
+            for token in history[:, -_SINGLE:].split(1, dim=1):
+                self.feed(state, token)
         return state
 
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:
