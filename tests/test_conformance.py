@@ -26,17 +26,19 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("invariant", INVARIANTS, ids=lambda i: i.name)
-def test_every_invariant_holds_for_our_backends(invariant, kind):
-    outcome = check(invariant, load_factory(f"reference:{kind}"))
+def test_every_invariant_holds_for_our_backends(invariant, backend, kind):
+    outcome = check(invariant, load_factory(f"{backend}:{kind}"))
     assert outcome.passed, (outcome.detail, outcome.case)
     assert not outcome.skipped
     assert outcome.played > 0
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_other_seeds_play_other_histories(seed):
-    assert first_failure(load_factory("reference"), seed=seed) is None
+@pytest.mark.parametrize("name", ["reference", "kvcondense.backends.cpu"])
+def test_other_seeds_play_other_histories(seed, name):
+    assert first_failure(load_factory(name), seed=seed) is None
 
 
 def test_the_original_kernels_forms_pass():

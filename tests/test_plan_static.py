@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kvcondense import KvCondenseError, Plan, RaggedBatch
+from kvcondense import CompressorSpec, CompressorWeights, KvCondenseError, PagedCache, Plan, RaggedBatch, condense
+from kvcondense.errors import RangeError, ShapeError
 from kvcondense.layout.online import OnlineLayout
 from kvcondense.layout.plan import KEEP_FIELDS, WINDOW_FIELDS
 from kvcondense.layout.state import PagedLayout, RingLayout
@@ -108,3 +109,25 @@ def test_a_static_plan_is_updated_in_place():
     wider = RaggedBatch.build([0, 1], start_positions=[0], state_slots=[0], block_table=[[3, 4, 5]])
     with pytest.raises(KvCondenseError, match="block_table"):
         captured.batch.copy_(wider)
+
+
+def test_what_checks_remember_is_forgotten_with_the_values():
+    """Facts of a plan are kept for further layers, but not beyond ``copy_``; weights fit a spec, not every spec."""
+    spec = CompressorSpec(ratio=4, head_dim=16, eps=1e-6, rope_dim=0, has_ape=False)
+
+    def plan(start, slot):
+        batch = RaggedBatch.build([0, 4], start_positions=[start], slot_mapping=[slot] * 4)
+        return Plan.build(spec, batch)
+
+    cache = PagedCache.allocate(16, 1, 4)
+    weights, x = CompressorWeights(norm=torch.ones(16)), torch.randn(4, 32)
+    used = plan(0, 3)
+    assert used.facts(spec) is used.facts(spec)
+    condense(spec, x, weights, None, used.batch, plan=used, cache=cache)
+    used.copy_(plan(0, 4))
+    assert used.facts(spec).slots.highest == 4
+    with pytest.raises(RangeError, match="below 4, got 4"):
+        condense(spec, x, weights, None, used.batch, plan=used, cache=cache)
+    wide = replace(spec, head_dim=32)
+    with pytest.raises(ShapeError, match=r"weights\.norm"):
+        condense(wide, torch.randn(4, 64), weights, None, RaggedBatch.build([0, 4], start_positions=[0]))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from kvcondense import (
     CompressorSpec,
@@ -19,7 +20,10 @@ from kvcondense import (
 )
 from kvcondense.backends.cpu import native
 from kvcondense.backends.cpu import threads as cpu_threads
+from kvcondense.cli import app
 from kvcondense.errors import RangeError, UnsupportedError
+from kvcondense.formats import FORMATS
+from kvcondense.golden import calibrated
 from machine import SPECS, rope, tokens, weights
 
 WIDE = CompressorSpec(ratio=128, head_dim=512, eps=1e-6, rope_dim=64)
@@ -240,3 +244,12 @@ def test_a_directory_that_cannot_be_written_costs_no_more_than_time(tmp_path):
     out, err = child(blocked)
     assert out.startswith("512.0")
     assert "compiled kernels are not kept" in err
+
+
+@pytest.mark.parametrize(("kind", "name"), [(k, f.name) for f in FORMATS.values() for k in calibrated.kinds_of(f)])
+def test_the_golden_run_passes_in_every_format(kind, name):
+    rotate = "--rotate" if kind == "indexer" else "--no-rotate"
+    words = ["verify", "--backend", "cpu", "--kind", kind, "--format", name, "--history", "300", rotate]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "kv_bytes     PASS" in result.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
     bars.set_yscale("log")
     bars.set_ylim(top=bars.get_ylim()[1] * 3)
     bars.set_ylabel("microseconds, warm")
-    bars.set_xticks(range(len(cases)), [c.replace(", ", "\n") for c in cases], fontsize=7)
-    bars.legend(fontsize=8)
+    bars.set_xticks(range(len(cases)), [textwrap.fill(c, 18) for c in cases], fontsize=7)
+    figure.legend(loc="outside upper center", ncols=6, fontsize=8)
     if contexts:
         lines = axes[1][0]
         for name in dict.fromkeys(r["runner"] for r in contexts):
