@@ -128,6 +128,32 @@ def test_online_rows_and_states_are_the_references(name):
     assert torch.equal(new.log.nan_to_num(7), old.log.nan_to_num(7))
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("online", [True, False])
+def test_scores_that_are_no_numbers_never_read_as_numbers(impl, online):
+    """A score of +inf or NaN spoils its row, also where it is alone; one of -inf has no weight."""
+    spec = replace(SPECS["r8"], rope_dim=0)
+    x = tokens(spec, 16)
+    score = x[:, spec.width :]
+    score[3, 0], score[0, 1], score[2, 2], score[5, 3] = float("inf"), float("inf"), float("nan"), -float("inf")
+    state = OnlineState.allocate(spec, 1) if online else StatePool.ring(spec, 1)
+    batch = RaggedBatch.build([0, 16], start_positions=[0], state_slots=[0])
+    w = weights(spec)
+    got = condense(spec, x, w, None, batch, state=state, impl=impl)
+    # The norm spreads a NaN over its row, and no further.
+    assert torch.isnan(got.values[0]).all()
+    assert not torch.isnan(got.values[1]).any()
+    score[[3, 0, 2], [0, 1, 2]] = 0.0
+    state.reset([0])
+    got = condense(spec, x, w, None, batch, state=state, impl=impl)
+    assert not torch.isnan(got.values).any()
+    for token, channel in ((3, 0), (0, 1), (2, 2)):
+        spoilt = x.clone()
+        spoilt[token, spec.width + channel] = float("inf")
+        state.reset([0])
+        assert torch.isnan(condense(spec, spoilt, w, None, batch, state=state, impl=impl).values[0]).all()
+
+
 @pytest.mark.parametrize("has_ape", [True, False])
 def test_one_token_per_row_has_weight_one(has_ape):
     spec = replace(SPECS["r1"], rounding=Rounding.FUSED, rope_dim=0, has_ape=has_ape, has_gate=has_ape)

@@ -26,7 +26,9 @@ _MAX_CASE_BYTES = 1 << 20
 def conformance(
     adapter: Annotated[
         str,
-        typer.Option(help="module:factory, a module with a BACKEND, reference[:ring|paged|online], or mutant:NAME."),
+        typer.Option(
+            help="module:factory, a module with a BACKEND, cpu or reference[:ring|paged|online], or mutant:NAME."
+        ),
     ] = "reference",
     mutants: Annotated[bool, typer.Option("--mutants", help="Check that every wrong compressor is caught.")] = False,
     soak_minutes: Annotated[

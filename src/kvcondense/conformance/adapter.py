@@ -180,7 +180,7 @@ class BackendAdapter:
 
 
 def load_factory(name: str) -> Factory:
-    """An adapter by name: module:factory, a module with a BACKEND, reference[:ring|paged|online], or mutant:NAME."""
+    """An adapter by name: module:factory, a module with a BACKEND, a backend[:ring|paged|online], or mutant:NAME."""
     module, _, attribute = name.partition(":")
     if module in backend_names():
         if attribute not in ("", *KINDS):
