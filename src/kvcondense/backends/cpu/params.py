@@ -64,7 +64,6 @@ THREADS, NEXT_WINDOW, DONE_WINDOWS, NEXT_OPEN, NEXT_KEEP, WINDOW_BLOCKS = (8 * C
     WINDOW,
     HEAD_DIM,
     WIDTH,
-    OVERLAP,
     HAS_GATE,
     ROUND,  # 1: REFERENCE profile
     ROTATE,
@@ -72,8 +71,8 @@ THREADS, NEXT_WINDOW, DONE_WINDOWS, NEXT_OPEN, NEXT_KEEP, WINDOW_BLOCKS = (8 * C
     EPS,
     HADAMARD_SCALE,
     STAGED,  # channels staged at once when rows are not read as they lie; 0: never
-) = range(12)
-SPEC_SIZE = 12
+) = range(11)
+SPEC_SIZE = 11
 
 # How a row lies in a page of the cache: PARTS entries of PART_SIZE follow the head.
 FORMAT_PAGE_ROWS, ROUND_ROW, THROUGH, PAD_BASE, PAD_STRIDE, PAD_BYTES, PARTS = range(7)

@@ -65,7 +65,6 @@ def _spec_block(spec: CompressorSpec, staged: int) -> array[int]:
         (params.WINDOW, spec.window),
         (params.HEAD_DIM, spec.head_dim),
         (params.WIDTH, spec.width),
-        (params.OVERLAP, int(spec.overlap)),
         (params.HAS_GATE, int(spec.has_gate)),
         (params.ROUND, int(spec.rounding is Rounding.REFERENCE)),
         (params.ROTATE, int(spec.rotate)),

@@ -221,12 +221,6 @@ def float_of(b: Any, x: Any) -> Any:
     return b.bitcast(b.trunc(x, _I32), ir.FloatType())
 
 
-@operation(types.int64, types.float32)
-def bits_of(b: Any, x: Any) -> Any:
-    """The bits of one fp32, not negative."""
-    return b.zext(b.bitcast(x, _I32), _I64)
-
-
 @operation(F32, I32)
 def to_float(b: Any, x: Any) -> Any:
     """Integers as fp32."""
