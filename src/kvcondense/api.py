@@ -173,5 +173,5 @@ def _step(
         state=state,
         cache=cache,
         rows=rows,
-        latent=rows.clone() if latent else None,
+        latent=make(rows.shape, dtype=rows.dtype, device=rows.device) if latent else None,
     )

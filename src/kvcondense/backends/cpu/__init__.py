@@ -18,7 +18,6 @@ from kvcondense.spec import CompressorSpec
 
 _KINDS = {torch.float32: params.FP32, torch.bfloat16: params.BF16, torch.float16: params.FP16}
 _STAGE_CHANNELS = 128
-_LANES = 16
 _COUNTERS = (0,) * (params.WINDOW_BLOCKS // 8 - params.CALL_SIZE)
 _SERIAL = 1 << 16
 """Elements below which a step runs in the calling thread: waking others takes longer."""
@@ -39,8 +38,8 @@ class CpuBackend:
             return f"kv_score is {kv_score.dtype}; the kernels compute in fp32 (the reference takes fp64)"
         if state is not None and state.dtype not in (torch.float32, torch.bfloat16):
             return f"the state is {state.dtype}; the kernels take fp32 and bf16"
-        if step.spec.head_dim % _LANES:
-            return f"head_dim {step.spec.head_dim} is not a multiple of {_LANES}"
+        if step.spec.head_dim % params.LANES:
+            return f"head_dim {step.spec.head_dim} is not a multiple of {params.LANES}"
         if step.cache is not None:
             try:
                 _format_block(step.cache)
@@ -76,7 +75,6 @@ class CpuBackend:
         out = torch.empty(tokens, channels, dtype=torch.float32)
         # A panel of w stays in the second-level cache while tokens pass by; a few tokens share the panels out instead.
         tall, wide = (120, 128) if tokens >= 48 else (48, 32)
-        next_tile = torch.zeros(1, dtype=torch.int64)
         block = array(
             "q",
             (  # in the order of params
@@ -90,7 +88,7 @@ class CpuBackend:
                 2 * x.shape[1],
                 tall,
                 wide,
-                next_tile.data_ptr(),
+                0,
             ),
         )
         threads = 1 if tokens * w.numel() < _SERIAL else torch.get_num_threads()
@@ -116,6 +114,7 @@ def _run(step: Step, *, windows: bool, cache: PagedCache | None, keeps: bool) ->
     cos, sin = (gamma, gamma) if step.rope is None else (_fp32(step.rope.cos), _fp32(step.rope.sin))
     rule = tables.spec_block(spec, staged)
     form = None if cache is None else _format_block(cache)
+    scales = None if cache is None or cache.format.tensor_scale else cache.scales
     table, page_rows, paged, data = _addressing(step)
     block = array(
         "q",
@@ -156,8 +155,8 @@ def _run(step: Step, *, windows: bool, cache: PagedCache | None, keeps: bool) ->
             plan.keep_row.data_ptr(),
             0 if cache is None else cache.data.data_ptr(),
             0 if cache is None else cache.data.stride(0),
-            0 if cache is None or cache.scales is None or cache.format.tensor_scale else cache.scales.data_ptr(),
-            0 if cache is None or cache.scales is None or cache.format.tensor_scale else 4 * cache.scales.stride(0),
+            0 if scales is None else scales.data_ptr(),
+            0 if scales is None else 4 * scales.stride(0),
             blocks,
             chunk,
             *zeros,
@@ -173,7 +172,7 @@ def _split(spec: CompressorSpec, windows: int, requests: int, kept: int) -> tupl
     if threads == 1:
         return 1, 1, 1
     if windows < threads:
-        return threads, min(-(-threads // max(windows, 1)), spec.head_dim // _LANES), 1
+        return threads, min(-(-threads // max(windows, 1)), spec.head_dim // params.LANES), 1
     return threads, 1, max(1, min(8, windows // (8 * threads)))
 
 

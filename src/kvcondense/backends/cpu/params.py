@@ -51,6 +51,8 @@ from __future__ import annotations
 ) = range(40)
 CALL_SIZE = 40
 
+LANES = 16
+"""Channels of a vector; the kernels take rows in multiples of it."""
 FP32, BF16, FP16 = range(3)
 
 # Counters follow the call block, zeroed: byte offsets, a cache line apart so that threads do not share one; then one
@@ -103,6 +105,6 @@ PART_SIZE = 19
 SMALL_FLOAT, WHOLE, PLAIN16, PLAIN32 = range(4)
 POW2_BYTE, POW2_FP32, PLAIN_FP32, E4M3_BYTE, INVERSE_FP32, TENSOR = range(6)
 
-# A projection.
+# A projection; NEXT_TILE is a counter in the block itself, zero at first.
 X, X_STRIDE, W, W_STRIDE, OUT, TOKENS, CHANNELS, HIDDEN_BYTES, TILE_TOKENS, TILE_CHANNELS, NEXT_TILE = range(11)
 PROJECT_SIZE = 11

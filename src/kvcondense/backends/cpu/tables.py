@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from array import array
 from collections.abc import Callable
 
@@ -11,7 +10,7 @@ import torch
 from kvcondense.backends.cpu import params
 from kvcondense.errors import UnsupportedError
 from kvcondense.formats.descriptor import PAD, SCALES, CacheFormat, Channels
-from kvcondense.formats.elements import INT8, Plain, SmallFloat, ceil_log2_ratio
+from kvcondense.formats.elements import INT8, Plain, SmallFloat, ceil_log2_ratio, fp32_bits
 from kvcondense.formats.scales import Scale
 from kvcondense.spec import CompressorSpec, Rounding
 
@@ -42,11 +41,6 @@ def _reuse(key: tuple[object, ...], owner: object, make: Callable[[], array[int]
     return known[1]
 
 
-def float_bits(x: float) -> int:
-    """The bits of x as fp32."""
-    return struct.unpack("<I", struct.pack("<f", x))[0]
-
-
 def spec_block(spec: CompressorSpec, staged: int) -> array[int]:
     """``staged``: channels that are staged at once, 0 if all rows are fp32."""
     return _reuse((id(spec), staged), spec, lambda: _spec_block(spec, staged))
@@ -69,8 +63,8 @@ def _spec_block(spec: CompressorSpec, staged: int) -> array[int]:
         (params.ROUND, int(spec.rounding is Rounding.REFERENCE)),
         (params.ROTATE, int(spec.rotate)),
         (params.ROPE_DIM, spec.rope_dim),
-        (params.EPS, float_bits(spec.eps)),
-        (params.HADAMARD_SCALE, float_bits(spec.head_dim**-0.5)),
+        (params.EPS, _bits(spec.eps)),
+        (params.HADAMARD_SCALE, _bits(spec.head_dim**-0.5)),
         (params.STAGED, staged),
     ):
         block[index] = value
@@ -107,6 +101,10 @@ def _format_block(form: CacheFormat, head_dim: int, page_rows: int, tensor_scale
     return block
 
 
+def _bits(x: float) -> int:
+    return int(fp32_bits(torch.tensor(x)))
+
+
 def _part(part: Channels, head_dim: int, tensor_scale: float | None) -> dict[int, int]:
     last = head_dim if part.stop is None else part.stop
     entries = {
@@ -123,15 +121,15 @@ def _part(part: Channels, head_dim: int, tensor_scale: float | None) -> dict[int
         entries |= {
             params.SCALE: _SCALES[rule.kind],
             params.BLOCK: size,
-            params.FLOOR: 0 if rule.floor_on_scale else float_bits(rule.floor),
-            params.TENSOR_SCALE: 0 if tensor_scale is None else float_bits(tensor_scale),
+            params.FLOOR: 0 if rule.floor_on_scale else _bits(rule.floor),
+            params.TENSOR_SCALE: 0 if tensor_scale is None else _bits(tensor_scale),
         }
         if rule.floor_on_scale:
             entries[params.FLOOR_EXPONENT] = int(ceil_log2_ratio(torch.tensor(rule.floor), 1.0))
-        if size % 16:
-            raise UnsupportedError("format", "blocks of a multiple of 16 channels", size)
-    if part.start % 16 or last % 16:
-        raise UnsupportedError("format", "channels in multiples of 16", f"{part.start}..{last}")
+        if size % params.LANES:
+            raise UnsupportedError("format", f"blocks of a multiple of {params.LANES} channels", size)
+    if part.start % params.LANES or last % params.LANES:
+        raise UnsupportedError("format", f"channels in multiples of {params.LANES}", f"{part.start}..{last}")
     return entries
 
 
@@ -146,10 +144,10 @@ def _element(part: Channels) -> dict[int, int]:
             params.MAX_CODE: element.max_code,
             params.NAN_CODE: -1 if element.nan_code is None else element.nan_code,
             params.TIES_TO_EVEN: int(element.ties_to_even),
-            params.LARGEST: float_bits(element.largest),
+            params.LARGEST: _bits(element.largest),
         }
     if element == INT8:
-        return {params.ELEMENT: params.WHOLE, params.LARGEST: float_bits(element.largest)}
+        return {params.ELEMENT: params.WHOLE, params.LARGEST: _bits(element.largest)}
     if isinstance(element, Plain) and element.dtype in (torch.bfloat16, torch.float32):
         return {params.ELEMENT: params.PLAIN16 if element.bits == 16 else params.PLAIN32, params.NAN_CODE: 0}
     raise UnsupportedError("format", "elements that the kernels know", element.name)

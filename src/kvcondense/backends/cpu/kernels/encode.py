@@ -106,22 +106,27 @@ def _ue8m0(code):
     return simd.float_of((1 << 22) if code == 0 else code << 23)
 
 
+@inlined
+def _small_float_codes(x, part):
+    """:func:`small_float` as the part has it."""
+    return small_float(
+        x,
+        load_i64(part + 8 * params.BITS),
+        load_i64(part + 8 * params.MANTISSA),
+        load_i64(part + 8 * params.BIAS),
+        load_i64(part + 8 * params.MAX_CODE),
+        load_i64(part + 8 * params.NAN_CODE),
+        load_i64(part + 8 * params.TIES_TO_EVEN),
+    )
+
+
 @kernel
 def _store_codes(x, part, address):
     """Codes of 16 values to ``address``, 16 channels apart from the next ones; returns the bytes written."""
     element = load_i64(part + 8 * params.ELEMENT)
     if element == params.SMALL_FLOAT:
-        size = load_i64(part + 8 * params.BITS)
-        code = small_float(
-            x,
-            size,
-            load_i64(part + 8 * params.MANTISSA),
-            load_i64(part + 8 * params.BIAS),
-            load_i64(part + 8 * params.MAX_CODE),
-            load_i64(part + 8 * params.NAN_CODE),
-            load_i64(part + 8 * params.TIES_TO_EVEN),
-        )
-        if size == 4:
+        code = _small_float_codes(x, part)
+        if load_i64(part + 8 * params.BITS) == 4:
             simd.store_4(address, code)
             return LANES // 2
         simd.store_8(address, code)
@@ -143,11 +148,7 @@ def _code_value(x, part):
     """What a small float of the part gives back for x."""
     size, mantissa = load_i64(part + 8 * params.BITS), load_i64(part + 8 * params.MANTISSA)
     bias, nan_code = load_i64(part + 8 * params.BIAS), load_i64(part + 8 * params.NAN_CODE)
-    code = small_float(
-        x, size, mantissa, bias, load_i64(part + 8 * params.MAX_CODE), nan_code,
-        load_i64(part + 8 * params.TIES_TO_EVEN),
-    )  # fmt: skip
-    return small_float_value(code, size, mantissa, bias, nan_code)
+    return small_float_value(_small_float_codes(x, part), size, mantissa, bias, nan_code)
 
 
 @kernel

@@ -102,25 +102,19 @@ def _tile(tokens: int, channels: int, native: bool) -> Any:
         for i, line in enumerate(nexts):
             target = b.add(out, b.mul(out_stride, number(i)))
             for j, value in enumerate(line):
-                b.store(_sum(b, value), pointer(b, b.add(target, number(4 * j)), ir.FloatType()), align=4)
+                b.store(
+                    simd.reduce_lanes(b, value, b.fadd),
+                    pointer(b, b.add(target, number(4 * j)), ir.FloatType()),
+                    align=4,
+                )
 
     return tile
-
-
-def _sum(b: Any, x: Any) -> Any:
-    """Sum of the lanes, second half to the first."""
-    size = LANES
-    while size > 1:
-        size //= 2
-        low, high = (ir.Constant(ir.VectorType(ir.IntType(32), size), list(range(k, k + size))) for k in (0, size))
-        x = b.fadd(b.shuffle_vector(x, x, low), b.shuffle_vector(x, x, high))
-    return b.extract_element(x, ir.Constant(ir.IntType(32), 0))
 
 
 _NATIVE = has_bf16_products()
 # As many sums as registers hold: 24 of 32 with AVX-512 BF16, 16 where operands are widened.
 _HEIGHT = 6 if _NATIVE else 4
-_tall, _four, _two, _one = (_tile(n, 4, _NATIVE) for n in (_HEIGHT, 4, 2, 1))
+_tall, _four, _two = (_tile(n, 4, _NATIVE) for n in (_HEIGHT, 4, 2))
 _row = _tile(1, 8, _NATIVE)
 
 
@@ -133,10 +127,9 @@ def _work(p):
     tall, wide = load_i64(p + 8 * params.TILE_TOKENS), load_i64(p + 8 * params.TILE_CHANNELS)
     columns = (channels + wide - 1) // wide
     total = (tokens + tall - 1) // tall * columns
-    counter = load_i64(p + 8 * params.NEXT_TILE)
     stride = 4 * channels
     while True:
-        task = fetch_add(counter, 1)
+        task = fetch_add(p + 8 * params.NEXT_TILE, 1)
         if task >= total:
             break
         token, last = task // columns * tall, min(tokens, task // columns * tall + tall)

@@ -17,7 +17,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
-LANES = 16
+from kvcondense.backends.cpu import params
+
+LANES = params.LANES
 BYTES = 4 * LANES
 """Bytes of a vector of fp32."""
 
@@ -243,6 +245,15 @@ def lane_number(b: Any) -> Any:  # noqa: ARG001 - every operation gets a builder
     return _lanes(*range(LANES))
 
 
+def reduce_lanes(b: Any, x: Any, combine: Callable[[Any, Any], Any]) -> Any:
+    """All lanes as one: the second half is combined with the first until one is left."""
+    size = LANES
+    while size > 1:
+        size //= 2
+        x = combine(*(b.shuffle_vector(x, x, _lanes(*range(k, k + size))) for k in (0, size)))
+    return b.extract_element(x, ir.Constant(_I32, 0))
+
+
 @operation(types.float32, F32)
 def first_lane(b: Any, x: Any) -> Any:
     """Lane 0."""
@@ -251,25 +262,18 @@ def first_lane(b: Any, x: Any) -> Any:
 
 @operation(types.float32, F32)
 def halving_sum(b: Any, x: Any) -> Any:
-    """Sum of the lanes as ``numerics.tree_sum`` forms it: the second half is added to the first until one is left."""
-    size = LANES
-    while size > 1:
-        size //= 2
-        low = b.shuffle_vector(x, x, _lanes(*range(size)))
-        x = b.fadd(low, b.shuffle_vector(x, x, _lanes(*range(size, 2 * size))))
-    return b.extract_element(x, ir.Constant(_I32, 0))
+    """Sum of the lanes as ``numerics.tree_sum`` forms it."""
+    return reduce_lanes(b, x, b.fadd)
 
 
 @operation(types.int64, I32)
 def largest_lane(b: Any, x: Any) -> Any:
     """The largest of 16 integers, none of them negative."""
-    size = LANES
-    while size > 1:
-        size //= 2
-        low = b.shuffle_vector(x, x, _lanes(*range(size)))
-        high = b.shuffle_vector(x, x, _lanes(*range(size, 2 * size)))
-        x = b.select(b.icmp_signed("<", low, high), high, low)
-    return b.zext(b.extract_element(x, ir.Constant(_I32, 0)), _I64)
+
+    def larger(low: Any, high: Any) -> Any:
+        return b.select(b.icmp_signed("<", low, high), high, low)
+
+    return b.zext(reduce_lanes(b, x, larger), _I64)
 
 
 # Arithmetic.
