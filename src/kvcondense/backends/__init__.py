@@ -71,7 +71,11 @@ class Projector(Protocol):
 
 
 # Name -> module with a BACKEND; imported when it is asked for. "auto" takes the first that can run the step.
-_MODULES = {"cpu": "kvcondense.backends.cpu", "reference": "kvcondense.backends.reference"}
+_MODULES = {
+    "cpu": "kvcondense.backends.cpu",
+    "triton": "kvcondense.backends.triton",
+    "reference": "kvcondense.backends.reference",
+}
 
 
 def backend_names() -> tuple[str, ...]:

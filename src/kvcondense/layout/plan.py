@@ -9,7 +9,7 @@ import torch
 from kvcondense.errors import KvCondenseError, RangeError, ShapeError, require
 from kvcondense.layout.batch import RaggedBatch, check_fields, copy_fields, spread
 from kvcondense.layout.online import OnlineLayout
-from kvcondense.layout.state import PagedLayout, Reads, RingLayout
+from kvcondense.layout.state import PagedLayout, Reads, RingLayout, live_starts
 from kvcondense.spec import CompressorSpec
 
 Layout = RingLayout | PagedLayout | OnlineLayout
@@ -56,7 +56,8 @@ class Plan:
 
     window_request, window_index [E]: window c of request q, in order of q, then c. window_slot [E]: cache row, or -1.
     keep_token, keep_request, keep_position, keep_row [K]: token t at position p of request q goes to a state row.
-    Entries of -1 in window_request or keep_token are padding and stand at the end.
+    Entries of -1 in window_request or keep_token are padding and stand at the end. overwrites: a kept row may take the
+    place of a stored row that a window of this step reads, so that rows must be kept after all windows were read.
     """
 
     ratio: int
@@ -71,6 +72,7 @@ class Plan:
     keep_request: torch.Tensor
     keep_position: torch.Tensor
     keep_row: torch.Tensor
+    overwrites: bool = True
 
     @classmethod
     def build(
@@ -117,6 +119,7 @@ class Plan:
             keep_request=keep_request,
             keep_position=position,
             keep_row=row,
+            overwrites=_overwrites(spec, batch, state_layout, windows, row),
         )
 
     @staticmethod
@@ -133,6 +136,7 @@ class Plan:
         *,
         max_tokens: int,
         max_draft: int = 0,
+        max_query_len: int | None = None,
         state_layout: Layout | None = None,
         page_rows: int | None = None,
     ) -> Plan:
@@ -140,7 +144,8 @@ class Plan:
 
         Equal to ``build(...).padded(*capacity(spec, max_tokens, requests, max_draft))``, entry for entry. Nothing is
         checked: the caller has checked the metadata on the host, or trusts it. ``max_tokens`` bounds
-        query_start_loc[-1] (it is the size of the kv_score buffer), ``max_draft`` bounds draft_rows.
+        query_start_loc[-1] (it is the size of the kv_score buffer), ``max_draft`` bounds draft_rows, ``max_query_len``
+        the tokens of one request (default: max_tokens); where it is small enough, ``overwrites`` is False.
         """
         windows, keeps = cls.capacity(spec, max_tokens, batch.start_positions.shape[0], max_draft)
         if batch.start_positions.shape[0] == 0:
@@ -173,6 +178,7 @@ class Plan:
             page_rows=page_rows,
             **{n: torch.where(live, t, -1) for n, t in zip(WINDOW_FIELDS, (request, window, slot), strict=True)},
             **{n: torch.where(kept, t, -1) for n, t in zip(KEEP_FIELDS, (token, owner, position, row), strict=True)},
+            overwrites=_may_overwrite(spec, state_layout, max_tokens if max_query_len is None else max_query_len),
         )
 
     def copy_(self, other: Plan) -> None:
@@ -183,6 +189,8 @@ class Plan:
         for name in ("ratio", "overlap", "state_layout", "page_rows"):
             if getattr(self, name) != getattr(other, name):
                 raise KvCondenseError(name, getattr(self, name), getattr(other, name))
+        if other.overwrites and not self.overwrites:
+            raise KvCondenseError("overwrites", "a plan whose kept rows replace no row that it reads", "one that may")
         names = (*WINDOW_FIELDS, *KEEP_FIELDS)
         check_fields(self, other, names)
         self.batch.copy_(other.batch)
@@ -207,6 +215,16 @@ class Plan:
             )
             vars(self)["_facts"] = known
         return known
+
+    def scratch(self, name: str, size: int) -> torch.Tensor:
+        """int32 [size], zero at first: memory of a backend that leaves it zeroed. One stream at a time may use a plan.
+
+        It lives as long as the plan, so that a captured graph finds it again.
+        """
+        known: dict[str, torch.Tensor] = vars(self).setdefault("_scratch", {})
+        if name not in known or known[name].shape[0] < size:
+            known[name] = torch.zeros(size, dtype=torch.int32, device=self.window_request.device)
+        return known[name]
 
     @property
     def num_windows(self) -> int:
@@ -247,6 +265,29 @@ def _work(
     first = start // spec.ratio
     low = end if layout is None else torch.where(batch.active, layout.keep_start(spec, batch), end)
     return start, first, end // spec.ratio - first, low, end - low
+
+
+def _overwrites(
+    spec: CompressorSpec, batch: RaggedBatch, layout: Layout | None, windows: torch.Tensor, row: torch.Tensor
+) -> bool:
+    """Whether one of the kept rows [K] may be a row that a window reads; ``windows`` [R] per request."""
+    if not isinstance(layout, RingLayout | PagedLayout) or not bool(windows.any()):
+        return False
+    if isinstance(layout, RingLayout):
+        # The oldest row that is read and the newest that is kept share a ring row if they lie that far apart.
+        end = batch.start_positions + batch.lengths
+        far = end - live_starts(spec, batch.start_positions) > layout.ring_rows
+        return bool((far & (windows > 0)).any())
+    reads = Reads.of(spec, batch, layout).row
+    return reads is not None and bool(torch.isin(row, reads).any())
+
+
+def _may_overwrite(spec: CompressorSpec, layout: Layout | None, max_query_len: int) -> bool:
+    """:func:`_overwrites` for every batch whose requests have at most ``max_query_len`` tokens."""
+    if isinstance(layout, RingLayout):
+        return max_query_len + spec.window - 1 > layout.ring_rows
+    # A page that is read and kept at once was handed out twice; a single token finds its window's pages intact.
+    return isinstance(layout, PagedLayout) and max_query_len > 1
 
 
 def _spread_static(counts: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

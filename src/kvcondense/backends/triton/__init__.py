@@ -1,0 +1,200 @@
+"""The Triton backend: one launch per step on NVIDIA, AMD and Ascend devices, or on the CPU under Triton's interpreter.
+
+Kernels are in ``kernels``, in the order of the data; ``constants`` is what they are compiled for, ``tuning`` how they
+are tiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvcondense.backends import Step
+from kvcondense.backends.triton import tuning
+from kvcondense.backends.triton.constants import UNROLL, Constants, constants, state_key
+from kvcondense.errors import UnsupportedError
+from kvcondense.formats.integers import row_map
+from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.online import OnlineState
+from kvcondense.layout.state import PagedLayout
+
+_TOKENS = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_CANDIDATES = 1024
+_DEVICES = ("cuda", "npu")
+_COUNTERS = "triton counters"
+
+
+@dataclass(frozen=True)
+class TritonBackend:
+    """Steps on a GPU, in fp32, for head_dim a power of two."""
+
+    name: str = "triton"
+
+    def why_not(self, step: Step) -> str | None:
+        """None if this step can run here, else the reason."""
+        spec, kv_score, state = step.spec, step.kv_score, step.state
+        reason = why_no_device(kv_score.device)
+        if reason is not None:
+            return reason
+        if kv_score.dtype not in _TOKENS:
+            return f"kv_score is {kv_score.dtype}; the kernels compute in fp32 (the reference takes fp64)"
+        if state is not None and state.dtype not in (torch.float32, torch.bfloat16):
+            return f"the state is {state.dtype}; the kernels take fp32 and bf16"
+        if spec.head_dim & (spec.head_dim - 1) or spec.head_dim < 2:
+            return f"head_dim {spec.head_dim} is not a power of two"
+        if spec.window > _MOST_CANDIDATES:
+            return f"the window has {spec.window} tokens; a tile holds {_MOST_CANDIDATES}"
+        return None if step.cache is None else _why_no_format(step.cache)
+
+    def run(self, step: Step) -> None:
+        """Do the step. A cache in validation mode is encoded by its format, so that nothing is written if it raises."""
+        if step.cache is not None and step.cache.strict:
+            _run_strict(step, step.cache)
+        elif step.plan.overwrites and not isinstance(step.state, OnlineState):
+            # A kept row takes the place of one that a window of this step still reads.
+            _run(step, cache=step.cache, keeps=False)
+            _run(step, windows=False, cache=None)
+        else:
+            _run(step, cache=step.cache)
+
+
+def _run_strict(step: Step, cache: PagedCache) -> None:
+    """Rows first, then their bytes, which may raise; what is kept comes last."""
+    live, state = step.plan.window_slot >= 0, step.state
+    if isinstance(state, OnlineState):  # folds and windows are one launch: it works on a copy
+        copy = replace(state, acc=state.acc.clone(), folded=state.folded.clone(), log=state.log.clone())
+        _run(replace(step, state=copy), cache=None)
+    else:
+        copy = None
+        _run(step, cache=None, keeps=False)
+    stored = cache.encode(step.rows[live])
+    cache.put(step.plan.window_slot[live], stored)
+    if copy is None:
+        _run(step, windows=False, cache=None)
+    else:
+        assert isinstance(state, OnlineState)
+        for name in ("acc", "folded", "log"):
+            getattr(state, name).copy_(getattr(copy, name))
+
+
+def why_no_device(device: torch.device) -> str | None:
+    """None if kernels can run on tensors of this device, else the reason."""
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install kvcondense[triton])"
+    if device.type not in _DEVICES and not interpreted():
+        return f"kv_score is on {device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
+    if device.type != "cpu" and interpreted():
+        return f"kv_score is on {device}, but Triton interprets kernels on the CPU (TRITON_INTERPRET is set)"
+    return None
+
+
+def interpreted() -> bool:
+    """True if Triton runs kernels in its interpreter."""
+    import triton
+
+    from kvcondense.backends.triton.kernels.condense import condense_kernel
+
+    return not isinstance(condense_kernel, triton.runtime.JITFunction)
+
+
+def _why_no_format(cache: PagedCache) -> str | None:
+    try:
+        parts = row_map(cache.format, cache.head_dim, cache.page_rows).parts
+    except UnsupportedError as error:
+        return str(error)
+    for part in parts:
+        if part.scale and (cache.head_dim % part.block or part.first % part.block or part.last % part.block):
+            return f"{cache.format.name}: blocks of {part.block} channels do not divide {cache.head_dim}"
+    return None
+
+
+def _run(step: Step, *, windows: bool = True, cache: PagedCache | None, keeps: bool = True) -> None:
+    """One launch for the windows, for what is kept, or for both, on the current stream of the step's device."""
+    plan, state, spec = step.plan, step.state, step.spec
+    count = plan.num_windows if windows else 0
+    online = isinstance(state, OnlineState)
+    kept = 0
+    if keeps and state is not None:
+        kept = plan.batch.start_positions.shape[0] if online else plan.keep_token.shape[0]
+    if count == 0 and kept == 0:
+        return
+    choice = tuning.choose(step.kv_score.device, spec, count)
+    form = None if cache is None else cache.format
+    c = constants(
+        spec,
+        state_key(state),
+        form,
+        0 if cache is None else cache.page_rows,
+        step.latent is not None,
+        choice,
+        unroll=1 if step.kv_score.device.type == "cpu" else UNROLL,
+    )
+    launch(step, cache, c, count, kept, choice.num_warps)
+
+
+def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept: int, num_warps: int) -> None:
+    """Start the kernel for ``count`` windows and ``kept`` kept rows (online: requests)."""
+    from kvcondense.backends.triton.kernels.condense import condense_kernel
+    from kvcondense.backends.triton.kernels.online import online_kernel
+
+    plan, state, batch = step.plan, step.state, step.plan.batch
+    kv_score = step.kv_score if step.kv_score.stride(1) == 1 else step.kv_score.contiguous()
+    ape, gamma = None if step.ape is None else _fp32(step.ape), _fp32(step.gamma)
+    cos, sin = (None, None) if step.rope is None else (_fp32(step.rope.cos), _fp32(step.rope.sin))
+    counters = plan.scratch(_COUNTERS, count) if c.blocks > 1 else None
+    cache_data, page_stride = (None, 0) if cache is None else (cache.data, cache.data.stride(0))
+    scales = None if cache is None else cache.scales
+    scales_stride = 0 if scales is None or scales.dim() == 0 else scales.stride(0)
+    head = (kv_score, ape, gamma, cos, sin, step.rows, step.latent, batch.query_start_loc, batch.start_positions)
+    windows = (plan.window_request, plan.window_index, plan.window_slot)
+    stored = (cache_data, scales, counters)
+    programs = count * c.blocks
+    options: dict[str, Any] = {"c": c, "num_warps": num_warps, "enable_fp_fusion": False}
+    with _on(kv_score.device):
+        if isinstance(state, OnlineState):
+            online_kernel[(programs + kept,)](
+                *head, batch.draft_rows, batch.state_slots, state.acc, state.folded, state.log, *windows, *stored,
+                programs, kv_score.stride(0), state.log.stride(0), page_stride, scales_stride, **options,
+            )  # fmt: skip
+            return
+        table, stride = batch.state_slots, 1
+        if state is not None and isinstance(state.layout, PagedLayout):
+            assert batch.state_block_table is not None
+            table, stride = batch.state_block_table, batch.state_block_table.stride(0)
+        data = None if state is None else state.data
+        condense_kernel[(programs + kept,)](
+            *head, table, data, *windows, plan.keep_token, plan.keep_position, plan.keep_row, *stored,
+            programs, kv_score.stride(0), stride, 0 if data is None else data.stride(0), page_stride, scales_stride,
+            **options,
+        )  # fmt: skip
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The device as the current one: Triton launches there, on its current stream."""
+    if device.type == "cpu":
+        return _quiet()
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without numpy's warnings of NaN and overflow, which is what the interpreter computes with."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+def _fp32(t: torch.Tensor) -> torch.Tensor:
+    return t if t.dtype is torch.float32 and t.is_contiguous() else t.float().contiguous()
+
+
+BACKEND = TritonBackend()

@@ -1,0 +1,115 @@
+"""What a kernel is compiled for: spec, kind of state, cache format and tiling in one frozen record of plain values."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from kvcondense.backends.triton.tuning import Choice
+from kvcondense.formats.descriptor import CacheFormat
+from kvcondense.formats.elements import E4M3
+from kvcondense.formats.integers import SMALL_FLOAT, Part, RowMap, row_map
+from kvcondense.layout.online import OnlineState
+from kvcondense.layout.state import PagedLayout, StatePool
+from kvcondense.spec import CompressorSpec, Rounding
+
+UNROLL = 8
+"""Tokens that an online fold reads ahead."""
+SCALE_PART = Part(
+    0, 0, SMALL_FLOAT, 0, E4M3.bits, E4M3.mantissa, E4M3.bias, E4M3.max_code, E4M3.nan_code or 0, 1
+)  # scales that are e4m3 bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Constants:
+    """Compile-time arguments; equal ones are one object (:func:`constants`), so that looking a kernel up is quick.
+
+    block: channels of a program, blocks: programs per window. state: "", "ring", "paged" or "online"; state_rows: rows
+    of a ring, a page or a draft log. window_padded, window_levels: the window as a power of two, and its logarithm.
+    """
+
+    ratio: int
+    window: int
+    window_padded: int
+    window_levels: int
+    width: int
+    head_dim: int
+    channel_levels: int
+    rope_dim: int
+    eps: float
+    rotate: bool
+    hadamard_scale: float
+    has_gate: bool
+    has_ape: bool
+    round_rows: bool
+    block: int
+    blocks: int
+    state: str
+    state_rows: int
+    state_bf16: bool
+    latent: bool
+    has_cache: bool
+    rows_map: RowMap | None
+    scale_part: Part
+    hardware_cast: bool
+    unroll: int
+
+    @property
+    def value(self) -> Constants:
+        """Itself, as Triton's wrapper has it."""
+        return self
+
+
+@functools.lru_cache(maxsize=1024)
+def constants(
+    spec: CompressorSpec,
+    state: tuple[str, int, bool],
+    form: CacheFormat | None,
+    page_rows: int,
+    latent: bool,
+    choice: Choice,
+    unroll: int = UNROLL,
+) -> Constants:
+    """The record for these; ``state`` as :func:`state_key` has it, ``page_rows`` of the cache."""
+    padded = 1 << (spec.window - 1).bit_length()
+    return Constants(
+        ratio=spec.ratio,
+        window=spec.window,
+        window_padded=padded,
+        window_levels=padded.bit_length() - 1,
+        width=spec.width,
+        head_dim=spec.head_dim,
+        channel_levels=spec.head_dim.bit_length() - 1,
+        rope_dim=spec.rope_dim,
+        eps=spec.eps,
+        rotate=spec.rotate,
+        hadamard_scale=spec.head_dim**-0.5,
+        has_gate=spec.has_gate,
+        has_ape=spec.has_ape,
+        round_rows=spec.rounding is Rounding.REFERENCE,
+        block=choice.block,
+        blocks=spec.head_dim // choice.block,
+        state=state[0],
+        state_rows=state[1],
+        state_bf16=state[2],
+        latent=latent,
+        has_cache=form is not None,
+        rows_map=None if form is None else row_map(form, spec.head_dim, page_rows),
+        scale_part=SCALE_PART,
+        hardware_cast=choice.hardware_cast,
+        unroll=unroll,
+    )
+
+
+def state_key(state: StatePool | OnlineState | None) -> tuple[str, int, bool]:
+    """(kind, rows of a ring, page or log, whether values are bf16)."""
+    if state is None:
+        return "", 0, False
+    if isinstance(state, OnlineState):
+        return "online", state.layout.log_rows, False
+    bf16 = state.dtype is torch.bfloat16
+    if isinstance(state.layout, PagedLayout):
+        return "paged", state.layout.page_rows, bf16
+    return "ring", state.layout.ring_rows, bf16

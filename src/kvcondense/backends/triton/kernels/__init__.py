@@ -1,0 +1,1 @@
+"""Triton kernels: pool, row (norm, RoPE, Hadamard), encode, keep; condense and online run them."""

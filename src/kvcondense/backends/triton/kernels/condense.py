@@ -1,0 +1,115 @@
+"""The step in Triton, for rings, pages, or no state: one program per window (or block of its channels) or kept row.
+
+Whoever pools the last block of a window finishes the row. Channels never meet before the norm and every sum has its
+order, so blocks, warps and neighbours change no bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvcondense.backends.triton.kernels.bits import bf16_bits
+from kvcondense.backends.triton.kernels.encode import put
+from kvcondense.backends.triton.kernels.pool import pool
+from kvcondense.backends.triton.kernels.row import hadamard, rms_norm, rope
+
+
+@triton.jit
+def last_block(counters, e, c: tl.constexpr):
+    """True in the program that arrives last of those of window e; what they all stored before is visible there."""
+    BLOCKS: tl.constexpr = c.value.blocks
+    tl.debug_barrier()
+    last = tl.atomic_add(counters + e, 1) == BLOCKS - 1
+    if last:
+        tl.store(counters + e, 0)  # for the next launch
+    return last
+
+
+@triton.jit
+def finish(pooled, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
+           page_stride, scales_stride, c: tl.constexpr):  # fmt: skip
+    """Norm, RoPE, Hadamard of P [d]; the row to ``rows`` and, encoded, to its slot."""
+    D: tl.constexpr = c.value.head_dim
+    R: tl.constexpr = c.value.ratio
+    LATENT: tl.constexpr = c.value.latent
+    ROPE: tl.constexpr = c.value.rope_dim > 0
+    ROTATE: tl.constexpr = c.value.rotate
+    CACHE: tl.constexpr = c.value.has_cache
+    channel = tl.arange(0, D)
+    row = rms_norm(pooled, gamma, c)
+    if LATENT:
+        tl.store(latent + e.to(tl.int64) * D + channel, row)
+    if ROPE:
+        row = rope(row, cos, sin, index * R, c)
+    if ROTATE:
+        row = hadamard(row, c)
+    tl.store(rows + e.to(tl.int64) * D + channel, row)
+    if CACHE:
+        slot = tl.load(window_slot + e)
+        if slot >= 0:
+            put(row, slot, cache, scales, page_stride, scales_stride, c)
+
+
+@triton.jit
+def keep(k, kv_score, ape, keep_token, keep_position, keep_row, state, kv_stride, state_stride, c: tl.constexpr):
+    """Row k of those to keep: [kv | score + ape] of its token to its state row; padding (-1) is skipped."""
+    R: tl.constexpr = c.value.ratio
+    N: tl.constexpr = c.value.width
+    GATE: tl.constexpr = c.value.has_gate
+    APE: tl.constexpr = c.value.has_ape
+    token = tl.load(keep_token + k)
+    if token >= 0:
+        channel = tl.arange(0, N)
+        source = kv_score + token * kv_stride + channel
+        target = state + tl.load(keep_row + k) * state_stride + channel
+        store_as_state(target, tl.load(source).to(tl.float32), c)
+        if GATE:
+            z = tl.load(source + N).to(tl.float32)
+            if APE:
+                z += tl.load(ape + (tl.load(keep_position + k) % R) * N + channel)
+            store_as_state(target + N, z, c)
+
+
+@triton.jit
+def store_as_state(target, x, c: tl.constexpr):
+    """fp32 values to the state's type."""
+    ROUND: tl.constexpr = c.value.state_bf16
+    if ROUND:  # rounded before the cast, which therefore is exact
+        tl.store(target, bf16_bits(x).to(tl.float32, bitcast=True).to(tl.bfloat16))
+    else:
+        tl.store(target, x)
+
+
+@triton.jit
+def condense_kernel(
+    kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions, state_table, state,
+    window_request, window_index, window_slot, keep_token, keep_position, keep_row, cache, scales, counters,
+    window_programs, kv_stride, table_stride, state_stride, page_stride, scales_stride, c: tl.constexpr,
+):  # fmt: skip
+    """The first ``window_programs`` programs pool and finish windows, the others keep rows."""
+    BLOCKS: tl.constexpr = c.value.blocks
+    BLOCK: tl.constexpr = c.value.block
+    D: tl.constexpr = c.value.head_dim
+    STATE: tl.constexpr = c.value.state != ""
+    program = tl.program_id(0)
+    if program < window_programs:
+        e = program // BLOCKS
+        q = tl.load(window_request + e)
+        if q >= 0:
+            index = tl.load(window_index + e)
+            channel = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+            pooled = pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, state_table, state,
+                          kv_stride, table_stride, state_stride, c)  # fmt: skip
+            if BLOCKS == 1:
+                finish(pooled, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
+                       page_stride, scales_stride, c)  # fmt: skip
+            else:
+                tl.store(rows + e.to(tl.int64) * D + channel, pooled)
+                if last_block(counters, e, c):
+                    whole = tl.load(rows + e.to(tl.int64) * D + tl.arange(0, D), cache_modifier=".cg")
+                    finish(whole, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
+                           page_stride, scales_stride, c)  # fmt: skip
+    elif STATE:
+        keep(program - window_programs, kv_score, ape, keep_token, keep_position, keep_row, state,
+             kv_stride, state_stride, c)  # fmt: skip

@@ -1,0 +1,92 @@
+"""Stages 2 and 3 in Triton: a window's tokens, from this step or from the state, and the softmax over them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvcondense.backends.triton.kernels.bits import round_bf16, rows_sum
+
+
+@triton.jit
+def state_row(position, live, q, state_table, table_stride, c: tl.constexpr):
+    """Row of the state (or of the draft log) that holds each position of request q; 0 where not ``live``."""
+    PAGED: tl.constexpr = c.value.state == "paged"
+    ROWS: tl.constexpr = c.value.state_rows
+    p = tl.where(live, position, 0).to(tl.int32)
+    if PAGED:
+        page = tl.load(state_table + q * table_stride + p // ROWS, mask=live, other=0)
+    else:
+        page = tl.load(state_table + q)
+    return tl.where(live, page * ROWS + p % ROWS, 0)
+
+
+@triton.jit
+def as_stored(x, c: tl.constexpr):
+    """Values as they would come back from the state."""
+    ROUND: tl.constexpr = c.value.state_bf16
+    if ROUND:
+        x = round_bf16(x)
+    return x
+
+
+@triton.jit
+def tile(pointer, offset, channel, live):
+    """fp32 [n, channels] at offset [n] of live rows, 0 elsewhere."""
+    return tl.load(pointer + offset[:, None] + channel[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def biases(ape, position, half, channel, live, c: tl.constexpr):
+    """ape [n, channels] of each position."""
+    R: tl.constexpr = c.value.ratio
+    N: tl.constexpr = c.value.width
+    phase = (tl.where(live, position, 0) % R).to(tl.int32)
+    return tile(ape, phase * N + half, channel, live)
+
+
+@triton.jit
+def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, state_table, state,
+         kv_stride, table_stride, state_stride, c: tl.constexpr):  # fmt: skip
+    """P of window ``index`` of request q for ``channel`` [block]: sum e^(z - m) K / sum e^(z - m), by halving trees."""
+    R: tl.constexpr = c.value.ratio
+    W: tl.constexpr = c.value.window
+    PADDED: tl.constexpr = c.value.window_padded
+    LEVELS: tl.constexpr = c.value.window_levels
+    N: tl.constexpr = c.value.width
+    D: tl.constexpr = c.value.head_dim
+    BLOCK: tl.constexpr = c.value.block
+    GATE: tl.constexpr = c.value.has_gate
+    APE: tl.constexpr = c.value.has_ape
+    STATE: tl.constexpr = c.value.state != ""
+    start = tl.load(start_positions + q)
+    first_token = tl.load(query_start_loc + q) - start
+    begin = (index + 1) * R - W
+    j = tl.arange(0, PADDED)
+    position = begin + j
+    valid = (position >= 0) & (j < W)
+    fresh = valid & (position >= start)
+    # Channels [0, d) are read of tokens before the window, the last d of those in it.
+    half = (j >= W - R).to(tl.int64) * (N - D)
+    offset = tl.where(fresh, first_token + position, 0) * kv_stride + half
+    kv = as_stored(tile(kv_score, offset, channel, fresh), c)  # [PADDED, block]
+    z = tl.zeros([PADDED, BLOCK], tl.float32)
+    if GATE:
+        z = tile(kv_score, offset + N, channel, fresh)
+        if APE:
+            z += biases(ape, position, half, channel, fresh, c)
+        z = as_stored(z, c)
+    elif APE:
+        z = biases(ape, position, half, channel, valid, c)
+    if STATE:
+        if (begin < start) & (start > 0):
+            stored = valid & (position < start)
+            row = state_row(position, stored, q, state_table, table_stride, c) * state_stride + half
+            kv = tl.where(stored[:, None], tile(state, row, channel, stored), kv)
+            if GATE:
+                z = tl.where(stored[:, None], tile(state, row + N, channel, stored), z)
+    z = tl.where(valid[:, None], z, float("-inf"))
+    # The maximum does not depend on an order.
+    e = tl.exp(z - tl.max(z, axis=0)[None, :])
+    total = rows_sum(e, PADDED, BLOCK, LEVELS)
+    return tl.div_rn(rows_sum(e * kv, PADDED, BLOCK, LEVELS), total)

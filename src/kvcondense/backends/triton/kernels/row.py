@@ -1,0 +1,57 @@
+"""Stages 4 to 6 in Triton: RMS norm, RoPE and Hadamard of one row, with the reference's order of operations."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvcondense.backends.triton.kernels.bits import partner, round_bf16, tree_sum
+
+
+@triton.jit
+def rms_norm(row, gamma, c: tl.constexpr):
+    """n = gamma * (u * rsqrt(mean(u^2) + eps)), row [d]; the REFERENCE profile rounds u and n to bf16."""
+    D: tl.constexpr = c.value.head_dim
+    LEVELS: tl.constexpr = c.value.channel_levels
+    EPS: tl.constexpr = c.value.eps
+    ROUND: tl.constexpr = c.value.round_rows
+    channel = tl.arange(0, D)
+    if ROUND:
+        row = round_bf16(row)
+    mean = tree_sum(row * row, D, LEVELS) * (1.0 / D)  # d is a power of two: exact
+    n = tl.load(gamma + channel) * (row * tl.div_rn(1.0, tl.sqrt_rn(mean + EPS)))
+    if ROUND:
+        n = round_bf16(n)
+    return n
+
+
+@triton.jit
+def rope(row, cos, sin, position, c: tl.constexpr):
+    """(a, b) -> (a cos - b sin, a sin + b cos) on pairs of the last channels; the REFERENCE profile rounds to bf16."""
+    D: tl.constexpr = c.value.head_dim
+    SIZE: tl.constexpr = c.value.rope_dim
+    ROUND: tl.constexpr = c.value.round_rows
+    channel = tl.arange(0, D)
+    rotated = channel >= D - SIZE
+    pair = tl.where(rotated, (channel - (D - SIZE)) // 2, 0)
+    a = tl.load(cos + position * (SIZE // 2) + pair)
+    b = tl.load(sin + position * (SIZE // 2) + pair)
+    other = partner(row, D, 1) * b
+    # a cos + (-(b sin)) has the same bits as a cos - b sin.
+    out = row * a + tl.where(channel % 2 == 0, -other, other)
+    if ROUND:
+        out = round_bf16(out)
+    return tl.where(rotated, out, row)
+
+
+@triton.jit
+def hadamard(row, c: tl.constexpr):
+    """y = (H row) d^-0.5 by butterflies, neighbours first."""
+    D: tl.constexpr = c.value.head_dim
+    LEVELS: tl.constexpr = c.value.channel_levels
+    SCALE: tl.constexpr = c.value.hadamard_scale
+    channel = tl.arange(0, D)
+    for i in tl.static_range(LEVELS):
+        other = partner(row, D, 1 << i)
+        row = tl.where((channel >> i) % 2 == 0, row + other, other - row)
+    return row * SCALE

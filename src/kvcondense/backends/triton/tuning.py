@@ -1,0 +1,67 @@
+"""How steps are cut into programs: a small table by architecture, ratio, head_dim and rows. Nothing is tuned at run time.
+
+``tuning.json`` holds it; ``kvcondense tune`` measures a device and rewrites its part. A choice changes speed, never a
+bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvcondense.spec import CompressorSpec
+
+TABLE = Path(__file__).with_name("tuning.json")
+ANY = "any"
+"""Architecture whose entries stand in for those that the table does not name."""
+_TILE = 4096
+"""Elements of a tile, [window, channels], where the table says nothing."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """block: channels of a program; num_warps: its warps; hardware_cast: e4m3 codes by the chip's own cast."""
+
+    block: int
+    num_warps: int
+    hardware_cast: bool = False
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """The file: {architecture: {"source": ..., "hardware_cast": ..., "entries": [[ratio, head_dim, rows, block,
+    num_warps], ...]}}; an entry serves steps of at most ``rows`` windows, null any number."""
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """sm_90, gfx942, Ascend910B3 ... of a device, "any" under the interpreter."""
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    return ANY
+
+
+def choose(device: torch.device, spec: CompressorSpec, rows: int) -> Choice:
+    """The tiling of a step with ``rows`` windows on this device."""
+    return choose_for(architecture(device), spec.ratio, spec.window, spec.head_dim, rows)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_for(arch: str, ratio: int, window: int, head_dim: int, rows: int) -> Choice:
+    """The tiling for an architecture by name."""
+    part = table().get(arch, table()[ANY])
+    for r, d, most, block, num_warps in part["entries"]:
+        if (r, d) == (ratio, head_dim) and (most is None or rows <= most):
+            return Choice(block, num_warps, part["hardware_cast"])
+    padded = 1 << (window - 1).bit_length()
+    block = max(min(head_dim, _TILE // padded), min(head_dim, 16))
+    return Choice(block, max(1, min(8, block * padded // 512)), part["hardware_cast"])
