@@ -8,7 +8,7 @@ from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeErr
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.online import OnlineState
-from kvcondense.layout.plan import Facts, Plan, Slots
+from kvcondense.layout.plan import Plan, Slots
 from kvcondense.layout.state import StatePool
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
@@ -87,10 +87,52 @@ def step(
     facts = plan.facts(spec)
     if kv_score.shape[0] < facts.tokens:
         raise ShapeError("kv_score", f"at least {facts.tokens} rows", f"{kv_score.shape[0]} rows")
+    layer(spec, weights, rope, state, cache, device)
+    if rope is not None and facts.last_window * spec.ratio >= rope.cos.shape[0]:
+        raise RangeError("rope", f"at least {facts.last_window * spec.ratio + 1} positions", rope.cos.shape[0])
+    geometry(plan, state, cache)
+    if cache is not None:
+        slots(facts.slots, cache, "slot_mapping" if plan.batch.block_table is None else "block_table")
+    if state is None:
+        facts.reads.check_none(plan.batch)
+    else:
+        state.check_continues(spec, plan.batch, facts.reads)
+
+
+def layer(
+    spec: CompressorSpec,
+    weights: CompressorWeights,
+    rope: RopeTable | None,
+    state: StatePool | OnlineState | None,
+    cache: PagedCache | None,
+    device: torch.device,
+) -> None:
+    """Check that what a layer owns fits its spec, whatever the step."""
     _weights(spec, weights, device)
-    _rope(spec, rope, facts, device)
-    _cache(spec, cache, plan, facts, device)
-    _state(spec, state, plan, facts, device)
+    _rope(spec, rope, device)
+    if cache is not None:
+        if cache.head_dim != spec.head_dim:
+            raise ShapeError("cache", f"rows of {spec.head_dim} channels", f"{cache.head_dim}")
+        cache.format.check(spec.head_dim, spec.rope_dim)
+        if cache.data.device != device:
+            raise DeviceError("cache", f"device {device}", cache.data.device)
+    if state is not None:
+        if state.state_dim != spec.state_dim:
+            raise ShapeError("state", f"rows of {spec.state_dim} channels", f"{state.state_dim}")
+        if state.device != device:
+            raise DeviceError("state", f"device {device}", state.device)
+
+
+def geometry(plan: Plan, state: StatePool | OnlineState | None, cache: PagedCache | None) -> None:
+    """Check that a plan was made for the layout of this state and the pages of this cache; asks for no value."""
+    if plan.state_layout != (None if state is None else state.layout):
+        raise KvCondenseError("plan", "a plan for the layout of this state", f"{plan.state_layout}")
+    if cache is None:
+        return
+    if plan.batch.slot_mapping is None and plan.batch.block_table is None:
+        raise KvCondenseError("batch.slot_mapping", "slot_mapping or block_table (a cache is given)", "neither")
+    if plan.page_rows is not None and plan.batch.block_table is not None and plan.page_rows != cache.page_rows:
+        raise KvCondenseError("plan", f"a plan for pages of {cache.page_rows} rows", f"{plan.page_rows} rows")
 
 
 def batch_and_plan(
@@ -147,7 +189,7 @@ def _weights(spec: CompressorSpec, weights: CompressorWeights, device: torch.dev
     _fitted(weights, spec, device)
 
 
-def _rope(spec: CompressorSpec, rope: RopeTable | None, facts: Facts, device: torch.device) -> None:
+def _rope(spec: CompressorSpec, rope: RopeTable | None, device: torch.device) -> None:
     if spec.rope_dim == 0:
         if rope is not None:
             raise KvCondenseError("rope", "None (rope_dim is 0)", "a RopeTable")
@@ -159,36 +201,3 @@ def _rope(spec: CompressorSpec, rope: RopeTable | None, facts: Facts, device: to
         for name, table in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
             tensor(name, table, (None, spec.rope_dim // 2), (torch.float32, torch.float64), device)
         _fitted(rope, spec, device)
-    last = facts.last_window * spec.ratio
-    if last >= rope.cos.shape[0]:
-        raise RangeError("rope", f"at least {last + 1} positions", rope.cos.shape[0])
-
-
-def _cache(spec: CompressorSpec, cache: PagedCache | None, plan: Plan, facts: Facts, device: torch.device) -> None:
-    if cache is None:
-        return
-    if cache.head_dim != spec.head_dim:
-        raise ShapeError("cache", f"rows of {spec.head_dim} channels", f"{cache.head_dim}")
-    cache.format.check(spec.head_dim, spec.rope_dim)
-    if cache.data.device != device:
-        raise DeviceError("cache", f"device {device}", cache.data.device)
-    if plan.batch.slot_mapping is None and plan.batch.block_table is None:
-        raise KvCondenseError("batch.slot_mapping", "slot_mapping or block_table (a cache is given)", "neither")
-    if plan.page_rows is not None and plan.batch.block_table is not None and plan.page_rows != cache.page_rows:
-        raise KvCondenseError("plan", f"a plan for pages of {cache.page_rows} rows", f"{plan.page_rows} rows")
-    slots(facts.slots, cache, "slot_mapping" if plan.batch.block_table is None else "block_table")
-
-
-def _state(
-    spec: CompressorSpec, state: StatePool | OnlineState | None, plan: Plan, facts: Facts, device: torch.device
-) -> None:
-    if plan.state_layout != (None if state is None else state.layout):
-        raise KvCondenseError("plan", "a plan for the layout of this state", f"{plan.state_layout}")
-    if state is None:
-        facts.reads.check_none(plan.batch)
-        return
-    if state.state_dim != spec.state_dim:
-        raise ShapeError("state", f"rows of {spec.state_dim} channels", f"{state.state_dim}")
-    if state.device != device:
-        raise DeviceError("state", f"device {device}", state.device)
-    state.check_continues(spec, plan.batch, facts.reads)

@@ -58,6 +58,7 @@ class Plan:
     keep_token, keep_request, keep_position, keep_row [K]: token t at position p of request q goes to a state row.
     Entries of -1 in window_request or keep_token are padding and stand at the end. overwrites: a kept row may take the
     place of a stored row that a window of this step reads, so that rows must be kept after all windows were read.
+    counters [E] int32, zero: scratch of backends, which leave it zero. One stream at a time may use a plan.
     """
 
     ratio: int
@@ -72,7 +73,8 @@ class Plan:
     keep_request: torch.Tensor
     keep_position: torch.Tensor
     keep_row: torch.Tensor
-    overwrites: bool = True
+    overwrites: bool
+    counters: torch.Tensor
 
     @classmethod
     def build(
@@ -120,6 +122,7 @@ class Plan:
             keep_position=position,
             keep_row=row,
             overwrites=_overwrites(spec, batch, state_layout, windows, row),
+            counters=_counters(window),
         )
 
     @staticmethod
@@ -179,6 +182,7 @@ class Plan:
             **{n: torch.where(live, t, -1) for n, t in zip(WINDOW_FIELDS, (request, window, slot), strict=True)},
             **{n: torch.where(kept, t, -1) for n, t in zip(KEEP_FIELDS, (token, owner, position, row), strict=True)},
             overwrites=_may_overwrite(spec, state_layout, max_tokens if max_query_len is None else max_query_len),
+            counters=_counters(window),
         )
 
     def copy_(self, other: Plan) -> None:
@@ -216,16 +220,6 @@ class Plan:
             vars(self)["_facts"] = known
         return known
 
-    def scratch(self, name: str, size: int) -> torch.Tensor:
-        """int32 [size], zero at first: memory of a backend that leaves it zeroed. One stream at a time may use a plan.
-
-        It lives as long as the plan, so that a captured graph finds it again.
-        """
-        known: dict[str, torch.Tensor] = vars(self).setdefault("_scratch", {})
-        if name not in known or known[name].shape[0] < size:
-            known[name] = torch.zeros(size, dtype=torch.int32, device=self.window_request.device)
-        return known[name]
-
     @property
     def num_windows(self) -> int:
         """Length of the window arrays, padding included."""
@@ -252,7 +246,8 @@ class Plan:
             return torch.cat([values, values.new_full((size - values.shape[0],), -1)])
 
         sizes = dict.fromkeys(WINDOW_FIELDS, windows) | dict.fromkeys(KEEP_FIELDS, keeps)
-        return replace(self, **{name: fill(name, size) for name, size in sizes.items()})
+        filled = {name: fill(name, size) for name, size in sizes.items()}
+        return replace(self, **filled, counters=_counters(filled["window_index"]))
 
 
 def _work(
@@ -265,6 +260,10 @@ def _work(
     first = start // spec.ratio
     low = end if layout is None else torch.where(batch.active, layout.keep_start(spec, batch), end)
     return start, first, end // spec.ratio - first, low, end - low
+
+
+def _counters(windows: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(windows.shape[0], dtype=torch.int32, device=windows.device)
 
 
 def _overwrites(

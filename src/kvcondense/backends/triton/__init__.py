@@ -28,7 +28,6 @@ from kvcondense.layout.state import PagedLayout
 _TOKENS = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_CANDIDATES = 1024
 _DEVICES = ("cuda", "npu")
-_COUNTERS = "triton counters"
 
 
 @dataclass(frozen=True)
@@ -141,14 +140,14 @@ def _run(step: Step, *, windows: bool = True, cache: PagedCache | None, keeps: b
 
 def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept: int, num_warps: int) -> None:
     """Start the kernel for ``count`` windows and ``kept`` kept rows (online: requests)."""
-    from kvcondense.backends.triton.kernels.condense import condense_kernel
+    from kvcondense.backends.triton.kernels.condense import condense_kernel, finish_kernel
     from kvcondense.backends.triton.kernels.online import online_kernel
 
     plan, state, batch = step.plan, step.state, step.plan.batch
     kv_score = step.kv_score if step.kv_score.stride(1) == 1 else step.kv_score.contiguous()
     ape, gamma = None if step.ape is None else _fp32(step.ape), _fp32(step.gamma)
     cos, sin = (None, None) if step.rope is None else (_fp32(step.rope.cos), _fp32(step.rope.sin))
-    counters = plan.scratch(_COUNTERS, count) if c.blocks > 1 else None
+    counters = plan.counters if c.blocks > 1 and c.counters else None
     cache_data, page_stride = (None, 0) if cache is None else (cache.data, cache.data.stride(0))
     scales = None if cache is None else cache.scales
     scales_stride = 0 if scales is None or scales.dim() == 0 else scales.stride(0)
@@ -174,6 +173,10 @@ def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept:
             programs, kv_score.stride(0), stride, 0 if data is None else data.stride(0), page_stride, scales_stride,
             **options,
         )  # fmt: skip
+        if count and c.blocks > 1 and not c.counters:
+            finish_kernel[(count,)](
+                *head[2:7], *windows, cache_data, scales, page_stride, scales_stride, **options
+            )
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -25,6 +25,7 @@ from kvcondense.spec import CompressorSpec, Rounding
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 _PAGE_ROWS = 64
+_MAIN = {"csa": "fp8_model1", "hca": "fp8_model1", "indexer": "mxfp4_indexer", "r2": "fp4_v41", "r1": "fp4_v41"}
 _RING = {"csa": 16, "indexer": 16, "hca": 136, "r2": 8, "r1": 8}
 
 
@@ -91,10 +92,9 @@ def variants() -> tuple[Variant, ...]:
 def _variants() -> Iterator[Variant]:
     kinds = specs()
     for kind, spec in kinds.items():
-        main = next(f for f in FORMATS.values() if _fits(f, spec) and f.name.startswith(("fp8", "fp4")))
         for rows in _row_classes(spec):
             for state in ("ring", "paged", "") + (() if spec.overlap else ("online",)):
-                yield Variant(kind, state, format=main.name, rows=rows)
+                yield Variant(kind, state, format=_MAIN[kind], rows=rows)
         for form in FORMATS.values():
             if _fits(form, spec):
                 yield Variant(kind, format=form.name)
@@ -147,7 +147,7 @@ def compile_variant(variant: Variant, arch: str) -> Compiled:
     try:
         source = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attrs)
         options = {"num_warps": choice.num_warps, "enable_fp_fusion": False}
-        built = triton.compile(source, target=_target(arch), options=options)
+        built = triton.compile(source, target=target(arch), options=options)
     except Exception as error:  # whatever a compiler raises is the finding
         return replace(head, seconds=time.perf_counter() - start, error=f"{type(error).__name__}: {error}"[-2000:])
     seconds = time.perf_counter() - start
@@ -159,7 +159,8 @@ def _state_rows(variant: Variant) -> int:
     return {"ring": _RING[variant.kind], "paged": 32, "online": 8, "": 0}[variant.state]
 
 
-def _target(arch: str) -> Any:
+def target(arch: str) -> Any:
+    """Triton's name for an architecture; raises UnsupportedError for one that it does not compile for."""
     from triton.backends.compiler import GPUTarget
 
     if re.fullmatch(r"sm_\d+", arch):
@@ -174,17 +175,17 @@ def _signature(variant: Variant, c: Constants) -> tuple[Any, dict[str, str], dic
     from kvcondense.backends.triton.kernels.condense import condense_kernel
     from kvcondense.backends.triton.kernels.online import online_kernel
 
-    kernel = online_kernel if c.state == "online" else condense_kernel
+    kernel = online_kernel if c.online else condense_kernel
     types = {"kv_score": f"*{variant.tokens}", "state": f"*{variant.state_type}", "cache": "*u8", "counters": "*i32"}
     types |= dict.fromkeys(("ape", "gamma", "cos", "sin", "rows", "latent", "acc", "log", "scales"), "*fp32")
     absent = {
         "ape": not c.has_ape,
         "latent": not c.latent,
-        "state": c.state == "",
-        "state_table": c.state == "",
+        "state": not c.has_state,
+        "state_table": not c.has_state,
         "cache": not c.has_cache,
         "scales": c.rows_map is None or not (c.rows_map.scales_outside or variant.format == "fp8_tensor"),
-        "counters": c.blocks == 1,
+        "counters": c.blocks == 1 or not c.counters,
     }
     signature, constexprs = {}, {}
     for index, name in enumerate(kernel.arg_names):

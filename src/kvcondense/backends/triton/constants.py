@@ -15,7 +15,7 @@ from kvcondense.layout.online import OnlineState
 from kvcondense.layout.state import PagedLayout, StatePool
 from kvcondense.spec import CompressorSpec, Rounding
 
-UNROLL = 8
+UNROLL = 4
 """Tokens that an online fold reads ahead."""
 SCALE_PART = Part(
     0, 0, SMALL_FLOAT, 0, E4M3.bits, E4M3.mantissa, E4M3.bias, E4M3.max_code, E4M3.nan_code or 0, 1
@@ -26,8 +26,7 @@ SCALE_PART = Part(
 class Constants:
     """Compile-time arguments; equal ones are one object (:func:`constants`), so that looking a kernel up is quick.
 
-    block: channels of a program, blocks: programs per window. state: "", "ring", "paged" or "online"; state_rows: rows
-    of a ring, a page or a draft log. window_padded, window_levels: the window as a power of two, and its logarithm.
+    block: channels of a program, blocks: programs per window, counters: whether the last of them finishes it. state_rows: rows of a ring, a page or a draft log. window_padded, window_levels: the window as a power of two, and its logarithm.
     """
 
     ratio: int
@@ -46,7 +45,10 @@ class Constants:
     round_rows: bool
     block: int
     blocks: int
-    state: str
+    counters: bool
+    has_state: bool
+    paged: bool
+    online: bool
     state_rows: int
     state_bf16: bool
     latent: bool
@@ -73,6 +75,8 @@ def constants(
     unroll: int = UNROLL,
 ) -> Constants:
     """The record for these; ``state`` as :func:`state_key` has it, ``page_rows`` of the cache."""
+    # Without counters a launch of its own finishes windows; who writes back an online state then has to be one program.
+    block = spec.head_dim if state[0] == "online" and not choice.counters else choice.block
     padded = 1 << (spec.window - 1).bit_length()
     return Constants(
         ratio=spec.ratio,
@@ -89,9 +93,12 @@ def constants(
         has_gate=spec.has_gate,
         has_ape=spec.has_ape,
         round_rows=spec.rounding is Rounding.REFERENCE,
-        block=choice.block,
-        blocks=spec.head_dim // choice.block,
-        state=state[0],
+        block=block,
+        blocks=spec.head_dim // block,
+        counters=choice.counters,
+        has_state=state[0] != "",
+        paged=state[0] == "paged",
+        online=state[0] == "online",
         state_rows=state[1],
         state_bf16=state[2],
         latent=latent,

@@ -25,29 +25,33 @@ _TILE = 4096
 
 @dataclass(frozen=True)
 class Choice:
-    """block: channels of a program; num_warps: its warps; hardware_cast: e4m3 codes by the chip's own cast."""
+    """block: channels of a program; num_warps: its warps; hardware_cast: e4m3 codes by the chip's own cast; counters:
+    a program is threads, and atomics tell the last of a window's programs that it is (else a program is one thread, and
+    a second launch finishes windows).
+    """
 
     block: int
     num_warps: int
     hardware_cast: bool = False
+    counters: bool = True
 
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """The file: {architecture: {"source": ..., "hardware_cast": ..., "entries": [[ratio, head_dim, rows, block,
+    """The file: {architecture: {"source": ..., "hardware_cast": ..., "counters": ..., "entries": [[ratio, head_dim, rows, block,
     num_warps], ...]}}; an entry serves steps of at most ``rows`` windows, null any number."""
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """sm_90, gfx942, Ascend910B3 ... of a device, "any" under the interpreter."""
+    """sm_90, gfx942, Ascend ... of a device, "any" under the interpreter."""
     if device.type == "cuda":
         if torch.version.hip is not None:
             return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
         major, minor = torch.cuda.get_device_capability(device)
         return f"sm_{major}{minor}"
-    return ANY
+    return "Ascend" if device.type == "npu" else ANY
 
 
 def choose(device: torch.device, spec: CompressorSpec, rows: int) -> Choice:
@@ -61,7 +65,7 @@ def choose_for(arch: str, ratio: int, window: int, head_dim: int, rows: int) -> 
     part = table().get(arch, table()[ANY])
     for r, d, most, block, num_warps in part["entries"]:
         if (r, d) == (ratio, head_dim) and (most is None or rows <= most):
-            return Choice(block, num_warps, part["hardware_cast"])
+            return Choice(block, num_warps, part["hardware_cast"], part["counters"])
     padded = 1 << (window - 1).bit_length()
     block = max(min(head_dim, _TILE // padded), min(head_dim, 16))
-    return Choice(block, max(1, min(8, block * padded // 512)), part["hardware_cast"])
+    return Choice(block, max(1, min(8, block * padded // 512)), part["hardware_cast"], part["counters"])

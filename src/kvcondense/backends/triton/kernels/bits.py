@@ -49,10 +49,10 @@ def rows_sum(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.constexpr)
 
 @triton.jit
 def tree_sum(x, N: tl.constexpr, LEVELS: tl.constexpr):
-    """x [N] -> its sum as ``numerics.tree_sum`` orders it."""
-    for i in tl.static_range(LEVELS - 1):
+    """x [N] -> [1], its sum as ``numerics.tree_sum`` orders it."""
+    for i in tl.static_range(LEVELS):
         x = tl.sum(tl.reshape(x, (2, N >> (i + 1))), axis=0)
-    return tl.sum(x, axis=0)
+    return x
 
 
 @triton.jit

@@ -33,14 +33,14 @@ def finish(pooled, e, index, gamma, cos, sin, rows, latent, window_slot, cache, 
     D: tl.constexpr = c.value.head_dim
     R: tl.constexpr = c.value.ratio
     LATENT: tl.constexpr = c.value.latent
-    ROPE: tl.constexpr = c.value.rope_dim > 0
+    ROPE: tl.constexpr = c.value.rope_dim
     ROTATE: tl.constexpr = c.value.rotate
     CACHE: tl.constexpr = c.value.has_cache
     channel = tl.arange(0, D)
     row = rms_norm(pooled, gamma, c)
     if LATENT:
         tl.store(latent + e.to(tl.int64) * D + channel, row)
-    if ROPE:
+    if ROPE > 0:
         row = rope(row, cos, sin, index * R, c)
     if ROTATE:
         row = hadamard(row, c)
@@ -91,7 +91,8 @@ def condense_kernel(
     BLOCKS: tl.constexpr = c.value.blocks
     BLOCK: tl.constexpr = c.value.block
     D: tl.constexpr = c.value.head_dim
-    STATE: tl.constexpr = c.value.state != ""
+    COUNTERS: tl.constexpr = c.value.counters
+    STATE: tl.constexpr = c.value.has_state
     program = tl.program_id(0)
     if program < window_programs:
         e = program // BLOCKS
@@ -106,10 +107,25 @@ def condense_kernel(
                        page_stride, scales_stride, c)  # fmt: skip
             else:
                 tl.store(rows + e.to(tl.int64) * D + channel, pooled)
-                if last_block(counters, e, c):
-                    whole = tl.load(rows + e.to(tl.int64) * D + tl.arange(0, D), cache_modifier=".cg")
-                    finish(whole, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
-                           page_stride, scales_stride, c)  # fmt: skip
+                if COUNTERS:  # else finish_kernel follows
+                    if last_block(counters, e, c):
+                        whole = tl.load(rows + e.to(tl.int64) * D + tl.arange(0, D), cache_modifier=".cg")
+                        finish(whole, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
+                               page_stride, scales_stride, c)  # fmt: skip
     elif STATE:
         keep(program - window_programs, kv_score, ape, keep_token, keep_position, keep_row, state,
              kv_stride, state_stride, c)  # fmt: skip
+
+
+@triton.jit
+def finish_kernel(
+    gamma, cos, sin, rows, latent, window_request, window_index, window_slot, cache, scales,
+    page_stride, scales_stride, c: tl.constexpr,
+):  # fmt: skip
+    """Finish what blocks have pooled into ``rows``, on devices whose atomics do not say who came last."""
+    D: tl.constexpr = c.value.head_dim
+    e = tl.program_id(0)
+    if tl.load(window_request + e) >= 0:
+        pooled = tl.load(rows + e.to(tl.int64) * D + tl.arange(0, D))
+        finish(pooled, e, tl.load(window_index + e), gamma, cos, sin, rows, latent, window_slot, cache, scales,
+               page_stride, scales_stride, c)  # fmt: skip

@@ -21,7 +21,7 @@ def row_of(position, start, first_token, q, kv_score, ape, state_table, log, cha
     N: tl.constexpr = c.value.width
     GATE: tl.constexpr = c.value.has_gate
     APE: tl.constexpr = c.value.has_ape
-    LOG: tl.constexpr = c.value.state_rows > 0
+    LOG: tl.constexpr = c.value.state_rows
     fresh = position >= start
     mask = channel < tl.where(fresh, N, 0)
     source = kv_score + tl.where(fresh, first_token + position, 0) * kv_stride + channel
@@ -32,7 +32,7 @@ def row_of(position, start, first_token, q, kv_score, ape, state_table, log, cha
     z = bias
     if GATE:
         z = tl.load(source + N, mask=mask, other=0.0).to(tl.float32) + bias
-    if LOG:
+    if LOG > 0:
         logged = channel < tl.where(fresh, 0, N)
         old = log + state_row(position, position < start, q, state_table, 0, c) * log_stride + channel
         kv = tl.where(fresh, kv, tl.load(old, mask=logged, other=0.0))
@@ -82,16 +82,18 @@ def open_window(q, slot, start, end, first_token, folded, draft_rows, kv_score, 
     D: tl.constexpr = c.value.head_dim
     N: tl.constexpr = c.value.width
     GATE: tl.constexpr = c.value.has_gate
-    LOG: tl.constexpr = c.value.state_rows > 0
+    LOG: tl.constexpr = c.value.state_rows
+    THREADS: tl.constexpr = c.value.counters
     committed = end - tl.load(draft_rows + q)
     m, l, o = fold(committed // R * R, committed, start, first_token, folded, q, slot, kv_score, ape, state_table,
                    acc, log, channel, kv_stride, log_stride, c)  # fmt: skip
-    tl.debug_barrier()
+    if THREADS:
+        tl.debug_barrier()  # all threads have read before one writes
     target = acc + slot * (3 * D) + channel
     tl.store(target, m)
     tl.store(target + D, l)
     tl.store(target + 2 * D, o)
-    if LOG:
+    if LOG > 0:
         for position in range(committed, end):
             kv, z = row_of(position, start, first_token, q, kv_score, ape, state_table, log, channel,
                            kv_stride, log_stride, c)  # fmt: skip

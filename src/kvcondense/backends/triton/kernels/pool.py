@@ -11,11 +11,11 @@ from kvcondense.backends.triton.kernels.bits import round_bf16, rows_sum
 @triton.jit
 def state_row(position, live, q, state_table, table_stride, c: tl.constexpr):
     """Row of the state (or of the draft log) that holds each position of request q; 0 where not ``live``."""
-    PAGED: tl.constexpr = c.value.state == "paged"
+    PAGED: tl.constexpr = c.value.paged
     ROWS: tl.constexpr = c.value.state_rows
     p = tl.where(live, position, 0).to(tl.int32)
     if PAGED:
-        page = tl.load(state_table + q * table_stride + p // ROWS, mask=live, other=0)
+        page = tl.load(state_table + q * table_stride + p // ROWS)  # where not live, that of position 0
     else:
         page = tl.load(state_table + q)
     return tl.where(live, page * ROWS + p % ROWS, 0)
@@ -58,7 +58,7 @@ def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, sta
     BLOCK: tl.constexpr = c.value.block
     GATE: tl.constexpr = c.value.has_gate
     APE: tl.constexpr = c.value.has_ape
-    STATE: tl.constexpr = c.value.state != ""
+    STATE: tl.constexpr = c.value.has_state
     start = tl.load(start_positions + q)
     first_token = tl.load(query_start_loc + q) - start
     begin = (index + 1) * R - W

@@ -19,7 +19,7 @@ def rms_norm(row, gamma, c: tl.constexpr):
     if ROUND:
         row = round_bf16(row)
     mean = tree_sum(row * row, D, LEVELS) * (1.0 / D)  # d is a power of two: exact
-    n = tl.load(gamma + channel) * (row * tl.div_rn(1.0, tl.sqrt_rn(mean + EPS)))
+    n = tl.load(gamma + channel) * (row * tl.div_rn(tl.full([1], 1.0, tl.float32), tl.sqrt_rn(mean + EPS)))
     if ROUND:
         n = round_bf16(n)
     return n
