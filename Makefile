@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench ascend lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,17 @@ bench: $(VENV)/.installed  ## timings beside floors and peers
 	mkdir -p build/bench
 	$(BIN)/kvcondense bench --json build/bench/cpu.jsonl --plot build/bench/cpu.png --markdown
 
+# triton-ascend installs under the name triton, hence the environment of its own. Needs mlir-19-tools, libmlir-19 and
+# clang-19 (Debian); no NPU.
+ascend: .venv-ascend/.installed  ## the Triton kernels, lowered for Ascend910B and run on this CPU
+	mkdir -p build
+	.venv-ascend/bin/python tools/ascend.py --json build/ascend.json
+
+.venv-ascend/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-ascend
+	.venv-ascend/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pybind11 triton-ascend==3.2.0
+	touch $@
+
 lint: $(VENV)/.installed  ## style, types, and the tree's own rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,4 +41,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) .venv-ascend

@@ -1,5 +1,9 @@
 """Hostile memory for every test, and hypothesis settings that are the same on every machine."""
 
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton decides when kernels are defined; no test here has a GPU
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

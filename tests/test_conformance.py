@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("invariant", INVARIANTS, ids=lambda i: i.name)
 def test_every_invariant_holds_for_our_backends(invariant, backend, kind):
     outcome = check(invariant, load_factory(f"{backend}:{kind}"))

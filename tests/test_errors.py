@@ -151,7 +151,7 @@ def test_the_good_call_is_good():
     arguments = good()
     rows = condense(**arguments)
     assert rows.window.tolist() == [0, 1]
-    assert explain(**good()) == {"cpu": None, "reference": None}
+    assert explain(**good()) == {"cpu": None, "triton": None, "reference": None}
     assert (arguments["cache"].rows != 5.0).any()
 
 

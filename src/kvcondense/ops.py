@@ -174,7 +174,9 @@ def _step(
     spec, layout, counters = static.spec, static.layout, memory.pop(0)
     optional = dict(zip(_BATCH, plan, strict=False))
     always = ("query_start_loc", "start_positions", "draft_rows")
-    used = {"state_block_table"} if isinstance(layout, PagedLayout) else {"state_slots"} if layout is not None else set()
+    used = (
+        {"state_block_table"} if isinstance(layout, PagedLayout) else {"state_slots"} if layout is not None else set()
+    )
     batch = RaggedBatch(**{n: t for n, t in optional.items() if n in always or n in used})
     state: StatePool | OnlineState | None = None
     if isinstance(layout, OnlineLayout):

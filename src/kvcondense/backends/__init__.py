@@ -70,7 +70,8 @@ class Projector(Protocol):
         ...
 
 
-# Name -> module with a BACKEND; imported when it is asked for. "auto" takes the first that can run the step.
+# Name -> module with a BACKEND; imported when it is asked for. "auto" takes the first that can run the step, but
+# for one with a true ``stand_in``: it runs somewhere else than where it is meant to, slowly.
 _MODULES = {
     "cpu": "kvcondense.backends.cpu",
     "triton": "kvcondense.backends.triton",
@@ -97,7 +98,13 @@ def select(impl: str | Backend, step: Step) -> Backend:
         callable(getattr(impl, "run", None)) and callable(getattr(impl, "why_not", None))
     ):
         raise DtypeError("impl", "a backend's name, or an object with why_not and run", type(impl).__name__)
-    return _first(impl, lambda backend: backend.why_not(step), "run this step")
+
+    def why_not(backend: Any) -> str | None:
+        if impl == "auto" and getattr(backend, "stand_in", False):
+            return "it runs here as a stand-in, for tests; ask for it by name"
+        return backend.why_not(step)
+
+    return _first(impl, why_not, "run this step")
 
 
 def select_projector(impl: str | Backend, x: torch.Tensor, w: torch.Tensor) -> Projector:

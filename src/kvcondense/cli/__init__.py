@@ -1,4 +1,4 @@
-"""The ``kvcondense`` command: verify, conformance, compress, convert, plan, bench, tune, aot, info."""
+"""The ``kvcondense`` command: verify, conformance, compress, convert, plan, bench, aot, info."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""``kvcondense aot``: compile every Triton kernel for architectures that need not be here; registers, spills, memory."""
+"""``kvcondense aot``: compile every Triton kernel for architectures that need not be here; what each takes."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -55,12 +56,10 @@ def aot(
     count = len(chosen)
     output.say(f"triton {version('triton')}: {count} variants x {len(targets)} architectures")
     results: list[compiler.Compiled] = []
-    with ProcessPoolExecutor(
-        jobs or os.cpu_count() or 1, mp_context=multiprocessing.get_context("spawn")
-    ) as executor:
+    with _workers(jobs or os.cpu_count() or 1) as work:
         for target in targets:
             found = []
-            for number, one in enumerate(executor.map(compiler.compile_variant, chosen, [target] * count), 1):
+            for number, one in enumerate(work(compiler.compile_variant, chosen, [target] * count), 1):
                 found.append(one)
                 if not quiet or one.error or one.spills:
                     output.say(f"[{number}/{count}] {_line(one)}")
@@ -78,6 +77,16 @@ def aot(
         }
     )
     raise typer.Exit(1 if bad else 0)
+
+
+@contextlib.contextmanager
+def _workers(jobs: int) -> Iterator[Callable[..., Iterable[compiler.Compiled]]]:
+    """``map`` over this many processes; one job needs no process."""
+    if jobs == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as executor:
+        yield executor.map
 
 
 def _line(r: compiler.Compiled) -> str:

@@ -1,4 +1,4 @@
-"""A cache format as kernels see it: integers and names, one record per part of a row. Every backend's codecs read these.
+"""A cache format as kernels see it: integers and names, one record per part of a row. Compiled codecs read these.
 
 ``Part`` and ``RowMap`` have a property ``value`` that is the object itself: Triton wraps compile-time arguments in
 objects with that attribute, its interpreter does not.
@@ -7,6 +7,7 @@ objects with that attribute, its interpreter does not.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,9 +23,9 @@ class Part:
     """Channels first .. last - 1 of a row, in scale blocks of ``block`` channels.
 
     element: one of this module's names, in ``bits`` bits; mantissa .. ties_to_even describe a small float (nan_code -1:
-    none); largest: fp32 bits of the element's largest value. scale: name of a :class:`Scale`, "" for none; floor: fp32 bits of the least
-    amax; floor_exponent: least exponent, for floors on the scale. Row i of a page has its codes at byte
-    code_base + code_stride * i, its scales at scale_base + scale_stride * i.
+    none); largest: fp32 bits of the element's largest value. scale: name of a :class:`Scale`, "" for none; floor: fp32
+    bits of the least amax; floor_exponent: least exponent, for floors on the scale. Row i of a page has its codes at
+    byte code_base + code_stride * i, its scales at scale_base + scale_stride * i.
     """
 
     first: int
@@ -82,7 +83,7 @@ def row_map(form: CacheFormat, head_dim: int, page_rows: int) -> RowMap:
     parts = []
     for part in inner.channels:
         code = fields[form.channels[0].name if form.through else part.name]
-        entries = _part(part, head_dim) | {
+        entries: dict[str, Any] = _part(part, head_dim) | {
             "code_base": code.base * page_rows + code.offset,
             "code_stride": code.stride,
         }
@@ -107,9 +108,9 @@ def float_bits(x: float) -> int:
     return int(fp32_bits(torch.tensor(x)))
 
 
-def _part(part: Channels, head_dim: int) -> dict:
+def _part(part: Channels, head_dim: int) -> dict[str, Any]:
     last = head_dim if part.stop is None else part.stop
-    entries = {"first": part.start, "last": last, "block": last - part.start, **_element(part)}
+    entries: dict[str, Any] = {"first": part.start, "last": last, "block": last - part.start, **_element(part)}
     rule = part.scale
     if rule is not None:
         entries["scale"] = rule.kind.name
@@ -121,7 +122,7 @@ def _part(part: Channels, head_dim: int) -> dict:
     return entries
 
 
-def _element(part: Channels) -> dict:
+def _element(part: Channels) -> dict[str, Any]:
     element = part.element
     if isinstance(element, SmallFloat):
         return {

@@ -36,6 +36,11 @@ class TritonBackend:
 
     name: str = "triton"
 
+    @property
+    def stand_in(self) -> bool:
+        """True where Triton's interpreter stands in for a device."""
+        return installed() and interpreted()
+
     def why_not(self, step: Step) -> str | None:
         """None if this step can run here, else the reason."""
         spec, kv_score, state = step.spec, step.kv_score, step.state
@@ -85,13 +90,21 @@ def _run_strict(step: Step, cache: PagedCache) -> None:
 
 def why_no_device(device: torch.device) -> str | None:
     """None if kernels can run on tensors of this device, else the reason."""
-    if find_spec("triton") is None:
+    if not installed():
         return "triton is not installed (pip install kvcondense[triton])"
     if device.type not in _DEVICES and not interpreted():
         return f"kv_score is on {device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
     if device.type != "cpu" and interpreted():
         return f"kv_score is on {device}, but Triton interprets kernels on the CPU (TRITON_INTERPRET is set)"
     return None
+
+
+def installed() -> bool:
+    """True if there is a Triton to import."""
+    try:
+        return find_spec("triton") is not None
+    except ImportError:
+        return False
 
 
 def interpreted() -> bool:
@@ -174,9 +187,7 @@ def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept:
             **options,
         )  # fmt: skip
         if count and c.blocks > 1 and not c.counters:
-            finish_kernel[(count,)](
-                *head[2:7], *windows, cache_data, scales, page_stride, scales_stride, **options
-            )
+            finish_kernel[(count,)](*head[2:7], *windows, cache_data, scales, page_stride, scales_stride, **options)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

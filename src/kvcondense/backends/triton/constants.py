@@ -26,7 +26,9 @@ SCALE_PART = Part(
 class Constants:
     """Compile-time arguments; equal ones are one object (:func:`constants`), so that looking a kernel up is quick.
 
-    block: channels of a program, blocks: programs per window, counters: whether the last of them finishes it. state_rows: rows of a ring, a page or a draft log. window_padded, window_levels: the window as a power of two, and its logarithm.
+    block: channels of a program, blocks: programs per window, counters: whether the last of them finishes it.
+    state_rows: rows of a ring, a page or a draft log. window_padded, window_levels: the window as a power of two, and
+    its logarithm.
     """
 
     ratio: int

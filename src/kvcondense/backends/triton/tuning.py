@@ -1,7 +1,6 @@
-"""How steps are cut into programs: a small table by architecture, ratio, head_dim and rows. Nothing is tuned at run time.
+"""How steps are cut into programs: a small table by architecture, ratio, head_dim and rows. No tuning at run time.
 
-``tuning.json`` holds it; ``kvcondense tune`` measures a device and rewrites its part. A choice changes speed, never a
-bit.
+``tuning.json`` holds it. A choice changes speed, never a bit.
 """
 
 from __future__ import annotations
@@ -38,8 +37,9 @@ class Choice:
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """The file: {architecture: {"source": ..., "hardware_cast": ..., "counters": ..., "entries": [[ratio, head_dim, rows, block,
-    num_warps], ...]}}; an entry serves steps of at most ``rows`` windows, null any number."""
+    """The file: by architecture its source, hardware_cast, counters, and entries [ratio, head_dim, rows, block,
+    num_warps], where an entry serves steps of at most ``rows`` windows, null any number.
+    """
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
