@@ -89,7 +89,7 @@ def test_ways_to_project_are_timed_side_by_side(monkeypatch):
 def test_rounds_are_interleaved_and_preparations_are_not_timed(monkeypatch):
     monkeypatch.setattr(measure, "_QUICK_S", 0.0)
     order = []
-    works = [(lambda n=n: order.append(f"prepare {n}"), lambda _, n=n: order.append(n)) for n in ("a", "b")]
+    works = [measure.Work(lambda n=n: order.append(f"prepare {n}"), lambda _, n=n: order.append(n)) for n in ("a", "b")]
     times = measure.interleaved(works, cold=True)
     assert [len(t) for t in times] == [measure._FEWEST] * 2
     assert order[-4:] == ["prepare a", "a", "prepare b", "b"]

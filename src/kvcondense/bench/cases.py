@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from kvcondense.config import ModelConfig
-from kvcondense.formats import get_format
+from kvcondense.formats import FORMATS, get_format
 from kvcondense.spec import CompressorSpec
 
 # No YaRN: one of the peers has none. It changes a table, not the work.
@@ -19,7 +21,10 @@ PAGE_ROWS = 64
 
 @dataclass(frozen=True)
 class Case:
-    """``batch`` requests at position ``start`` bring ``tokens`` tokens each; ``hidden``: as x, to be projected."""
+    """``batch`` requests at position ``start`` bring ``tokens`` tokens each; ``hidden``: as x, to be projected.
+
+    kind: hca, csa or indexer; format: how rows are stored.
+    """
 
     name: str
     kind: str
@@ -27,10 +32,11 @@ class Case:
     batch: int
     start: int
     hidden: bool = False
+    format: str = FORMAT
 
     @property
     def spec(self) -> CompressorSpec:
-        return CompressorSpec.hca(CONFIG) if self.kind == "hca" else CompressorSpec.csa(CONFIG)
+        return getattr(CompressorSpec, self.kind)(CONFIG)
 
     @property
     def windows(self) -> int:
@@ -49,7 +55,9 @@ class Case:
         # Of a stored row, a window reads one half of the channels if windows overlap.
         stored = min(self.start, spec.window - 1) if self.windows else 0
         kept = min(self.tokens, spec.seed_rows(end))
-        cache = self.windows * get_format(FORMAT).row_bytes(spec.head_dim)
+        fmt = get_format(self.format)
+        scales = fmt.scale_shape(1, 1) or ()  # a tensor of their own, or one number for all
+        cache = self.windows * (fmt.row_bytes(spec.head_dim) + (4 * math.prod(scales) if scales else 0))
         weight = 2 * spec.projected * CONFIG.hidden_size if self.hidden else 0
         return self.batch * (new + stored * row // spec.halves + kept * row + cache) + weight
 
@@ -75,6 +83,33 @@ CASES = {
 }
 
 
+def _device_cases() -> Iterator[Case]:
+    shapes = ((1, 8192), (1, 65536), (8, 8192))
+    for ratio, kind in ((128, "hca"), (4, "csa")):
+        for batch in (1, 16, 64, 256):
+            yield Case(f"decode {batch} on a boundary, ratio {ratio}", kind, 1, batch, 1023)
+            yield Case(f"decode {batch} within a window, ratio {ratio}", kind, 1, batch, 1000)
+        for batch in (1, 16, 64):
+            yield Case(f"verify {batch} x 8 across a boundary, ratio {ratio}", kind, 8, batch, 1019)
+        for batch, tokens in shapes:
+            yield Case(f"prefill {batch} x {tokens}, ratio {ratio}", kind, tokens, batch, 0)
+    for ratio, kind in ((128, "hca"), (4, "csa")):
+        for batch in (1, 16, 64):
+            yield Case(f"decode {batch} from x on a boundary, ratio {ratio}", kind, 1, batch, 1023, hidden=True)
+            yield Case(f"decode {batch} from x within a window, ratio {ratio}", kind, 1, batch, 1000, hidden=True)
+        for batch, tokens in shapes:
+            yield Case(f"prefill {batch} x {tokens} from x, ratio {ratio}", kind, tokens, batch, 0, hidden=True)
+    for name in FORMATS:
+        kind = "indexer" if "indexer" in name else "csa"
+        if name != FORMAT:
+            yield Case(f"prefill 1 x 8192 as {name}, ratio 4", kind, 8192, 1, 0, format=name)
+            yield Case(f"decode 64 on a boundary as {name}, ratio 4", kind, 1, 64, 1023, format=name)
+
+
+DEVICE_CASES = {case.name: case for case in _device_cases()}
+"""For GPUs: larger, and every cache format."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Tensors of a case, the same for everybody. Tokens are x [B, n, D] bf16 or kv_score [B, n, projected] fp32.
@@ -93,16 +128,16 @@ class Inputs:
 
 
 @functools.lru_cache(maxsize=1)
-def make_inputs(case: Case) -> Inputs:
+def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     """Random inputs with the spread of a trained model's, from a fixed seed."""
-    spec, gen = case.spec, torch.Generator().manual_seed(0)
+    spec, gen = case.spec, torch.Generator(device).manual_seed(0)
     end = case.start + case.tokens
     sizes = (case.start, case.tokens, -end % spec.ratio)
     channels = CONFIG.hidden_size if case.hidden else spec.projected
 
     def tokens(count: int) -> torch.Tensor:
-        t = torch.randn(case.batch, count, channels, generator=gen)
-        return t.bfloat16() if case.hidden else 1.5 * t
+        t = torch.randn(case.batch, count, channels, generator=gen, device=device)
+        return t.bfloat16() if case.hidden else t.mul_(1.5)
 
     history, new, rest = (tokens(n) for n in sizes)
     return Inputs(
@@ -110,7 +145,7 @@ def make_inputs(case: Case) -> Inputs:
         history=history,
         new=new,
         rest=rest,
-        w=(torch.randn(spec.projected, CONFIG.hidden_size, generator=gen) / 40).bfloat16(),
-        ape=0.1 * torch.randn(spec.ratio, spec.width, generator=gen),
-        norm=1 + 0.2 * torch.randn(spec.head_dim, generator=gen),
+        w=(torch.randn(spec.projected, CONFIG.hidden_size, generator=gen, device=device) / 40).bfloat16(),
+        ape=0.1 * torch.randn(spec.ratio, spec.width, generator=gen, device=device),
+        norm=1 + 0.2 * torch.randn(spec.head_dim, generator=gen, device=device),
     )

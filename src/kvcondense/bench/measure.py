@@ -29,11 +29,15 @@ _QUICK_S, _BURST = 0.005, 20
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes per second from memory and from the caches, and bf16 multiply-adds of torch per second, times two."""
+    """Bytes per second from memory and from the caches, and bf16 multiply-adds of torch per second, times two.
+
+    cached: bytes that stay in the caches from one run to the next.
+    """
 
     memory: float
     cache: float
     gemm: float
+    cached: int = 2 * _WARM_BYTES
 
     @classmethod
     def measure(cls) -> Rates:
@@ -51,7 +55,7 @@ class Rates:
 
         Warm bytes come from the caches only if they are few enough to have been there.
         """
-        bandwidth = self.memory if cold or case.bytes > 2 * _WARM_BYTES else self.cache
+        bandwidth = self.memory if cold or case.bytes > self.cached else self.cache
         return max(case.bytes / bandwidth, case.flops / self.gemm)
 
 
@@ -70,8 +74,13 @@ def clock(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-Work = tuple[Callable[[], Any], Callable[[Any], object]]
-"""What is timed: a preparation, not timed, and the work on what it returns."""
+@dataclass(frozen=True)
+class Work:
+    """What is timed: a preparation, not timed, and ``run`` on what it returns; ``capturable``: by a CUDA graph, too."""
+
+    prepare: Callable[[], Any]
+    run: Callable[[Any], object]
+    capturable: bool = False
 
 
 def interleaved(works: Sequence[Work], *, cold: bool) -> list[list[float]]:
@@ -82,9 +91,9 @@ def interleaved(works: Sequence[Work], *, cold: bool) -> list[list[float]]:
     """
     spoil = torch.zeros(_COLD_BYTES // 4) if cold else None
     times: list[list[float]] = [[] for _ in works]
-    for prepare, work in works:
-        work(prepare())
-    costs = [clock(lambda p=prepare, w=work: w(p())) for prepare, work in works]
+    for work in works:
+        work.run(work.prepare())
+    costs = [clock(lambda w=work: w.run(w.prepare())) for work in works]
     bursts = [1 if cold or cost > _QUICK_S else _BURST for cost in costs]
     most = _MOST_COLD if cold else _MOST
     rounds = int(max(_FEWEST, min(most, len(works) * _BUDGET_S / max(sum(costs), 1e-6))))
@@ -93,14 +102,14 @@ def interleaved(works: Sequence[Work], *, cold: bool) -> list[list[float]]:
     gc.disable()
     try:
         for _ in range(rounds):
-            for index, (prepare, work) in enumerate(works):
+            for index, work in enumerate(works):
                 for turn in range(-1 if not cold else 0, bursts[index]):
                     gc.collect()  # copies with cycles would stay, and their successors lie in fresh pages
-                    argument = prepare()
+                    argument = work.prepare()
                     if spoil is not None:
                         spoil.add_(1)
                     start = time.perf_counter()
-                    work(argument)
+                    work.run(argument)
                     if turn >= 0:
                         times[index].append(time.perf_counter() - start)
     finally:

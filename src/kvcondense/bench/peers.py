@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kvcondense.bench.cases import CONFIG, Inputs
+from kvcondense.bench.cases import CONFIG, FORMAT, Case, Inputs
 
 _SINGLE = 5
 """Tokens of the history that are decoded rather than prefilled."""
@@ -47,6 +47,7 @@ class _Peer:
     """What both have in common: a module, and a cache that a step changes."""
 
     name = ""
+    capturable = False
 
     def __init__(self, inputs: Inputs, module: Any) -> None:
         case, spec = inputs.case, inputs.case.spec
@@ -64,7 +65,7 @@ class _Peer:
                 module.indexer = _Stop()
             for parameter in module.parameters():  # not the buffers: RoPE's frequencies stay fp32
                 parameter.data = parameter.data.to(dtype)
-        self.module = module.eval()
+        self.module = module.to(inputs.new.device).eval()
 
     def cache(self) -> Any:
         raise NotImplementedError
@@ -99,7 +100,7 @@ class _Peer:
             self._call(state, tokens)
         rows = self.rows(state["cache"])
         if rows is None:
-            return torch.zeros(tokens.shape[0], 0, self.spec.head_dim)
+            return tokens.new_zeros(tokens.shape[0], 0, self.spec.head_dim, dtype=torch.float32)
         return rows[:, before:].float()
 
     def _call(self, state: dict[str, Any], tokens: torch.Tensor) -> None:
@@ -143,7 +144,7 @@ class Transformers(_Peer):
 
     def call(self, tokens: torch.Tensor, position: int, cache: Any) -> None:
         # A position_ids of one entry: the mask for several queries is not the compressor's work.
-        self.module(tokens, tokens[..., :8], torch.full((1, 1), position), cache, 0)
+        self.module(tokens, tokens[..., :8], torch.full((1, 1), position, device=tokens.device), cache, 0)
 
     def rows(self, cache: Any) -> torch.Tensor | None:
         return cache.layers[0].compressed_kv.get("compressor")
@@ -178,7 +179,7 @@ class Nano(_Peer):
 
     def call(self, tokens: torch.Tensor, position: int, cache: Any) -> None:
         batch, count, _ = tokens.shape
-        positions = torch.arange(position, position + count).expand(batch, -1)
+        positions = torch.arange(position, position + count, device=tokens.device).expand(batch, -1)
         arguments = (tokens, tokens, positions, cache) if self.spec.overlap else (tokens, positions, cache)
         self.module(*arguments)
 
@@ -186,13 +187,22 @@ class Nano(_Peer):
         return cache.compressed_kv.get("compressor")
 
 
-PEERS: dict[str, tuple[str, Callable[[Inputs], Any]]] = {
+Make = Callable[[Inputs], Any]
+"""Makes a runner."""
+
+PEERS: dict[str, tuple[str, Make]] = {
     "transformers": ("transformers.models.deepseek_v4", Transformers),
     "nano": ("nano_deepseek_v4", Nano),
 }
 
 
-def installed() -> list[Callable[[Inputs], Any]]:
+def takes(peer: Make, case: Case) -> bool:
+    """True if ``peer`` has the case's compressor and rows; a peer that takes no x says ``hidden = False``."""
+    known = case.kind != "indexer" and case.format == FORMAT
+    return known and (getattr(peer, "hidden", True) or not case.hidden)
+
+
+def installed() -> list[Make]:
     """The peers that can be imported here."""
     found = []
     for module, peer in PEERS.values():

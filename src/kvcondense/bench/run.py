@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from kvcondense.bench import device as gpu
 from kvcondense.bench import measure, peers
 from kvcondense.bench.cases import Case, Inputs, make_inputs
-from kvcondense.bench.runners import GEMMS, Gemm, Kvcondense, Runner
+from kvcondense.bench.runners import EmptyLaunch, Gemm, Kvcondense, Runner, gemm_names
 from kvcondense.layout.plan import Plan
 
 CLOSE = 0.1
@@ -24,7 +25,8 @@ def distance(runner: Runner, inputs: Inputs, expected: torch.Tensor) -> float:
     if rows.shape != expected.shape:
         return float("inf")
     rms = expected.square().mean(-1, keepdim=True).sqrt()
-    worst = ((rows - expected).abs() / rms).max()
+    rounded = getattr(runner, "rounded", 0.0) * expected.abs()  # of rows that can be read back only from a cache
+    worst = (((rows - expected).abs() - rounded).clamp(min=0) / rms).max()
     return float("inf") if torch.isnan(worst) else float(worst)
 
 
@@ -37,15 +39,30 @@ def rows_of(runner: Runner, inputs: Inputs) -> torch.Tensor:
     return runner.feed(state, inputs.rest)
 
 
-def run_case(case: Case, backend: str, rates: measure.Rates, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """Records of one case: for each implementation, warm and cold medians, or why there are none."""
-    inputs = make_inputs(case)
+def run_case(
+    case: Case,
+    backend: str,
+    rates: measure.Rates,
+    say: Callable[[str], None],
+    *,
+    device: str = "cpu",
+    extra: Sequence[peers.Make] = (),
+) -> Iterator[dict[str, Any]]:
+    """Records of one case: for each implementation, warm and cold medians, or why there are none.
+
+    On a GPU, state tags do not exist, bare steps and GEMMs are replayed as graphs, and an empty launch is timed, too.
+    ``extra``: peers beside the installed ones.
+    """
+    inputs, on_cpu = make_inputs(case, device), device == "cpu"
     reference = Kvcondense(inputs, "reference")
     expected = rows_of(reference, inputs)
-    ours = [Kvcondense(inputs, backend), Kvcondense(inputs, backend, checked=True)] if backend != "reference" else []
-    if ours and not case.hidden:
+    ours = [Kvcondense(inputs, backend)] if backend != "reference" else []
+    if ours and on_cpu:
+        ours.append(Kvcondense(inputs, backend, checked=True))
+    if ours and not (case.hidden and on_cpu):
         ours.append(Kvcondense(inputs, backend, bare=True))
-    runners: list[Any] = [*ours, reference, *(peer(inputs) for peer in peers.installed())]
+    found = [peer(inputs) for peer in (*peers.installed(), *extra) if peers.takes(peer, case)]
+    runners: list[Any] = [*ours, reference, *found]
     timed = []
     for runner in runners:
         worst = distance(runner, inputs, expected)
@@ -55,13 +72,16 @@ def run_case(case: Case, backend: str, rates: measure.Rates, say: Callable[[str]
             say(f"{case.name}: {runner.name} is not timed, its rows are off by {worst:.3g} of their RMS")
             yield {"case": case.name, "runner": runner.name, "wrong": worst}
     if case.hidden:
-        timed += [(Gemm(inputs, name, backend), None) for name in GEMMS]
+        timed += [(Gemm(inputs, name, backend), None) for name in gemm_names(device)]
+    elif not on_cpu:
+        timed.append((EmptyLaunch(inputs), None))
     primed = [runner.primed() for runner, _ in timed]
     works = [
-        (lambda r=runner, s=state: r.copy(s), runner.step) for (runner, _), state in zip(timed, primed, strict=True)
+        measure.Work(lambda r=runner, s=state: r.copy(s), runner.step, runner.capturable)
+        for (runner, _), state in zip(timed, primed, strict=True)
     ]
     for cold in (False, True):
-        times = measure.interleaved(works, cold=cold)
+        times = (measure if on_cpu else gpu).interleaved(works, cold=cold)
         floor = rates.floor(case, cold)
         for (runner, worst), seconds in zip(timed, times, strict=True):
             yield {
@@ -93,8 +113,8 @@ def context_series(backend: str, say: Callable[[str], None]) -> Iterator[dict[st
                 for _ in range(_STEPS):
                     runner.step(state)
 
-            works.append((lambda r=runner, s=state: r.copy(s), steps))
-        works.append((lambda: None, lambda _, ours=ours: ours.plans()))
+            works.append(measure.Work(lambda r=runner, s=state: r.copy(s), steps))
+        works.append(measure.Work(lambda: None, lambda _, ours=ours: ours.plans()))
         times = measure.interleaved(works, cold=False)
         names = [*(r.name for r in runners), "plan of a step"]
         for name, seconds in zip(names, times, strict=True):

@@ -1,15 +1,17 @@
-"""Who is timed: kvcondense's backends here, other packages in ``peers``. One small interface for all."""
+"""Who is timed: kvcondense's backends here, others in ``peers`` and ``peer_files``. One small interface for all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
 from kvcondense.api import compress, condense, project
 from kvcondense.backends import Step, get_backend
-from kvcondense.bench.cases import CONFIG, FORMAT, PAGE_ROWS, Inputs
+from kvcondense.bench.cases import CONFIG, PAGE_ROWS, Inputs
+from kvcondense.formats import get_format
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.plan import Plan
@@ -17,12 +19,17 @@ from kvcondense.layout.state import StatePool
 from kvcondense.rope_table import RopeTable
 from kvcondense.weights import CompressorWeights
 
+_TENSOR_SCALE = 0.02
+"""Of formats with one scale for the whole cache; it leaves no row saturated."""
+
 
 class Runner(Protocol):
     """An implementation of a case."""
 
     name: str
     note: str
+    capturable: bool
+    """True if a CUDA graph can capture a step."""
 
     def primed(self) -> Any:
         """A state that has taken ``inputs.history``."""
@@ -42,10 +49,11 @@ class Runner(Protocol):
 
 
 class Kvcondense:
-    """A backend through the public functions, with a plan that a step's layers share, storing FP8 rows.
+    """A backend through the public functions, with a plan that a step's layers share, storing rows in a cache.
 
     ``checked``: the state pool's host tags are on, which no engine's kernel has. ``bare``: the backend's ``run`` alone,
-    for a step that was checked before: what it costs beyond is this library's validation.
+    for a step that was checked before: what it costs beyond is this library's validation. A bare step from x has one
+    plain GEMM before it.
     """
 
     def __init__(
@@ -55,12 +63,13 @@ class Kvcondense:
         self.inputs, self.spec, self.backend, self.checked = inputs, case.spec, backend, checked
         self.bare = bare
         self.name = backend + (", checked" if checked else ", bare" if bare else "")
-        self.note = "pool, norm, RoPE, FP8 store, state" + (
+        self.capturable, self.device = bare, inputs.new.device
+        self.note = f"pool, norm, RoPE, {case.format} store, state" + (
             "; state tags checked" if checked else "; no validation" if bare else ""
         )
         self.weights = CompressorWeights(norm=inputs.norm, ape=inputs.ape, w=inputs.w)
         end = case.start + steps * case.tokens + inputs.rest.shape[1]
-        self.rope = RopeTable.build(CONFIG, end + self.spec.ratio)
+        self.rope = RopeTable.build(CONFIG, end + self.spec.ratio, device=self.device)
         self.pages = -(-(end // self.spec.ratio + 1) // PAGE_ROWS)
         self.new = inputs.new.flatten(0, 1)
         self.run = compress if case.hidden else condense
@@ -68,10 +77,10 @@ class Kvcondense:
     def _batch(self, start: int, count: int) -> RaggedBatch:
         batch = self.inputs.case.batch
         return RaggedBatch.build(
-            torch.arange(batch + 1) * count,
+            torch.arange(batch + 1, device=self.device) * count,
             start_positions=[start] * batch,
             state_slots=list(range(batch)),
-            block_table=torch.arange(batch * self.pages).view(batch, -1),
+            block_table=torch.arange(batch * self.pages, device=self.device).view(batch, -1),
             # All of them drafts, so that the same step can be run again.
             draft_rows=count if start and count == self.inputs.case.tokens else 0,
         )
@@ -82,17 +91,22 @@ class Kvcondense:
     def primed(self) -> dict[str, Any]:
         case = self.inputs.case
         drafts = case.tokens if case.start else 0
-        pool = StatePool.ring(self.spec, case.batch, self.spec.required_ring_rows(drafts))
+        rows = self.spec.required_ring_rows(drafts)
+        pool = StatePool.ring(self.spec, case.batch, rows, device=self.device)
         if not self.checked:
             pool.tags = None
-        cache = PagedCache.allocate(self.spec.head_dim, case.batch * self.pages, PAGE_ROWS, format=FORMAT)
+        cache = PagedCache.allocate(
+            self.spec.head_dim, case.batch * self.pages, PAGE_ROWS, format=case.format,
+            tensor_scale=_TENSOR_SCALE if get_format(case.format).tensor_scale else None, device=self.device,
+        )  # fmt: skip
         state = {"pool": pool, "cache": cache, "position": 0}
         if case.start:
             self.feed(state, self.inputs.history)
         plan = state["plan"] = self._plan(case.start, case.tokens, pool)
         if self.bare:
-            w, rows = self.weights, torch.zeros(plan.num_windows, self.spec.head_dim)
-            state["step"] = Step(self.spec, plan, self.new, w.ape, w.norm, self.rope, pool, cache, rows, None)
+            w, rows = self.weights, torch.zeros(plan.num_windows, self.spec.head_dim, device=self.device)
+            tokens = self.new[:0].float() if case.hidden else self.new
+            state["step"] = Step(self.spec, plan, tokens, w.ape, w.norm, self.rope, pool, cache, rows, None)
         return state
 
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +116,10 @@ class Kvcondense:
         plan = state["plan"]
         state["position"] = self.inputs.case.start + self.inputs.case.tokens
         if self.bare:
-            get_backend(self.backend).run(state["step"])
+            step = state["step"]
+            if self.inputs.case.hidden:
+                step = replace(step, kv_score=plain_gemm(self.new, self.inputs.w))
+            get_backend(self.backend).run(step)
             return
         self.run(
             self.spec, self.new, self.weights, self.rope, plan.batch,
@@ -121,8 +138,20 @@ class Kvcondense:
 
 
 GEMM = "bf16 GEMM alone"
-GEMMS = (GEMM, "our GEMM alone", "fp32 GEMM alone", "fp32 GEMM in bf16 math mode")
+GEMMS = (GEMM, "our GEMM alone", "fp32 GEMM alone", "fp32 GEMM in bf16 math mode", "GEMM alone, bf16 to fp32")
 """Ways to project, without anything after it: a floor that is itself a measurement, ours, and what torch offers."""
+
+
+def gemm_names(device: str) -> tuple[str, ...]:
+    """Those that are timed there: the last one is a GPU's."""
+    return GEMMS[:-1] if device == "cpu" else (GEMM, GEMMS[-1])
+
+
+def plain_gemm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x [T, D] @ w.T [D, projected] of bf16 values, summed and kept in fp32, as the vendor's library does it."""
+    if x.device.type == "cpu":  # torch has no such product there
+        return torch.nn.functional.linear(x.float(), w.float())
+    return torch.mm(x, w.T, out_dtype=torch.float32)
 
 
 class Gemm:
@@ -130,8 +159,9 @@ class Gemm:
 
     def __init__(self, inputs: Inputs, name: str, backend: str) -> None:
         self.name, self.note = name, "no rows" + ("; result rounded to bf16" if name == GEMM else "")
+        self.capturable = True
         x, w = inputs.new.flatten(0, 1), inputs.w
-        wide_x, wide_w = x.float(), w.float()
+        wide_x, wide_w = (x.float(), w.float()) if name in GEMMS[2:4] else (x, w)
         weights = CompressorWeights(norm=inputs.norm, ape=inputs.ape, w=w)
 
         def in_math_mode() -> torch.Tensor:
@@ -147,6 +177,7 @@ class Gemm:
             lambda: project(inputs.case.spec, x, weights, impl=backend),
             lambda: torch.nn.functional.linear(wide_x, wide_w),
             in_math_mode,
+            lambda: plain_gemm(x, w),
         )
         self.run = ways[GEMMS.index(name)]
 
@@ -159,3 +190,24 @@ class Gemm:
     def step(self, state: None) -> None:
         del state
         self.run()
+
+
+class EmptyLaunch:
+    """A Triton kernel that does nothing: what any launch costs."""
+
+    name, note, capturable = "an empty launch", "no work", True
+
+    def __init__(self, inputs: Inputs) -> None:
+        from kvcondense.bench.kernels import empty_kernel
+
+        self.kernel, self.operand = empty_kernel, inputs.norm
+
+    def primed(self) -> None:
+        return None
+
+    def copy(self, state: None) -> None:
+        return state
+
+    def step(self, state: None) -> None:
+        del state
+        self.kernel[(1,)](self.operand)

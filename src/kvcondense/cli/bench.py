@@ -11,8 +11,9 @@ import torch
 import typer
 
 from kvcondense.backends import get_backend
-from kvcondense.bench import measure, report
-from kvcondense.bench.cases import CASES
+from kvcondense.bench import device as gpu
+from kvcondense.bench import measure, peer_files, report
+from kvcondense.bench.cases import CASES, DEVICE_CASES
 from kvcondense.bench.run import context_series, run_case
 from kvcondense.cli.output import Output
 from kvcondense.errors import RangeError, UnsupportedError
@@ -24,7 +25,13 @@ _MOST_BYTES = 16 << 20
 def bench(
     backend: Annotated[str, typer.Option(help="Backend to time.")] = "cpu",
     case: Annotated[list[str] | None, typer.Option(help="Part of a case's name; may be given again.")] = None,
-    context: Annotated[bool, typer.Option("--context/--no-context", help="Time per token by context, too.")] = True,
+    context: Annotated[
+        bool, typer.Option("--context/--no-context", help="Time per token by context, too (CPU).")
+    ] = True,
+    peer_file: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="Engine's Triton kernels to run: rtp-llm=FILE, vllm=FOLDER (GPU)."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch and of the kernels.")] = None,
     list_cases: Annotated[bool, typer.Option("--list", help="Print the cases, with their bytes and flops.")] = False,
     from_file: Annotated[
@@ -36,20 +43,23 @@ def bench(
         Path | None, typer.Option("--json", metavar="FILE", help="JSON lines, a timing each ('-': standard output).")
     ] = None,
 ) -> None:
-    """Time a backend beside the reference, transformers and nano-deepseek-v4 where installed.
+    """Time a backend beside the reference, transformers and nano-deepseek-v4 where installed, and given peers.
 
     Before anyone is timed, its rows are compared with the reference's. Timings are medians of interleaved rounds, warm
     and with cold caches. The floor is the case's bytes over the bandwidth, or its flops over the rate of torch's bf16
-    GEMM, both measured in the same run. Exit status 1 if the backend's rows are wrong.
+    GEMM, both measured in the same run. On a GPU, bare steps, engines' kernels and GEMMs are timed as CUDA graphs.
+    Exit status 1 if the backend's rows are wrong.
     """
     output = Output(json_file)
+    on_gpu = backend == "triton"
+    cases = DEVICE_CASES if on_gpu else CASES
     if list_cases:
-        for c in CASES.values():
-            output.say(f"{c.name:<38} {c.bytes:>12} bytes {c.flops:>14} flops")
+        for c in cases.values():
+            output.say(f"{c.name:<64} {c.bytes:>12} bytes {c.flops:>14} flops")
         return
-    chosen = [c for c in CASES.values() if not case or any(part in c.name for part in case)]
+    chosen = [c for c in cases.values() if not case or any(part in c.name for part in case)]
     if not chosen:
-        raise RangeError("--case", f"part of one of: {'; '.join(CASES)}", case)
+        raise RangeError("--case", f"part of one of: {'; '.join(cases)}", case)
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise UnsupportedError("--plot", "a file that ends in .png, .svg or .pdf", plot)
     if from_file is not None:
@@ -60,7 +70,12 @@ def bench(
             if threads < 1:
                 raise RangeError("--threads", "at least 1", threads)
             torch.set_num_threads(threads)
-        records = _measure(output, backend, chosen, context)
+        if on_gpu and not torch.cuda.is_available():
+            raise UnsupportedError("--backend", "a GPU for triton (nobody times its interpreter)", "none found")
+        if peer_file and not on_gpu:
+            raise UnsupportedError("--peer-file", "--backend triton", backend)
+        extra = [peer_files.load(text) for text in peer_file or ()]
+        records = _measure(output, backend, chosen, context and not on_gpu, extra)
     if json_file is not None:
         lines = "".join(json.dumps(r) + "\n" for r in records)
         if output.to_stdout:
@@ -78,11 +93,13 @@ def bench(
         raise typer.Exit(1)
 
 
-def _measure(output: Output, backend: str, chosen: list[Any], context: bool) -> list[report.Record]:
+def _measure(output: Output, backend: str, chosen: list[Any], context: bool, extra: list[Any]) -> list[report.Record]:
     output.say("measuring this machine's rates ...")
     measure.keep_memory()
-    rates = measure.Rates.measure()
-    records: list[report.Record] = [{"machine": measure.machine(), "rates": vars(rates)}]
+    device = "cuda" if backend == "triton" else "cpu"
+    rates = measure.Rates.measure() if device == "cpu" else gpu.rates()
+    machine = {**measure.machine(), **({} if device == "cpu" else gpu.machine())}
+    records: list[report.Record] = [{"machine": machine, "rates": vars(rates)}]
     output.say(f"{records[0]['machine']}")
     output.say(
         f"memory {rates.memory / 1e9:.0f} GB/s, cache {rates.cache / 1e9:.0f} GB/s, "
@@ -90,7 +107,7 @@ def _measure(output: Output, backend: str, chosen: list[Any], context: bool) -> 
     )
     for number, one in enumerate(chosen, 1):
         output.say(f"[{number}/{len(chosen)}] {one.name}: comparing rows, then timing ...")
-        for record in run_case(one, backend, rates, output.say):
+        for record in run_case(one, backend, rates, output.say, device=device, extra=extra):
             records.append(record)
             if "us" in record:
                 output.say(report.line(record))
