@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench ascend lint format clean
+.PHONY: demo test bench gpu sanitize ascend lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,13 @@ test: $(VENV)/.installed  ## the whole test suite
 bench: $(VENV)/.installed  ## timings beside floors and peers
 	mkdir -p build/bench
 	$(BIN)/kvcondense bench --json build/bench/cpu.jsonl --plot build/bench/cpu.png --markdown
+
+gpu: $(VENV)/.installed  ## what only a GPU can show: the kernels compiled and run, graphs, the chip's cast
+	$(BIN)/python -m pytest tests/gpu -n 0 -rs
+
+sanitize: $(VENV)/.installed  ## the same on small cases under compute-sanitizer (CUDA toolkit)
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest tests/gpu -n 0 -k small
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest tests/gpu -n 0 -k small
 
 # triton-ascend installs under the name triton, hence the environment of its own. Needs mlir-19-tools, libmlir-19 and
 # clang-19 (Debian); no NPU.

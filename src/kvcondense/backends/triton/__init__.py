@@ -32,9 +32,10 @@ _DEVICES = ("cuda", "npu")
 
 @dataclass(frozen=True)
 class TritonBackend:
-    """Steps on a GPU, in fp32, for head_dim a power of two."""
+    """Steps on a GPU, in fp32, for head_dim a power of two. ``choice`` stands in for the tuning table's."""
 
     name: str = "triton"
+    choice: tuning.Choice | None = None
 
     @property
     def stand_in(self) -> bool:
@@ -60,28 +61,28 @@ class TritonBackend:
     def run(self, step: Step) -> None:
         """Do the step. A cache in validation mode is encoded by its format, so that nothing is written if it raises."""
         if step.cache is not None and step.cache.strict:
-            _run_strict(step, step.cache)
+            _run_strict(step, step.cache, self.choice)
         elif step.plan.overwrites and not isinstance(step.state, OnlineState):
             # A kept row takes the place of one that a window of this step still reads.
-            _run(step, cache=step.cache, keeps=False)
-            _run(step, windows=False, cache=None)
+            _run(step, self.choice, cache=step.cache, keeps=False)
+            _run(step, self.choice, windows=False, cache=None)
         else:
-            _run(step, cache=step.cache)
+            _run(step, self.choice, cache=step.cache)
 
 
-def _run_strict(step: Step, cache: PagedCache) -> None:
+def _run_strict(step: Step, cache: PagedCache, choice: tuning.Choice | None) -> None:
     """Rows first, then their bytes, which may raise; what is kept comes last."""
     live, state = step.plan.window_slot >= 0, step.state
     if isinstance(state, OnlineState):  # folds and windows are one launch: it works on a copy
         copy = replace(state, acc=state.acc.clone(), folded=state.folded.clone(), log=state.log.clone())
-        _run(replace(step, state=copy), cache=None)
+        _run(replace(step, state=copy), choice, cache=None)
     else:
         copy = None
-        _run(step, cache=None, keeps=False)
+        _run(step, choice, cache=None, keeps=False)
     stored = cache.encode(step.rows[live])
     cache.put(step.plan.window_slot[live], stored)
     if copy is None:
-        _run(step, windows=False, cache=None)
+        _run(step, choice, windows=False, cache=None)
     else:
         assert isinstance(state, OnlineState)
         for name in ("acc", "folded", "log"):
@@ -127,7 +128,14 @@ def _why_no_format(cache: PagedCache) -> str | None:
     return None
 
 
-def _run(step: Step, *, windows: bool = True, cache: PagedCache | None, keeps: bool = True) -> None:
+def _run(
+    step: Step,
+    choice: tuning.Choice | None,
+    *,
+    windows: bool = True,
+    cache: PagedCache | None,
+    keeps: bool = True,
+) -> None:
     """One launch for the windows, for what is kept, or for both, on the current stream of the step's device."""
     plan, state, spec = step.plan, step.state, step.spec
     count = plan.num_windows if windows else 0
@@ -137,7 +145,8 @@ def _run(step: Step, *, windows: bool = True, cache: PagedCache | None, keeps: b
         kept = plan.batch.start_positions.shape[0] if online else plan.keep_token.shape[0]
     if count == 0 and kept == 0:
         return
-    choice = tuning.choose(step.kv_score.device, spec, count)
+    if choice is None:
+        choice = tuning.choose(step.kv_score.device, spec, count)
     form = None if cache is None else cache.format
     c = constants(
         spec,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ def table() -> dict[str, Any]:
     num_warps], where an entry serves steps of at most ``rows`` windows, null any number.
     """
     return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def dump(content: dict[str, Any]) -> str:
+    """The file's text: JSON, an entry to a line."""
+    text = json.dumps(content, indent=2)
+    return re.sub(r"\[\s+([^\[\]]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
 
 
 @functools.cache

@@ -1,0 +1,116 @@
+"""The tuner without a GPU: its candidates, what it picks, what it refuses, and the file it writes."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvcondense.backends.triton import TritonBackend, tuning
+from kvcondense.backends.triton.tuning import Choice
+from kvcondense.bench import device, tune
+from kvcondense.bench.cases import Case
+from kvcondense.cli import app
+from kvcondense.errors import KvCondenseError, UnsupportedError
+
+TINY = ((16, 2, 1, 127), (None, 1, 128, 0))
+
+
+@pytest.fixture
+def clocked(monkeypatch):
+    """Work runs once, under the interpreter; its seconds follow from the tiling."""
+    seen = []
+
+    def interleaved(works, *, cold):
+        assert cold
+        for work in works:
+            assert work.capturable
+            work.run(work.prepare())
+            seen.append(work.run.__self__.choice)
+        return [[1e-6 * (1 + abs(c.block - 64) + abs(c.num_warps - 8))] for c in seen[-len(works) :]]
+
+    monkeypatch.setattr(device, "interleaved", interleaved)
+    monkeypatch.setattr(device, "machine", lambda _: {"device": "a GPU", "toolkit": "CUDA 0", "triton": "0"})
+    monkeypatch.setattr(tune, "cast_is_exact", lambda _: False)  # the interpreter's cast is nobody's
+    monkeypatch.setattr(tune, "CLASSES", TINY)
+    monkeypatch.setattr(tune, "_LEAST_BLOCK", 64)
+    monkeypatch.setattr(tune, "_MOST_ELEMENTS", 1 << 14)
+    return seen
+
+
+def test_candidates_hold_the_tables_choice_and_no_idle_or_spilling_tile():
+    now = Choice(32, 8)
+    found = tune.candidates(Case("", "hca", 1, 16, 1023), now)
+    assert found[0] == now
+    assert len(set(found)) == len(found) > 5
+    for c in found[1:]:
+        assert 512 % c.block == 0
+        assert 2 <= c.block * 128 / (32 * c.num_warps) <= 64
+
+
+def test_the_fastest_tiling_is_kept_and_other_entries_stay(clocked):
+    said = []
+    arch, part, timings = tune.tune("cpu", ["hca"], said.append)
+    assert arch == "any"
+    assert [e for e in part["entries"] if e[0] == 128] == [[128, 512, 16, 64, 8], [128, 512, None, 64, 8]]
+    old = [e for e in tuning.table()["any"]["entries"] if e[0] != 128]
+    assert [e for e in part["entries"] if e[0] != 128] == old
+    assert part["source"].startswith("measured on a GPU, CUDA 0, triton 0, commit ")
+    assert len(timings) == len(clocked)
+    assert all(t.seconds for t in timings)
+    assert len(said) == 1 + len(TINY)
+    content = {**tuning.table(), arch: part}
+    assert json.loads(tuning.dump(content)) == content
+
+
+def test_a_tiling_with_other_bits_is_left_out(clocked, monkeypatch):
+    real = TritonBackend.run
+
+    def wrong(self, step):
+        real(self, step)
+        if self.choice is not None and (self.choice.block, self.choice.num_warps) == (64, 8):
+            step.rows[0, 0] += 1
+
+    monkeypatch.setattr(TritonBackend, "run", wrong)
+    monkeypatch.setattr(tune, "CLASSES", TINY[:1])
+    timed = tune.time_class("hca", TINY[0], "cpu", cast=False)
+    assert {(t.choice.block, t.choice.num_warps) for t in timed if t.seconds is None} == {(64, 8)}
+    assert tune.best(timed).choice != Choice(64, 8)
+    assert clocked
+
+
+def test_small_gains_do_not_change_the_table():
+    def of(block, seconds):
+        return tune.Timed("hca", 16, Choice(block, 8), seconds)
+
+    assert tune.best([of(32, 1.0), of(64, 0.99)]).choice.block == 32
+    assert tune.best([of(32, 1.0), of(64, 0.9), of(16, None)]).choice.block == 64
+    assert tune.best([of(32, None), of(64, 2.0)]).choice.block == 64
+    with pytest.raises(KvCondenseError, match="tilings"):
+        tune.best([of(32, None)])
+
+
+def test_a_cast_is_compared_bit_by_bit(monkeypatch):
+    """The interpreter's cast is not the chip's, but both agree on ordinary values, and a wrong code is seen."""
+    ones = torch.tensor([1.0]).view(torch.int32).item()
+    spans = lambda: iter([(ones, 2)])  # noqa: E731
+    assert tune.cast_is_exact("cpu", spans)
+    from kvcondense.backends.triton.constants import SCALE_PART
+
+    monkeypatch.setattr(tune, "SCALE_PART", type(SCALE_PART)(**{**vars(SCALE_PART), "bias": SCALE_PART.bias + 1}))
+    assert not tune.cast_is_exact("cpu", spans)
+    first = list(tune._all_floats())
+    assert first[0][0] == 0
+    assert all(a[0] + a[1] * tune._CAST_BLOCK == b[0] for a, b in itertools.pairwise(first))
+    assert first[-1][0] + first[-1][1] * tune._CAST_BLOCK == 1 << 32
+
+
+def test_the_table_is_written_as_it_is_kept():
+    assert tuning.dump(tuning.table()) == tuning.TABLE.read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without a GPU")
+def test_without_a_gpu_nothing_is_tuned():
+    result = CliRunner().invoke(app, ["tune", "--dry-run"])
+    assert isinstance(result.exception, UnsupportedError)
