@@ -154,12 +154,23 @@ def plain_gemm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.mm(x, w.T, out_dtype=torch.float32)
 
 
-class Gemm:
+class _Stateless:
+    """Work that no history changes."""
+
+    capturable = True
+
+    def primed(self) -> None:
+        return None
+
+    def copy(self, state: None) -> None:
+        return state
+
+
+class Gemm(_Stateless):
     """A projection alone. torch's bf16 one rounds its result to bf16, the others give fp32."""
 
     def __init__(self, inputs: Inputs, name: str, backend: str) -> None:
         self.name, self.note = name, "no rows" + ("; result rounded to bf16" if name == GEMM else "")
-        self.capturable = True
         x, w = inputs.new.flatten(0, 1), inputs.w
         wide_x, wide_w = (x.float(), w.float()) if name in GEMMS[2:4] else (x, w)
         weights = CompressorWeights(norm=inputs.norm, ape=inputs.ape, w=w)
@@ -181,32 +192,20 @@ class Gemm:
         )
         self.run = ways[GEMMS.index(name)]
 
-    def primed(self) -> None:
-        return None
-
-    def copy(self, state: None) -> None:
-        return state
-
     def step(self, state: None) -> None:
         del state
         self.run()
 
 
-class EmptyLaunch:
+class EmptyLaunch(_Stateless):
     """A Triton kernel that does nothing: what any launch costs."""
 
-    name, note, capturable = "an empty launch", "no work", True
+    name, note = "an empty launch", "no work"
 
     def __init__(self, inputs: Inputs) -> None:
         from kvcondense.bench.kernels import empty_kernel
 
         self.kernel, self.operand = empty_kernel, inputs.norm
-
-    def primed(self) -> None:
-        return None
-
-    def copy(self, state: None) -> None:
-        return state
 
     def step(self, state: None) -> None:
         del state

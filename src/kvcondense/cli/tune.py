@@ -20,7 +20,10 @@ def tune(
         list[str] | None, typer.Option(help="hca, csa or indexer; may be given again. Default: all.")
     ] = None,
     out: Annotated[
-        Path, typer.Option(metavar="FILE", help="Table to write. Default: the library's own, which steps then use.")
+        Path,
+        typer.Option(
+            metavar="FILE", show_default=False, help="Table to write. Default: the library's own, which steps then use."
+        ),
     ] = tuning.TABLE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be chosen and write nothing.")] = False,
     json_file: JsonFile = None,
