@@ -28,13 +28,14 @@ class Constants:
 
     block: channels of a program, blocks: programs per window, counters: whether the last of them finishes it.
     state_rows: rows of a ring, a page or a draft log. window_padded, window_levels: the window as a power of two, and
-    its logarithm.
+    its logarithm; ratio_levels: the ratio's, if that is one.
     """
 
     ratio: int
     window: int
     window_padded: int
     window_levels: int
+    ratio_levels: int
     width: int
     head_dim: int
     channel_levels: int
@@ -85,6 +86,7 @@ def constants(
         window=spec.window,
         window_padded=padded,
         window_levels=padded.bit_length() - 1,
+        ratio_levels=spec.ratio.bit_length() - 1,
         width=spec.width,
         head_dim=spec.head_dim,
         channel_levels=spec.head_dim.bit_length() - 1,

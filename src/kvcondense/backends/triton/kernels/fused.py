@@ -1,0 +1,165 @@
+"""The projection in the step's kernels: tiles of whole windows accumulate kv and score and pool in their epilogue.
+
+kv_score never reaches memory. A tile gathers its tokens row by row, so its windows may belong to any requests; every
+product sums over the hidden channels in the same steps, so that a token gives the same bits in any tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvcondense.backends.triton.kernels.bits import bf16_bits
+from kvcondense.backends.triton.kernels.pool import as_stored, biases, state_row, tile
+
+
+@triton.jit
+def operand(t, WIDE: tl.constexpr):
+    """bf16 values as the product takes them: the interpreter multiplies their bits, unless they are fp32."""
+    if WIDE:
+        t = t.to(tl.float32)
+    return t
+
+
+@triton.jit
+def project_tile(x, w, token, live, column, hidden, x_stride, w_stride,
+                 c: tl.constexpr, M: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """kv, z [M, block] fp32 of tokens [M] (0 where not ``live``) for the kv channels ``column`` [block] of w."""
+    N: tl.constexpr = c.value.width
+    BLOCK: tl.constexpr = c.value.block
+    GATE: tl.constexpr = c.value.has_gate
+    k = tl.arange(0, K)
+    source = x + tl.where(live, token, 0)[:, None] * x_stride + k[None, :]
+    weight = w + column[None, :].to(tl.int64) * w_stride + k[:, None]
+    kv = tl.zeros([M, BLOCK], tl.float32)
+    z = tl.zeros([M, BLOCK], tl.float32)
+    for i in range(0, hidden, K):
+        a = operand(tl.load(source + i, mask=live[:, None], other=0.0), WIDE)
+        kv = tl.dot(a, operand(tl.load(weight + i), WIDE), kv)
+        if GATE:
+            z = tl.dot(a, operand(tl.load(weight + N * w_stride + i), WIDE), z)
+    return kv, z
+
+
+@triton.jit
+def with_state(kv, z, q, position, start, half, channel, known, ape, state_table, state, table_stride, state_stride,
+               c: tl.constexpr):  # fmt: skip
+    """What windows pool: projected tokens with their bias, stored ones before ``start``; -inf where there is none."""
+    N: tl.constexpr = c.value.width
+    GATE: tl.constexpr = c.value.has_gate
+    APE: tl.constexpr = c.value.has_ape
+    STATE: tl.constexpr = c.value.has_state
+    valid = known & (position >= 0)
+    fresh = valid & (position >= start)
+    kv = as_stored(kv, c)
+    if GATE:
+        if APE:
+            z += biases(ape, position, half, channel, fresh, c)
+        z = as_stored(z, c)
+    elif APE:
+        z = biases(ape, position, half, channel, valid, c)
+    if STATE:
+        stored = valid & (position < start)
+        row = state_row(position, stored, q, state_table, table_stride, c) * state_stride + half
+        kv = tl.where(stored[:, None], tile(state, row, channel, stored), kv)
+        if GATE:
+            z = tl.where(stored[:, None], tile(state, row + N, channel, stored), z)
+    return kv, tl.where(valid[:, None], z, float("-inf"))
+
+
+@triton.jit
+def tokens_sum(t, G: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+    """t [G, R, block] -> [G, block] by halving, as ``rows_sum`` does it for one window."""
+    for i in tl.static_range(LEVELS):
+        t = tl.sum(tl.reshape(t, (G, 2, R >> (i + 1), BLOCK)), axis=1)
+    return tl.reshape(t, (G, BLOCK))
+
+
+@triton.jit
+def project_pool_kernel(
+    x, w, ape, query_start_loc, start_positions, state_table, state, window_request, window_index, rows,
+    windows, hidden, x_stride, w_stride, table_stride, state_stride,
+    c: tl.constexpr, G: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Pooled rows of G windows for a block of channels to ``rows``; ``finish_kernel`` follows."""
+    R: tl.constexpr = c.value.ratio
+    W: tl.constexpr = c.value.window
+    N: tl.constexpr = c.value.width
+    D: tl.constexpr = c.value.head_dim
+    BLOCK: tl.constexpr = c.value.block
+    BLOCKS: tl.constexpr = c.value.blocks
+    LEVELS: tl.constexpr = c.value.ratio_levels
+    M: tl.constexpr = G * R
+    program = tl.program_id(0)
+    channel = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    m = tl.arange(0, M)
+    e = (program // BLOCKS) * G + m // R
+    here = e < windows
+    entry = tl.where(here, e, 0)
+    request = tl.load(window_request + entry)
+    known = here & (request >= 0)
+    q = tl.where(known, request, 0)
+    start = tl.load(start_positions + q)
+    first_token = tl.load(query_start_loc + q) - start
+    position = tl.load(window_index + entry) * R + m % R
+    own = N - D  # the last d channels of tokens in the window, the first of those before it
+    kv, z = project_tile(x, w, first_token + position, known & (position >= start), own + channel, hidden,
+                         x_stride, w_stride, c, M, K, WIDE)  # fmt: skip
+    kv, z = with_state(kv, z, q, position, start, own, channel, known, ape, state_table, state,
+                       table_stride, state_stride, c)  # fmt: skip
+    z = tl.reshape(z, (G, R, BLOCK))
+    kv = tl.reshape(kv, (G, R, BLOCK))
+    top = tl.max(z, axis=1)
+    if W > R:
+        before = position - R
+        kv_before, z_before = project_tile(x, w, first_token + before, known & (before >= start), channel, hidden,
+                                           x_stride, w_stride, c, M, K, WIDE)  # fmt: skip
+        kv_before, z_before = with_state(kv_before, z_before, q, before, start, 0, channel, known, ape, state_table,
+                                         state, table_stride, state_stride, c)  # fmt: skip
+        z_before = tl.reshape(z_before, (G, R, BLOCK))
+        top = tl.maximum(top, tl.max(z_before, axis=1))
+        e_before = tl.exp(z_before - top[:, None, :])
+        e_own = tl.exp(z - top[:, None, :])
+        total = tokens_sum(e_before + e_own, G, R, BLOCK, LEVELS)
+        pooled = tokens_sum(e_before * tl.reshape(kv_before, (G, R, BLOCK)) + e_own * kv, G, R, BLOCK, LEVELS)
+    else:
+        e_own = tl.exp(z - top[:, None, :])
+        total = tokens_sum(e_own, G, R, BLOCK, LEVELS)
+        pooled = tokens_sum(e_own * kv, G, R, BLOCK, LEVELS)
+    pooled = tl.div_rn(pooled, total)  # [G, block]
+    g = (program // BLOCKS) * G + tl.arange(0, G)
+    there = g < windows
+    there = there & (tl.load(window_request + tl.where(there, g, 0)) >= 0)
+    tl.store(rows + g[:, None].to(tl.int64) * D + channel[None, :], pooled, mask=there[:, None])
+
+
+@triton.jit
+def project_keep_kernel(
+    x, w, ape, keep_token, keep_position, keep_row, state, keeps, hidden, x_stride, w_stride, state_stride,
+    c: tl.constexpr, M: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """[kv | score + ape] of M kept tokens for a block of the state's channels; padding (-1) is skipped."""
+    N: tl.constexpr = c.value.width
+    BLOCK: tl.constexpr = c.value.block
+    GATE: tl.constexpr = c.value.has_gate
+    APE: tl.constexpr = c.value.has_ape
+    ROUND: tl.constexpr = c.value.state_bf16
+    BLOCKS: tl.constexpr = N // BLOCK
+    program = tl.program_id(0)
+    channel = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    k = (program // BLOCKS) * M + tl.arange(0, M)
+    here = k < keeps
+    entry = tl.where(here, k, 0)
+    token = tl.load(keep_token + entry)
+    kept = here & (token >= 0)
+    kv, z = project_tile(x, w, token, kept, channel, hidden, x_stride, w_stride, c, M, K, WIDE)
+    if GATE and APE:
+        z += biases(ape, tl.load(keep_position + entry), 0, channel, kept, c)
+    row = tl.where(kept, tl.load(keep_row + entry), 0)
+    target = state + row[:, None] * state_stride + channel[None, :]
+    if ROUND:  # rounded before the cast, which therefore is exact
+        kv = bf16_bits(kv).to(tl.float32, bitcast=True)
+        z = bf16_bits(z).to(tl.float32, bitcast=True)
+    tl.store(target, kv.to(state.dtype.element_ty), mask=kept[:, None])
+    if GATE:
+        tl.store(target + N, z.to(state.dtype.element_ty), mask=kept[:, None])

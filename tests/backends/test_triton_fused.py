@@ -1,0 +1,106 @@
+"""The fused projection under Triton's interpreter: equal to projection and step, whatever the chunks and neighbours."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvcondense import PagedCache, RaggedBatch, StatePool, condense, project
+from kvcondense.backends import Step
+from kvcondense.backends.triton import fused
+from kvcondense.layout.plan import Plan
+from machine import SPECS, rope, weights
+
+HIDDEN = 64
+NAMES = [n for n in SPECS if n != "indexer"] + ["indexer"]
+
+
+def play(name, kind, chunks, is_fused, dtype=torch.float32):
+    """Two requests of different lengths side by side, in chunks (tokens of each); rows by request, bytes, state."""
+    spec = replace(SPECS[name])
+    w = weights(spec, hidden=HIDDEN)
+    w = replace(w, w=w.w.bfloat16())
+    gen = torch.Generator().manual_seed(3)
+    total = [sum(c[i] for c in chunks) for i in range(2)]
+    x = [torch.randn(n, HIDDEN, generator=gen).bfloat16() for n in total]
+    state = None
+    if kind == "ring":
+        state = StatePool.ring(spec, 3, spec.required_ring_rows(0), dtype=dtype)
+    elif kind == "paged":
+        state = StatePool.paged(spec, 160, 5, dtype=dtype)
+    if state is not None:
+        state.data.fill_(0)
+    cache = PagedCache.allocate(spec.head_dim, 200, 4, format="bf16")
+    rows, at = ([], []), [0, 0]
+    for chunk in chunks:
+        where = {} if kind == "none" else {"state_slots": [2, 0]}
+        if kind == "paged":
+            where = {"state_block_table": torch.arange(160).view(2, 80)}
+        batch = RaggedBatch.build(
+            [0, chunk[0], sum(chunk)], start_positions=at, block_table=torch.arange(200).view(2, 100), **where
+        )
+        tokens = torch.cat([x[i][at[i] : at[i] + chunk[i]] for i in range(2)])
+        layout = None if state is None else state.layout
+        plan = Plan.build(spec, batch, state_layout=layout, page_rows=4)
+        if is_fused:
+            plan = plan.padded(plan.num_windows + 3, plan.keep_token.shape[0] + 2)
+            out = torch.full((plan.num_windows, spec.head_dim), float("nan"))
+            table = rope(spec, 1024)
+            step = Step(spec, plan, tokens[:0].float(), w.ape, w.norm, table, state, cache, out, None)
+            assert fused.why_not(step, tokens, w.w) is None
+            fused.run(step, tokens, w.w)
+            assert out[plan.window_request < 0].isnan().all(), "padding is left alone"
+        else:
+            kv_score = project(spec, tokens, w, tile=None, impl="reference")
+            out = condense(
+                spec, kv_score, w, rope(spec, 1024), batch, plan=plan, state=state, cache=cache, impl="triton"
+            ).values
+        for i in range(2):
+            rows[i].append(out[plan.window_request == i])
+            at[i] += chunk[i]
+    held = None if state is None else state.data.float()
+    return [torch.cat(r) for r in rows], cache.rows.clone(), held
+
+
+@pytest.mark.parametrize("kind", ["none", "ring", "paged"])
+@pytest.mark.parametrize("name", NAMES)
+def test_it_equals_projection_and_step(name, kind):
+    ratio = SPECS[name].ratio
+    chunks = [(2 * ratio + 1, 11)] if kind == "none" else [(ratio + 3, 9), (1, 7), (2 * ratio, 0), (5, ratio + 2)]
+    expected, _, held = play(name, kind, chunks, False)
+    rows, _, state = play(name, kind, chunks, True)
+    assert sum(r.shape[0] for r in rows) > 0
+    for a, b in zip(rows, expected, strict=True):
+        assert a.shape == b.shape
+        assert torch.allclose(a, b, rtol=2**-7, atol=1e-3)
+    if held is not None:
+        assert torch.allclose(state, held, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["csa", "hca", "r2", "gateless"])
+def test_chunks_do_not_change_a_bit(name, dtype):
+    ratio = SPECS[name].ratio
+    whole = play(name, "ring", [(2 * ratio + 5, ratio + 2)], True, dtype)
+    parts = play(name, "ring", [(3, ratio), (ratio, 1), (1, 0), (ratio + 1, 1)], True, dtype)
+    for a, b in zip(whole[0], parts[0], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(whole[1], parts[1])
+
+
+def test_what_it_cannot_do_has_a_reason():
+    spec = SPECS["csa"]
+    batch = RaggedBatch.build([0, 4], start_positions=[0])
+    x, w = torch.zeros(4, 64, dtype=torch.bfloat16), torch.zeros(spec.projected, 64, dtype=torch.bfloat16)
+
+    def why(x, w, **changes):
+        plan = Plan.build(spec, batch)
+        step = Step(spec, plan, x[:0], None, torch.ones(16), None, None, None, torch.zeros(1, 16), None)
+        return fused.why_not(replace(step, **changes), x, w)
+
+    assert why(x, w) is None
+    assert "bf16" in why(x.float(), w)
+    assert "multiple" in why(x[:, :33], w[:, :33])
+    assert "latent" in why(x, w, latent=torch.zeros(1, 16))
+    assert "tile" in why(x, w, spec=replace(spec, ratio=256, overlap=False))
+    assert "validation" in why(x, w, cache=PagedCache.allocate(16, 1, 4, strict=True))
