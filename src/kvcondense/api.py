@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kvcondense import validate
-from kvcondense.backends import Backend, Step, backend_names, get_backend, select, select_projector
-from kvcondense.errors import DeviceError, RangeError, require
+from kvcondense.backends import (
+    Backend,
+    Step,
+    backend_names,
+    get_backend,
+    select,
+    select_fuser,
+    select_projector,
+    why_not_fuse,
+)
+from kvcondense.errors import DeviceError, KvCondenseError, RangeError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.online import OnlineState
@@ -86,7 +95,12 @@ def condense(
     """
     step = _step(spec, kv_score, weights, rope, batch, plan, state, cache, latent)
     select(impl, step).run(step)
-    plan = step.plan
+    return _done(step)
+
+
+def _done(step: Step) -> CondensedRows:
+    """What a finished step gives back, its kept rows tagged."""
+    plan, state, spec, batch = step.plan, step.state, step.spec, step.plan.batch
     if state is not None and state.tags is not None:
         facts = plan.facts(spec)
         state.tag(batch, facts.dense.keep_row, facts.dense.keep_position, facts.active)
@@ -120,24 +134,59 @@ def compress(
     latent: bool = False,
     impl: str | Backend = "auto",
 ) -> CondensedRows:
-    """``project``, then ``condense``: hidden states x [T, D] to finished rows. See there for arguments and errors."""
+    """``project``, then ``condense``: hidden states x [T, D] to finished rows. See there for arguments and errors.
+
+    A backend may do both at once, with kv_score nowhere in memory, where that is faster; ``explain`` says when. The
+    rows then are the same up to the order of the projection's sum, and bit-equal on ``triton``.
+    """
+    validate.projection(spec, x, weights)
+    assert weights.w is not None
+    step = _step(spec, _unprojected(spec, x, weights.w), weights, rope, batch, plan, state, cache, latent)
+    fuser = select_fuser(impl, step, x, weights.w)
+    if fuser is not None:
+        fuser.run_fused(step, x, weights.w)
+        return _done(step)
     kv_score = project(spec, x, weights, impl=impl)
-    return condense(spec, kv_score, weights, rope, batch, plan=plan, state=state, cache=cache, latent=latent, impl=impl)
+    step = replace(step, kv_score=kv_score)
+    select(impl, step).run(step)
+    return _done(step)
+
+
+def _unprojected(spec: CompressorSpec, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """kv_score's shape and type without its memory: what a step is checked with before anything is projected."""
+    dtype = compute_dtype(torch.promote_types(x.dtype, w.dtype))
+    return x.new_zeros(1, spec.projected, dtype=dtype).expand(x.shape[0], -1)
 
 
 def explain(
     spec: CompressorSpec,
-    kv_score: torch.Tensor,
+    kv_score: torch.Tensor | None,
     weights: CompressorWeights,
     rope: RopeTable | None,
     batch: RaggedBatch,
     *,
     state: StatePool | OnlineState | None = None,
     cache: PagedCache | None = None,
+    x: torch.Tensor | None = None,
 ) -> dict[str, str | None]:
-    """For each backend: None if it can run this ``condense`` call, else the reason. Writes nothing."""
+    """For each backend: None if it can run this ``condense`` call, else the reason. Writes nothing.
+
+    With x in the place of kv_score (which is None) the call is ``compress``, and for each backend "NAME, fused" says
+    whether it would project and condense at once.
+    """
+    if (kv_score is None) == (x is None):
+        raise KvCondenseError("x", "exactly one of kv_score and x", "both or neither" if x is None else "both")
+    if x is not None:
+        validate.projection(spec, x, weights)
+        assert weights.w is not None
+        kv_score = _unprojected(spec, x, weights.w)
+    assert kv_score is not None
     step = _step(spec, kv_score, weights, rope, batch, None, state, cache, False)
-    return {name: get_backend(name).why_not(step) for name in backend_names()}
+    found = {name: get_backend(name).why_not(step) for name in backend_names()}
+    if x is not None and weights.w is not None:
+        for name in backend_names():
+            found[f"{name}, fused"] = found[name] or why_not_fuse(get_backend(name), step, x, weights.w)
+    return found
 
 
 def _step(

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvcondense import PagedCache, RaggedBatch, StatePool, condense, project
+from kvcondense import KvCondenseError, PagedCache, RaggedBatch, StatePool, compress, condense, explain, project
 from kvcondense.backends import Step
 from kvcondense.backends.triton import fused
+from kvcondense.errors import UnsupportedError
 from kvcondense.layout.plan import Plan
 from machine import SPECS, rope, weights
 
@@ -86,6 +87,59 @@ def test_chunks_do_not_change_a_bit(name, dtype):
     for a, b in zip(whole[0], parts[0], strict=True):
         assert torch.equal(a, b)
     assert torch.equal(whole[1], parts[1])
+
+
+def test_compress_fuses_where_the_table_says_so(monkeypatch):
+    spec = SPECS["csa"]
+    w = weights(spec, hidden=HIDDEN)
+    w = replace(w, w=w.w.bfloat16())
+    x = torch.randn(140, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
+    calls = []
+    real = fused.run
+    monkeypatch.setattr(fused, "run", lambda *a: (calls.append(a[1].shape[0]), real(*a))[0])
+    results, whys = [], []
+    for counts in ((140,), (127, 13), (40, 40, 40, 20)):
+        state = StatePool.ring(spec, 1)
+        cache = PagedCache.allocate(16, 2, 32)
+        at = 0
+        for n in counts:
+            batch = RaggedBatch.build([0, n], start_positions=[at], state_slots=[0], block_table=[[0, 1]])
+            part = x[at : at + n]
+            whys.append(explain(spec, None, w, rope(spec, 256), batch, state=state, cache=cache, x=part))
+            compress(spec, part, w, rope(spec, 256), batch, state=state, cache=cache, impl="triton")
+            at += n
+        results.append((cache.rows.clone(), state.data[0, -1].clone()))
+    assert calls == [140]
+    assert whys[0]["triton, fused"] is None
+    assert "at least 128" in whys[1]["triton, fused"]
+    assert whys[0]["reference, fused"] == "it projects, then condenses"
+    for rows, held in results[1:]:
+        assert torch.equal(rows, results[0][0]), "fused or not, the bits are the same"
+        assert torch.equal(held, results[0][1])
+    # One token for each of 128 windows: a tile would have one row in four to project.
+    batch = RaggedBatch.build(
+        list(range(129)), start_positions=[3] * 128, slot_mapping=[-1] * 128, state_slots=list(range(128))
+    )
+    state = StatePool.ring(spec, 128)
+    state.tags = None
+    why = explain(spec, None, w, rope(spec, 256), batch, state=state, x=x[:128])
+    assert "state" in why["triton, fused"]
+    with pytest.raises(KvCondenseError, match="exactly one"):
+        explain(spec, None, w, rope(spec, 256), batch, state=state)
+
+
+def test_projection_by_itself_is_right():
+    for name in ("csa", "hca", "r1"):
+        spec = SPECS[name]
+        w = weights(spec, hidden=HIDDEN)
+        w = replace(w, w=w.w.bfloat16())
+        x = torch.randn(130, HIDDEN).bfloat16()
+        ours, theirs = (project(spec, x, w, impl=i) for i in ("triton", "reference"))
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert torch.equal(project(spec, x[7:8], w, impl="triton"), ours[7:8])
+        assert project(spec, x[:0], w, impl="triton").shape == (0, spec.projected)
+    with pytest.raises(UnsupportedError, match="bf16"):
+        project(spec, x.float(), w, impl="triton")
 
 
 def test_what_it_cannot_do_has_a_reason():

@@ -70,6 +70,18 @@ class Projector(Protocol):
         ...
 
 
+class Fuser(Protocol):
+    """A backend that also does whole steps from hidden states, without kv_score in memory."""
+
+    def why_not_fuse(self, step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
+        """None if ``run_fused`` can do this and is the faster way, else the reason."""
+        ...
+
+    def run_fused(self, step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
+        """Do the step from x [T, D] and w [projected, D]. ``step.kv_score`` has no values."""
+        ...
+
+
 # Name -> module with a BACKEND; imported when it is asked for. "auto" takes the first that can run the step, but
 # for one with a true ``stand_in``: it runs somewhere else than where it is meant to, slowly.
 _MODULES = {
@@ -107,10 +119,25 @@ def select(impl: str | Backend, step: Step) -> Backend:
     return _first(impl, why_not, "run this step")
 
 
+def select_fuser(impl: str | Backend, step: Step, x: torch.Tensor, w: torch.Tensor) -> Fuser | None:
+    """The backend for ``step`` if it fuses it with its projection; None: project, then condense."""
+    backend: Any = select(impl, step)
+    return backend if why_not_fuse(backend, step, x, w) is None else None
+
+
+def why_not_fuse(backend: Any, step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
+    """None if this backend fuses this step, else the reason."""
+    if not callable(getattr(backend, "why_not_fuse", None)):
+        return "it projects, then condenses"
+    return backend.why_not_fuse(step, x, w)
+
+
 def select_projector(impl: str | Backend, x: torch.Tensor, w: torch.Tensor) -> Projector:
     """The backend for a projection, by the same rules."""
 
     def why_not(backend: Any) -> str | None:
+        if impl == "auto" and getattr(backend, "stand_in", False):
+            return "it runs here as a stand-in, for tests; ask for it by name"
         if not callable(getattr(backend, "why_not_project", None)):
             return "it has no projection (call project, then condense)"
         return backend.why_not_project(x, w)

@@ -123,7 +123,17 @@ def tune(device: str, kinds: list[str], say: Callable[[str], None]) -> tuple[str
     entries += [e for e in old["entries"] if (e[0], e[1]) not in new]
     facts = {**measure.machine(), **gpu.machine(device)}
     source = f"measured on {facts['device']}, {facts['toolkit']}, triton {facts['triton']}, commit {facts['commit']}"
-    return arch, {"source": source, "hardware_cast": cast, "counters": old["counters"], "entries": entries}, timings
+    return (
+        arch,
+        {
+            "source": source,
+            "hardware_cast": cast,
+            "counters": old["counters"],
+            "fused_tokens": old["fused_tokens"],
+            "entries": entries,
+        },
+        timings,
+    )
 
 
 def cast_is_exact(device: str, spans: Callable[[], Iterator[tuple[int, int]]] | None = None) -> bool:

@@ -8,7 +8,8 @@ from typing import Annotated
 import torch
 import typer
 
-from kvcondense.backends.triton import installed, tuning
+from kvcondense.backends.triton import tuning
+from kvcondense.backends.triton.launch import installed
 from kvcondense.cli.output import JsonFile, Output
 from kvcondense.errors import RangeError, UnsupportedError
 

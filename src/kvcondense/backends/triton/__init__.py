@@ -6,19 +6,15 @@ are tiled.
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
 
 from kvcondense.backends import Step
-from kvcondense.backends.triton import tuning
+from kvcondense.backends.triton import fused, tuning
 from kvcondense.backends.triton.constants import UNROLL, Constants, constants, state_key
+from kvcondense.backends.triton.launch import fp32, installed, interpreted, on_device, why_no_device
 from kvcondense.errors import UnsupportedError
 from kvcondense.formats.integers import row_map
 from kvcondense.layout.cache import PagedCache
@@ -27,7 +23,6 @@ from kvcondense.layout.state import PagedLayout
 
 _TOKENS = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_CANDIDATES = 1024
-_DEVICES = ("cuda", "npu")
 
 
 @dataclass(frozen=True)
@@ -69,6 +64,23 @@ class TritonBackend:
         else:
             _run(step, self.choice, cache=step.cache)
 
+    def why_not_project(self, x: torch.Tensor, w: torch.Tensor) -> str | None:
+        """None if ``project`` can do this, else the reason."""
+        return fused.why_not_project(x, w)
+
+    def project(self, x: torch.Tensor, w: torch.Tensor, tile: int | None) -> torch.Tensor:
+        """x @ w.T; tiles are the kernel's own."""
+        del tile
+        return fused.project(x, w)
+
+    def why_not_fuse(self, step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
+        """None if ``run_fused`` can do this step and the table says that it wins, else the reason."""
+        return fused.why_not(step, x, w) or fused.why_not_worth(step, x.shape[0])
+
+    def run_fused(self, step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
+        """The step from x; ``step.kv_score`` is not looked at."""
+        fused.run(step, x, w)
+
 
 def _run_strict(step: Step, cache: PagedCache, choice: tuning.Choice | None) -> None:
     """Rows first, then their bytes, which may raise; what is kept comes last."""
@@ -87,34 +99,6 @@ def _run_strict(step: Step, cache: PagedCache, choice: tuning.Choice | None) -> 
         assert isinstance(state, OnlineState)
         for name in ("acc", "folded", "log"):
             getattr(state, name).copy_(getattr(copy, name))
-
-
-def why_no_device(device: torch.device) -> str | None:
-    """None if kernels can run on tensors of this device, else the reason."""
-    if not installed():
-        return "triton is not installed (pip install kvcondense[triton])"
-    if device.type not in _DEVICES and not interpreted():
-        return f"kv_score is on {device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
-    if device.type != "cpu" and interpreted():
-        return f"kv_score is on {device}, but Triton interprets kernels on the CPU (TRITON_INTERPRET is set)"
-    return None
-
-
-def installed() -> bool:
-    """True if there is a Triton to import."""
-    try:
-        return find_spec("triton") is not None
-    except ImportError:
-        return False
-
-
-def interpreted() -> bool:
-    """True if Triton runs kernels in its interpreter."""
-    import triton
-
-    from kvcondense.backends.triton.kernels.condense import condense_kernel
-
-    return not isinstance(condense_kernel, triton.runtime.JITFunction)
 
 
 def _why_no_format(cache: PagedCache) -> str | None:
@@ -167,8 +151,8 @@ def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept:
 
     plan, state, batch = step.plan, step.state, step.plan.batch
     kv_score = step.kv_score if step.kv_score.stride(1) == 1 else step.kv_score.contiguous()
-    ape, gamma = None if step.ape is None else _fp32(step.ape), _fp32(step.gamma)
-    cos, sin = (None, None) if step.rope is None else (_fp32(step.rope.cos), _fp32(step.rope.sin))
+    ape, gamma = None if step.ape is None else fp32(step.ape), fp32(step.gamma)
+    cos, sin = (None, None) if step.rope is None else (fp32(step.rope.cos), fp32(step.rope.sin))
     counters = plan.counters if c.blocks > 1 and c.counters else None
     cache_data, page_stride = (None, 0) if cache is None else (cache.data, cache.data.stride(0))
     scales = None if cache is None else cache.scales
@@ -178,7 +162,7 @@ def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept:
     stored = (cache_data, scales, counters)
     programs = count * c.blocks
     options: dict[str, Any] = {"c": c, "num_warps": num_warps, "enable_fp_fusion": False}
-    with _on(kv_score.device):
+    with on_device(kv_score.device):
         if isinstance(state, OnlineState):
             online_kernel[(programs + kept,)](
                 *head, batch.draft_rows, batch.state_slots, state.acc, state.folded, state.log, *windows, *stored,
@@ -197,27 +181,6 @@ def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept:
         )  # fmt: skip
         if count and c.blocks > 1 and not c.counters:
             finish_kernel[(count,)](*head[2:7], *windows, cache_data, scales, page_stride, scales_stride, **options)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The device as the current one: Triton launches there, on its current stream."""
-    if device.type == "cpu":
-        return _quiet()
-    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without numpy's warnings of NaN and overflow, which is what the interpreter computes with."""
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield
-
-
-def _fp32(t: torch.Tensor) -> torch.Tensor:
-    return t if t.dtype is torch.float32 and t.is_contiguous() else t.float().contiguous()
 
 
 BACKEND = TritonBackend()

@@ -1,4 +1,8 @@
-"""Launches of the fused projection: x and the merged weight to finished rows, without kv_score in memory."""
+"""Launches that project: to kv_score, or, fused, to finished rows without kv_score in memory.
+
+All of them sum a product over the hidden channels in the same steps and tiles, so a token has the same bits in any
+batch, fused or not.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,23 @@ from typing import Any
 import torch
 
 from kvcondense.backends import Step
-from kvcondense.backends.triton import _fp32, _on, why_no_device
-from kvcondense.backends.triton.constants import constants, state_key
+from kvcondense.backends.triton import tuning
+from kvcondense.backends.triton.constants import Constants, constants, state_key
+from kvcondense.backends.triton.launch import fp32, on_device, why_no_device
 from kvcondense.backends.triton.tuning import Choice
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.state import PagedLayout
+from kvcondense.spec import CompressorSpec
 
 TILE = 128
 """Tokens of a tile: whole windows, or kept rows."""
 DEPTH = 64
 """Hidden channels of one step of the products."""
-_BLOCK, _BLOCK_OVERLAP, _WARPS = 64, 32, 8
+_BLOCK, _BLOCK_OVERLAP, _LEAST, _WARPS = 64, 32, 16, 8
 
 
-def why_not(step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
-    """None if ``run`` can do this step from x [T, D] and w [projected, D], else the reason."""
-    spec = step.spec
+def why_not_project(x: torch.Tensor, w: torch.Tensor) -> str | None:
+    """None if the products of x [T, D] and w [projected, D] can be formed here, else the reason."""
     reason = why_no_device(x.device)
     if reason is not None:
         return reason
@@ -30,6 +35,17 @@ def why_not(step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
         return f"x and w are {x.dtype} and {w.dtype}; the products take bf16"
     if x.shape[1] % DEPTH:
         return f"{x.shape[1]} hidden channels are no multiple of {DEPTH}"
+    if w.shape[0] % _LEAST:
+        return f"{w.shape[0]} projected channels are no multiple of {_LEAST}"
+    return None
+
+
+def why_not(step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
+    """None if ``run`` can do this step from x [T, D] and w [projected, D], else the reason."""
+    spec = step.spec
+    reason = why_not_project(x, w)
+    if reason is not None:
+        return reason
     if spec.ratio & (spec.ratio - 1) or spec.ratio > TILE:
         return f"ratio {spec.ratio} does not divide a tile of {TILE} tokens"
     if isinstance(step.state, OnlineState):
@@ -39,6 +55,47 @@ def why_not(step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
     return None
 
 
+def why_not_worth(step: Step, tokens: int) -> str | None:
+    """None if the table says that fusing wins, else what speaks against it."""
+    least = tuning.fused_tokens(step.rows.device)
+    if least is None or tokens < least:
+        return f"{tokens} tokens; the table fuses steps of at least {least}"
+    if step.plan.num_windows * step.spec.ratio > 2 * tokens:
+        return "most tokens of the windows are in the state: a tile would project few of its rows"
+    return None
+
+
+def project(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """kv_score [T, projected] fp32."""
+    from kvcondense.backends.triton.kernels import fused
+
+    out = torch.empty(x.shape[0], w.shape[0], dtype=torch.float32, device=x.device)
+    if x.shape[0] == 0:
+        return out
+    x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (x, w))
+    # The kernel's constants are a step's: all channels as those of one product.
+    spec = CompressorSpec(ratio=1, head_dim=w.shape[0], eps=1.0, rope_dim=0, has_ape=False, has_gate=False)
+    block = next(b for b in (_BLOCK, 32, _LEAST) if w.shape[0] % b == 0)
+    c = constants(spec, state_key(None), None, 0, False, Choice(block, _WARPS, counters=False))
+    launch = {"M": TILE, **_products(x, c)}
+    with on_device(x.device):
+        fused.project_kernel[(-(-x.shape[0] // TILE) * c.blocks,)](
+            x, w, out, x.shape[0], x.shape[1], x.stride(0), w.stride(0), out.stride(0), **_products(x, c),
+            M=TILE,
+        )  # fmt: skip
+    return out
+
+
+def _products(x: torch.Tensor, c: Constants) -> dict[str, Any]:
+    wide = x.device.type == "cpu"
+    return {"c": c, "K": DEPTH, "WIDE": wide, "num_warps": _WARPS, "enable_fp_fusion": False}
+
+
+def block_of(spec: CompressorSpec) -> int:
+    """Channels of a program: with overlap, both halves of a window are accumulated side by side."""
+    return min(spec.head_dim, _BLOCK_OVERLAP if spec.overlap else _BLOCK)
+
+
 def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
     """Windows, then what is kept (the state is read before it is written), then norm to store of every row."""
     from kvcondense.backends.triton.kernels import fused
@@ -46,17 +103,17 @@ def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
 
     spec, plan, state, cache, batch = step.spec, step.plan, step.state, step.cache, step.plan.batch
     assert not isinstance(state, OnlineState)
-    block = min(spec.head_dim, _BLOCK_OVERLAP if spec.overlap else _BLOCK)
+    block = block_of(spec)
     form, page_rows = (None, 0) if cache is None else (cache.format, cache.page_rows)
     c = constants(spec, state_key(state), form, page_rows, False, Choice(block, _WARPS, counters=False))
-    options: dict[str, Any] = {"c": c, "num_warps": _WARPS, "enable_fp_fusion": False}
-    products: dict[str, Any] = {"K": DEPTH, "WIDE": x.device.type == "cpu", **options}
+    products = _products(x, c)
+    options = {"c": c, "num_warps": _WARPS, "enable_fp_fusion": False}
     x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (x, w))
-    ape, data = None if step.ape is None else _fp32(step.ape), None if state is None else state.data
+    ape, data = None if step.ape is None else fp32(step.ape), None if state is None else state.data
     hidden, windows, keeps = x.shape[1], plan.num_windows, plan.keep_token.shape[0]
     state_stride = 0 if data is None else data.stride(0)
     group = TILE // spec.ratio
-    with _on(x.device):
+    with on_device(x.device):
         if windows:
             table, stride = batch.state_slots, 1
             if state is not None and isinstance(state.layout, PagedLayout):
@@ -73,11 +130,11 @@ def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
                 x.stride(0), w.stride(0), state_stride, **{"M": TILE, **products},
             )  # fmt: skip
         if windows:
-            cos, sin = (None, None) if step.rope is None else (_fp32(step.rope.cos), _fp32(step.rope.sin))
+            cos, sin = (None, None) if step.rope is None else (fp32(step.rope.cos), fp32(step.rope.sin))
             bytes_, page_stride = (None, 0) if cache is None else (cache.data, cache.data.stride(0))
             scales = None if cache is None else cache.scales
             scales_stride = 0 if scales is None or scales.dim() == 0 else scales.stride(0)
             finish_kernel[(windows,)](
-                _fp32(step.gamma), cos, sin, step.rows, None, plan.window_request, plan.window_index, plan.window_slot,
+                fp32(step.gamma), cos, sin, step.rows, None, plan.window_request, plan.window_index, plan.window_slot,
                 bytes_, scales, page_stride, scales_stride, **options,
             )  # fmt: skip

@@ -38,8 +38,8 @@ class Choice:
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """The file: by architecture its source, hardware_cast, counters, and entries [ratio, head_dim, rows, block,
-    num_warps], where an entry serves steps of at most ``rows`` windows, null any number.
+    """The file: by architecture its source, hardware_cast, counters, fused_tokens, and entries [ratio, head_dim, rows,
+    block, num_warps], where an entry serves steps of at most ``rows`` windows, null any number.
     """
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
@@ -64,6 +64,11 @@ def architecture(device: torch.device) -> str:
 def choose(device: torch.device, spec: CompressorSpec, rows: int) -> Choice:
     """The tiling of a step with ``rows`` windows on this device."""
     return choose_for(architecture(device), spec.ratio, spec.window, spec.head_dim, rows)
+
+
+def fused_tokens(device: torch.device) -> int | None:
+    """Least tokens of a step that is fused with its projection on this device; None: no step is."""
+    return table().get(architecture(device), table()[ANY])["fused_tokens"]
 
 
 @functools.lru_cache(maxsize=4096)

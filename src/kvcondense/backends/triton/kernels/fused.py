@@ -134,6 +134,27 @@ def project_pool_kernel(
 
 
 @triton.jit
+def project_kernel(
+    x, w, kv_score, tokens, hidden, x_stride, w_stride, out_stride,
+    c: tl.constexpr, M: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """kv_score of M tokens for a block of channels, with the bits that the fused kernels pool and keep."""
+    N: tl.constexpr = c.value.width
+    BLOCK: tl.constexpr = c.value.block
+    GATE: tl.constexpr = c.value.has_gate
+    BLOCKS: tl.constexpr = N // BLOCK
+    program = tl.program_id(0)
+    channel = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    token = (program // BLOCKS) * M + tl.arange(0, M)
+    live = token < tokens
+    kv, z = project_tile(x, w, token, live, channel, hidden, x_stride, w_stride, c, M, K, WIDE)
+    target = kv_score + token[:, None].to(tl.int64) * out_stride + channel[None, :]
+    tl.store(target, kv, mask=live[:, None])
+    if GATE:
+        tl.store(target + N, z, mask=live[:, None])
+
+
+@triton.jit
 def project_keep_kernel(
     x, w, ape, keep_token, keep_position, keep_row, state, keeps, hidden, x_stride, w_stride, state_stride,
     c: tl.constexpr, M: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
