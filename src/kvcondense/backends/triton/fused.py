@@ -77,11 +77,10 @@ def project(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     spec = CompressorSpec(ratio=1, head_dim=w.shape[0], eps=1.0, rope_dim=0, has_ape=False, has_gate=False)
     block = next(b for b in (_BLOCK, 32, _LEAST) if w.shape[0] % b == 0)
     c = constants(spec, state_key(None), None, 0, False, Choice(block, _WARPS, counters=False))
-    launch = {"M": TILE, **_products(x, c)}
+    launch: dict[str, Any] = {"M": TILE, **_products(x, c)}
     with on_device(x.device):
         fused.project_kernel[(-(-x.shape[0] // TILE) * c.blocks,)](
-            x, w, out, x.shape[0], x.shape[1], x.stride(0), w.stride(0), out.stride(0), **_products(x, c),
-            M=TILE,
+            x, w, out, x.shape[0], x.shape[1], x.stride(0), w.stride(0), out.stride(0), **launch,
         )  # fmt: skip
     return out
 
