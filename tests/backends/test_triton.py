@@ -8,8 +8,7 @@ from typer.testing import CliRunner
 
 from kvcondense import CompressorSpec, OnlineState, PagedCache, RaggedBatch, StatePool, condense, explain
 from kvcondense.backends import triton as backend
-from kvcondense.backends.triton import launch as launching
-from kvcondense.backends.triton import tuning
+from kvcondense.backends.triton import runtime, tuning
 from kvcondense.backends.triton.tuning import Choice
 from kvcondense.cli import app
 from kvcondense.errors import RangeError, UnsupportedError
@@ -308,9 +307,9 @@ def test_where_it_cannot_run_it_says_so(monkeypatch):
         return explain(spec, tokens(spec, 4), weights(spec), rope(spec, 64), batch)["triton"]
 
     assert reason() is None
-    monkeypatch.setattr(launching, "interpreted", lambda: False)
+    monkeypatch.setattr(runtime, "interpreted", lambda: False)
     assert "not on a GPU" in reason()
-    monkeypatch.setattr(launching, "find_spec", lambda name: None)
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
     assert "triton is not installed" in reason()
 
 

@@ -7,7 +7,7 @@ import torch
 
 from kvcondense import OnlineState, PagedCache, RaggedBatch, StatePool, condense, ops
 from kvcondense.backends.triton import TritonBackend, aot, tuning
-from kvcondense.backends.triton.launch import why_no_device
+from kvcondense.backends.triton.runtime import why_no_device
 from kvcondense.bench import device, measure, run, tune
 from kvcondense.bench.cases import FORMAT, Case, make_inputs
 from kvcondense.bench.runners import EmptyLaunch, Kvcondense

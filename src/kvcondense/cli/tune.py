@@ -9,7 +9,7 @@ import torch
 import typer
 
 from kvcondense.backends.triton import tuning
-from kvcondense.backends.triton.launch import installed
+from kvcondense.backends.triton.runtime import installed
 from kvcondense.cli.output import JsonFile, Output
 from kvcondense.errors import RangeError, UnsupportedError
 

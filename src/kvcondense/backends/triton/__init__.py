@@ -14,7 +14,7 @@ import torch
 from kvcondense.backends import Step
 from kvcondense.backends.triton import fused, tuning
 from kvcondense.backends.triton.constants import UNROLL, Constants, constants, state_key
-from kvcondense.backends.triton.launch import fp32, installed, interpreted, on_device, why_no_device
+from kvcondense.backends.triton.runtime import fp32, installed, interpreted, on_device, why_no_device
 from kvcondense.errors import UnsupportedError
 from kvcondense.formats.integers import row_map
 from kvcondense.layout.cache import PagedCache

@@ -13,7 +13,7 @@ import torch
 from kvcondense.backends import Step
 from kvcondense.backends.triton import tuning
 from kvcondense.backends.triton.constants import Constants, constants, state_key
-from kvcondense.backends.triton.launch import fp32, on_device, why_no_device
+from kvcondense.backends.triton.runtime import fp32, on_device, why_no_device
 from kvcondense.backends.triton.tuning import Choice
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.state import PagedLayout
