@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from kvcondense.backends.triton import aot
-from kvcondense.backends.triton.aot import ARCHITECTURES, variants
+from kvcondense.backends.triton.aot import ARCHITECTURES
+from kvcondense.backends.triton.variants import variants
 from kvcondense.formats import FORMATS
 
 pytest.importorskip("triton")
@@ -52,9 +53,9 @@ def test_every_variant_compiles_and_none_spills(arch, tmp_path):
 def test_a_kernel_that_does_not_compile_is_a_failure():
     code = """
 import dataclasses
-from kvcondense.backends.triton import aot
-real = aot.constants
-aot.constants = lambda *args: dataclasses.replace(real(*args), block=3)
+from kvcondense.backends.triton import variants
+real = variants.constants
+variants.constants = lambda *args, **more: dataclasses.replace(real(*args, **more), block=3)
 """
     done = kvcondense("aot", "--arch", "sm_80", "--jobs", 1, "--variant", "r1-stateless", code=code)
     assert done.returncode != 0

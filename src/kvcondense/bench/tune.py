@@ -125,13 +125,7 @@ def tune(device: str, kinds: list[str], say: Callable[[str], None]) -> tuple[str
     source = f"measured on {facts['device']}, {facts['toolkit']}, triton {facts['triton']}, commit {facts['commit']}"
     return (
         arch,
-        {
-            "source": source,
-            "hardware_cast": cast,
-            "counters": old["counters"],
-            "fused_tokens": old["fused_tokens"],
-            "entries": entries,
-        },
+        {**old, "source": source, "hardware_cast": cast, "entries": entries},
         timings,
     )
 

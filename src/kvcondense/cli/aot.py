@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from kvcondense.backends.triton import aot as compiler
+from kvcondense.backends.triton.variants import variants
 from kvcondense.cli.output import JsonFile, Output
 from kvcondense.errors import RangeError, UnsupportedError
 
@@ -37,7 +38,7 @@ def aot(
     spills registers.
     """
     output = Output(json_file)
-    chosen = [v for v in compiler.variants() if not variant or any(part in v.name for part in variant)]
+    chosen = [v for v in variants() if not variant or any(part in v.name for part in variant)]
     if not chosen:
         raise RangeError("--variant", "part of a name that --list prints", variant)
     if list_variants:

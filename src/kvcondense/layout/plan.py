@@ -14,6 +14,7 @@ from kvcondense.spec import CompressorSpec
 
 Layout = RingLayout | PagedLayout | OnlineLayout
 WINDOW_FIELDS = ("window_request", "window_index", "window_slot")
+_BARRIERS = 4
 KEEP_FIELDS = ("keep_token", "keep_request", "keep_position", "keep_row")
 
 
@@ -58,7 +59,8 @@ class Plan:
     keep_token, keep_request, keep_position, keep_row [K]: token t at position p of request q goes to a state row.
     Entries of -1 in window_request or keep_token are padding and stand at the end. overwrites: a kept row may take the
     place of a stored row that a window of this step reads, so that rows must be kept after all windows were read.
-    counters [E] int32, zero: scratch of backends, which leave it zero. One stream at a time may use a plan.
+    counters [E + 4] int32, zero: scratch of backends, which leave it zero: windows, then barriers. One stream at a time
+    may use a plan.
     """
 
     ratio: int
@@ -263,7 +265,7 @@ def _work(
 
 
 def _counters(windows: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(windows.shape[0], dtype=torch.int32, device=windows.device)
+    return torch.zeros(windows.shape[0] + _BARRIERS, dtype=torch.int32, device=windows.device)
 
 
 def _overwrites(

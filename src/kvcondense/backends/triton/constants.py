@@ -28,7 +28,8 @@ class Constants:
 
     block: channels of a program, blocks: programs per window, counters: whether the last of them finishes it.
     state_rows: rows of a ring, a page or a draft log. window_padded, window_levels: the window as a power of two, and
-    its logarithm; ratio_levels: the ratio's, if that is one.
+    its logarithm; ratio_levels: the ratio's, if that is one. splits: partial sums that make a value of kv_score; 0: it
+    is one.
     """
 
     ratio: int
@@ -37,6 +38,7 @@ class Constants:
     window_levels: int
     ratio_levels: int
     width: int
+    projected: int
     head_dim: int
     channel_levels: int
     rope_dim: int
@@ -60,6 +62,7 @@ class Constants:
     scale_part: Part
     hardware_cast: bool
     unroll: int
+    splits: int
 
     @property
     def value(self) -> Constants:
@@ -76,6 +79,7 @@ def constants(
     latent: bool,
     choice: Choice,
     unroll: int = UNROLL,
+    splits: int = 0,
 ) -> Constants:
     """The record for these; ``state`` as :func:`state_key` has it, ``page_rows`` of the cache."""
     # Without counters a launch of its own finishes windows; who writes back an online state then has to be one program.
@@ -88,6 +92,7 @@ def constants(
         window_levels=padded.bit_length() - 1,
         ratio_levels=spec.ratio.bit_length() - 1,
         width=spec.width,
+        projected=spec.projected,
         head_dim=spec.head_dim,
         channel_levels=spec.head_dim.bit_length() - 1,
         rope_dim=spec.rope_dim,
@@ -111,6 +116,7 @@ def constants(
         scale_part=SCALE_PART,
         hardware_cast=choice.hardware_cast,
         unroll=unroll,
+        splits=splits,
     )
 
 

@@ -90,9 +90,10 @@ def _products(x: torch.Tensor, c: Constants) -> dict[str, Any]:
     return {"c": c, "K": DEPTH, "WIDE": wide, "num_warps": _WARPS, "enable_fp_fusion": False}
 
 
-def block_of(spec: CompressorSpec) -> int:
-    """Channels of a program: with overlap, both halves of a window are accumulated side by side."""
-    return min(spec.head_dim, _BLOCK_OVERLAP if spec.overlap else _BLOCK)
+def choice(spec: CompressorSpec) -> Choice:
+    """Channels and warps of a program: with overlap, both halves of a window are accumulated side by side."""
+    block = min(spec.head_dim, _BLOCK_OVERLAP if spec.overlap else _BLOCK)
+    return Choice(block, _WARPS, counters=False)
 
 
 def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
@@ -102,9 +103,8 @@ def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
 
     spec, plan, state, cache, batch = step.spec, step.plan, step.state, step.cache, step.plan.batch
     assert not isinstance(state, OnlineState)
-    block = block_of(spec)
     form, page_rows = (None, 0) if cache is None else (cache.format, cache.page_rows)
-    c = constants(spec, state_key(state), form, page_rows, False, Choice(block, _WARPS, counters=False))
+    c = constants(spec, state_key(state), form, page_rows, False, choice(spec))
     products = _products(x, c)
     options = {"c": c, "num_warps": _WARPS, "enable_fp_fusion": False}
     x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (x, w))
@@ -124,7 +124,7 @@ def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
                 x.stride(0), w.stride(0), stride, state_stride, **{"G": group, **products},
             )  # fmt: skip
         if data is not None and keeps:
-            fused.project_keep_kernel[(-(-keeps // TILE) * (spec.width // block),)](
+            fused.project_keep_kernel[(-(-keeps // TILE) * (spec.width // c.block),)](
                 x, w, ape, plan.keep_token, plan.keep_position, plan.keep_row, data, keeps, hidden,
                 x.stride(0), w.stride(0), state_stride, **{"M": TILE, **products},
             )  # fmt: skip

@@ -38,8 +38,9 @@ class Choice:
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """The file: by architecture its source, hardware_cast, counters, fused_tokens, and entries [ratio, head_dim, rows,
-    block, num_warps], where an entry serves steps of at most ``rows`` windows, null any number.
+    """The file: by architecture its source, hardware_cast, counters, fused_tokens, decode_programs, and entries.
+
+    An entry is [ratio, head_dim, rows, block, num_warps] and serves steps of at most ``rows`` windows, null any number.
     """
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
@@ -69,6 +70,11 @@ def choose(device: torch.device, spec: CompressorSpec, rows: int) -> Choice:
 def fused_tokens(device: torch.device) -> int | None:
     """Least tokens of a step that is fused with its projection on this device; None: no step is."""
     return table().get(architecture(device), table()[ANY])["fused_tokens"]
+
+
+def decode_programs(device: torch.device) -> int | None:
+    """Programs of a processor in launches whose programs wait for one another; None: there are none such."""
+    return table().get(architecture(device), table()[ANY])["decode_programs"]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kvcondense.backends.triton.kernels.bits import bf16_bits
 from kvcondense.backends.triton.kernels.encode import put
-from kvcondense.backends.triton.kernels.pool import pool
+from kvcondense.backends.triton.kernels.pool import pool, summed
 from kvcondense.backends.triton.kernels.row import hadamard, rms_norm, rope
 
 
@@ -52,7 +52,8 @@ def finish(pooled, e, index, gamma, cos, sin, rows, latent, window_slot, cache, 
 
 
 @triton.jit
-def keep(k, kv_score, ape, keep_token, keep_position, keep_row, state, kv_stride, state_stride, c: tl.constexpr):
+def keep(k, kv_score, ape, keep_token, keep_position, keep_row, state, kv_stride, split_stride, state_stride,
+         c: tl.constexpr):  # fmt: skip
     """Row k of those to keep: [kv | score + ape] of its token to its state row; padding (-1) is skipped."""
     R: tl.constexpr = c.value.ratio
     N: tl.constexpr = c.value.width
@@ -61,11 +62,12 @@ def keep(k, kv_score, ape, keep_token, keep_position, keep_row, state, kv_stride
     token = tl.load(keep_token + k)
     if token >= 0:
         channel = tl.arange(0, N)
+        everywhere = channel >= 0
         source = kv_score + token * kv_stride + channel
         target = state + tl.load(keep_row + k) * state_stride + channel
-        store_as_state(target, tl.load(source).to(tl.float32), c)
+        store_as_state(target, summed(source, everywhere, split_stride, c), c)
         if GATE:
-            z = tl.load(source + N).to(tl.float32)
+            z = summed(source + N, everywhere, split_stride, c)
             if APE:
                 z += tl.load(ape + (tl.load(keep_position + k) % R) * N + channel)
             store_as_state(target + N, z, c)
@@ -82,39 +84,51 @@ def store_as_state(target, x, c: tl.constexpr):
 
 
 @triton.jit
+def window_task(
+    task, kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions, state_table, state,
+    window_request, window_index, window_slot, cache, scales, counters,
+    kv_stride, split_stride, table_stride, state_stride, page_stride, scales_stride, c: tl.constexpr,
+):  # fmt: skip
+    """Pool a block of channels of window ``task // blocks``; whoever pools the last one finishes the row."""
+    BLOCKS: tl.constexpr = c.value.blocks
+    BLOCK: tl.constexpr = c.value.block
+    D: tl.constexpr = c.value.head_dim
+    COUNTERS: tl.constexpr = c.value.counters
+    e = task // BLOCKS
+    q = tl.load(window_request + e)
+    if q >= 0:
+        index = tl.load(window_index + e)
+        channel = (task % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+        pooled = pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, state_table, state,
+                      kv_stride, split_stride, table_stride, state_stride, c)  # fmt: skip
+        if BLOCKS == 1:
+            finish(pooled, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
+                   page_stride, scales_stride, c)  # fmt: skip
+        else:
+            tl.store(rows + e.to(tl.int64) * D + channel, pooled)
+            if COUNTERS:  # else finish_kernel follows
+                if last_block(counters, e, c):
+                    whole = tl.load(rows + e.to(tl.int64) * D + tl.arange(0, D), cache_modifier=".cg")
+                    finish(whole, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
+                           page_stride, scales_stride, c)  # fmt: skip
+
+
+@triton.jit
 def condense_kernel(
     kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions, state_table, state,
     window_request, window_index, window_slot, keep_token, keep_position, keep_row, cache, scales, counters,
     window_programs, kv_stride, table_stride, state_stride, page_stride, scales_stride, c: tl.constexpr,
 ):  # fmt: skip
     """The first ``window_programs`` programs pool and finish windows, the others keep rows."""
-    BLOCKS: tl.constexpr = c.value.blocks
-    BLOCK: tl.constexpr = c.value.block
-    D: tl.constexpr = c.value.head_dim
-    COUNTERS: tl.constexpr = c.value.counters
     STATE: tl.constexpr = c.value.has_state
     program = tl.program_id(0)
     if program < window_programs:
-        e = program // BLOCKS
-        q = tl.load(window_request + e)
-        if q >= 0:
-            index = tl.load(window_index + e)
-            channel = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-            pooled = pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, state_table, state,
-                          kv_stride, table_stride, state_stride, c)  # fmt: skip
-            if BLOCKS == 1:
-                finish(pooled, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
-                       page_stride, scales_stride, c)  # fmt: skip
-            else:
-                tl.store(rows + e.to(tl.int64) * D + channel, pooled)
-                if COUNTERS:  # else finish_kernel follows
-                    if last_block(counters, e, c):
-                        whole = tl.load(rows + e.to(tl.int64) * D + tl.arange(0, D), cache_modifier=".cg")
-                        finish(whole, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
-                               page_stride, scales_stride, c)  # fmt: skip
+        window_task(program, kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions,
+                    state_table, state, window_request, window_index, window_slot, cache, scales, counters,
+                    kv_stride, 0, table_stride, state_stride, page_stride, scales_stride, c)  # fmt: skip
     elif STATE:
         keep(program - window_programs, kv_score, ape, keep_token, keep_position, keep_row, state,
-             kv_stride, state_stride, c)  # fmt: skip
+             kv_stride, 0, state_stride, c)  # fmt: skip
 
 
 @triton.jit

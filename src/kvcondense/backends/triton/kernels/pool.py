@@ -46,8 +46,21 @@ def biases(ape, position, half, channel, live, c: tl.constexpr):
 
 
 @triton.jit
+def summed(source, live, split_stride, c: tl.constexpr):
+    """Values of kv_score at ``source`` where ``live``, as fp32; of partial sums, their total in the order of splits."""
+    SPLITS: tl.constexpr = c.value.splits
+    if SPLITS == 0:
+        x = tl.load(source, mask=live, other=0.0).to(tl.float32)
+    else:  # other programs of this launch wrote them: not from a cache of one's own
+        x = tl.load(source, mask=live, other=0.0, cache_modifier=".cg")
+        for s in tl.static_range(1, SPLITS):
+            x += tl.load(source + s * split_stride, mask=live, other=0.0, cache_modifier=".cg")
+    return x
+
+
+@triton.jit
 def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, state_table, state,
-         kv_stride, table_stride, state_stride, c: tl.constexpr):  # fmt: skip
+         kv_stride, split_stride, table_stride, state_stride, c: tl.constexpr):  # fmt: skip
     """P of window ``index`` of request q for ``channel`` [block]: sum e^(z - m) K / sum e^(z - m), by halving trees."""
     R: tl.constexpr = c.value.ratio
     W: tl.constexpr = c.value.window
@@ -69,10 +82,11 @@ def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, sta
     # Channels [0, d) are read of tokens before the window, the last d of those in it.
     half = (j >= W - R).to(tl.int64) * (N - D)
     offset = tl.where(fresh, first_token + position, 0) * kv_stride + half
-    kv = as_stored(tile(kv_score, offset, channel, fresh), c)  # [PADDED, block]
+    source = kv_score + offset[:, None] + channel[None, :]
+    kv = as_stored(summed(source, fresh[:, None], split_stride, c), c)  # [PADDED, block]
     z = tl.zeros([PADDED, BLOCK], tl.float32)
     if GATE:
-        z = tile(kv_score, offset + N, channel, fresh)
+        z = summed(source + N, fresh[:, None], split_stride, c)
         if APE:
             z += biases(ape, position, half, channel, fresh, c)
         z = as_stored(z, c)

@@ -1,0 +1,134 @@
+"""Steps of a few tokens from hidden states: one launch for one compressor, or for two that read the same ones.
+
+Sums are split over the hidden channels, in spans that depend on their number alone: a token has the same bits in every
+such step, but not those of ``fused``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kvcondense.backends import Step
+from kvcondense.backends.triton import tuning
+from kvcondense.backends.triton.constants import Constants, constants, state_key
+from kvcondense.backends.triton.fused import why_not_project
+from kvcondense.backends.triton.runtime import fp32, on_device
+from kvcondense.backends.triton.tuning import Choice
+from kvcondense.layout.online import OnlineState
+from kvcondense.layout.state import PagedLayout
+
+TOKENS = 64
+"""Most tokens of a step."""
+_BLOCKS = (32, 16)
+DEPTH = 64
+"""Hidden channels of one step of a product."""
+WARPS = 4
+_SPLITS = 8
+_TILE = 2048
+"""Elements of a pooled tile, [window, channels]."""
+ARGUMENTS = ("own", "layer", "windows", "keeps", "stored")
+"""Tuples of the kernel's arguments that belong to one compressor."""
+NONE = (None,) * 4, (None,) * 6, (None,) * 5, (None,) * 4, (None,) * 10
+
+
+def why_not(step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
+    """None if ``run`` can do this step from x [T, D] and w [projected, D], else the reason."""
+    if x.shape[0] > TOKENS:
+        return f"{x.shape[0]} tokens; a launch takes {TOKENS}"
+    if tuning.decode_programs(step.rows.device) is None:
+        return "the table has no such launch for this device"
+    reason = why_not_project(x, w)
+    if reason is not None:
+        return reason
+    if isinstance(step.state, OnlineState):
+        return "an online state is folded token by token"
+    if step.cache is not None and step.cache.strict:
+        return "caches in validation mode take the unfused step"
+    return None
+
+
+def splits(hidden: int) -> int:
+    """Spans of the hidden channels."""
+    return min(_SPLITS, -(-hidden // DEPTH))
+
+
+def block_of(projected: Sequence[int]) -> int:
+    """Projected channels of a program's product, for these numbers of them in all."""
+    return next(b for b in _BLOCKS if all(p % b == 0 for p in projected))
+
+
+def choice(window: int, head_dim: int) -> Choice:
+    """How the windows of such a step are cut; programs have WARPS warps whatever they do."""
+    return Choice(max(min(head_dim, _TILE // (1 << (window - 1).bit_length())), 1), WARPS)
+
+
+def run(steps: Sequence[Step], x: torch.Tensor, ws: Sequence[torch.Tensor]) -> None:
+    """One or two steps of the same x [T, D]. Programs wait for one another once, or a launch follows a launch."""
+    from kvcondense.backends.triton.kernels import decode as kernels
+
+    x = x if x.stride(1) == 1 else x.contiguous()
+    both = [_arguments(step, x, w) for step, w in zip(steps, ws, strict=True)]
+    (first, c), (second, c_2) = both[0], both[1] if len(both) > 1 else (NONE, None)
+    ordered = any(step.plan.overwrites for step in steps)
+    block = block_of([one.projected for _, one in both])
+    shape = {"M": TOKENS, "B": block, "K": DEPTH, "WIDE": x.device.type == "cpu"}
+    options = {"num_warps": WARPS, "enable_fp_fusion": False}
+    products = sum(one.projected // block * one.splits for _, one in both)
+    work = max(products, *(s.plan.num_windows * one.blocks + s.plan.keep_token.shape[0]
+                           for s, (_, one) in zip(steps, both, strict=True)))  # fmt: skip
+    whole, programs = _programs(x.device)
+    phases = (kernels.ALL,) if whole else (kernels.STREAM, kernels.WINDOWS, kernels.KEEPS)
+    with on_device(x.device):
+        for phase in phases:
+            launch: dict[str, Any] = {
+                "c": c, "c_2": c_2, "TWO": len(both) > 1, "ORDERED": ordered, "PHASE": phase.value, **shape, **options,
+                **({"launch_cooperative_grid": True} if whole else {}),
+            }  # fmt: skip
+            kernels.decode_kernel[(min(work, programs),)](
+                x, x.shape[0], x.shape[1], x.stride(0), *first, *second, **launch
+            )
+
+
+@functools.cache
+def _programs(device: torch.device) -> tuple[bool, int]:
+    """Whether programs may wait for one another, and how many fit on the device at once."""
+    each = tuning.decode_programs(device)
+    assert each is not None
+    if device.type == "cpu":
+        return False, each
+    return True, each * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _arguments(step: Step, x: torch.Tensor, w: torch.Tensor) -> tuple[tuple[Any, ...], Constants]:
+    """What the kernel takes for one compressor, in the order of its parameters."""
+    spec, plan, state, cache, batch = step.spec, step.plan, step.state, step.cache, step.plan.batch
+    assert not isinstance(state, OnlineState)
+    form, page_rows = (None, 0) if cache is None else (cache.format, cache.page_rows)
+    count = splits(x.shape[1])
+    c = constants(
+        spec, state_key(state), form, page_rows, step.latent is not None, choice(spec.window, spec.head_dim),
+        splits=count,
+    )  # fmt: skip
+    w = w if w.stride(1) == 1 else w.contiguous()
+    partials = torch.empty(count, x.shape[0], spec.projected, dtype=torch.float32, device=x.device)
+    cos, sin = (None, None) if step.rope is None else (fp32(step.rope.cos), fp32(step.rope.sin))
+    table, stride = batch.state_slots, 1
+    if state is not None and isinstance(state.layout, PagedLayout):
+        assert batch.state_block_table is not None
+        table, stride = batch.state_block_table, batch.state_block_table.stride(0)
+    data = None if state is None else state.data
+    stored, scales = (None, None) if cache is None else (cache.data, cache.scales)
+    scales_stride = 0 if scales is None or scales.dim() == 0 else scales.stride(0)
+    return (
+        (w, partials, w.stride(0), partials.stride(0)),
+        (None if step.ape is None else fp32(step.ape), fp32(step.gamma), cos, sin,
+         batch.query_start_loc, batch.start_positions),
+        (plan.window_request, plan.window_index, plan.window_slot, plan.counters, plan.num_windows),
+        (plan.keep_token, plan.keep_position, plan.keep_row, plan.keep_token.shape[0] if data is not None else 0),
+        (step.rows, step.latent, table, data, stored, scales, stride, 0 if data is None else data.stride(0),
+         0 if stored is None else stored.stride(0), scales_stride),
+    ), c  # fmt: skip
