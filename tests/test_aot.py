@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kvcondense.backends.triton import aot
+from kvcondense.backends.triton import aot, tuning
 from kvcondense.backends.triton.aot import ARCHITECTURES
 from kvcondense.backends.triton.variants import variants
 from kvcondense.formats import FORMATS
@@ -48,6 +48,30 @@ def test_every_variant_compiles_and_none_spills(arch, tmp_path):
     for kernel in report["kernels"]:
         assert kernel["registers"] > 8
         assert kernel["shared"] is not None
+    multiply = {v.name for v in variants() if v.multiplies}
+    assert len(multiply) > 50
+    for kernel in report["kernels"]:
+        # On sm_90 those counted are wgmma alone.
+        assert (kernel["matrix"] > 0) == (kernel["variant"] in multiply)
+        if kernel["kernel"] == "decode_kernel":
+            assert all(a <= b for a, b in zip(occupy(kernel, arch), PROCESSORS[arch], strict=True)), kernel
+
+
+def occupy(kernel, arch):
+    """(32-bit registers, bytes of shared memory) that the programs of a processor take which wait for one another."""
+    each = tuning.table()["any"]["decode_programs"]
+    lanes = kernel["num_warps"] * (64 if arch.startswith("gfx") else 32)
+    return each * lanes * -(-kernel["registers"] // 8) * 8, each * (kernel["shared"] + 1024)
+
+
+# A processor's registers and shared memory, by architecture (CUDA's programming guide, AMD's CDNA 3 and 4 papers).
+PROCESSORS = {
+    "sm_80": (65536, 164 << 10),
+    "sm_90": (65536, 228 << 10),
+    "sm_100": (65536, 228 << 10),
+    "gfx942": (131072, 64 << 10),
+    "gfx950": (131072, 160 << 10),
+}
 
 
 def test_a_kernel_that_does_not_compile_is_a_failure():

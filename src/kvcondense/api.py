@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -11,11 +13,10 @@ from kvcondense.backends import (
     Backend,
     Step,
     backend_names,
+    fused_forms,
     get_backend,
     select,
-    select_fuser,
     select_projector,
-    why_not_fuse,
 )
 from kvcondense.errors import DeviceError, KvCondenseError, RangeError, require
 from kvcondense.layout.batch import RaggedBatch
@@ -137,19 +138,58 @@ def compress(
     """``project``, then ``condense``: hidden states x [T, D] to finished rows. See there for arguments and errors.
 
     A backend may do both at once, with kv_score nowhere in memory, where that is faster; ``explain`` says when. The
-    rows then are the same up to the order of the projection's sum, and bit-equal on ``triton``.
+    rows then are the same up to the order of the projection's sum: see ``TritonBackend`` for what fixes it.
     """
-    validate.projection(spec, x, weights)
-    assert weights.w is not None
-    step = _step(spec, _unprojected(spec, x, weights.w), weights, rope, batch, plan, state, cache, latent)
-    fuser = select_fuser(impl, step, x, weights.w)
-    if fuser is not None:
-        fuser.run_fused(step, x, weights.w)
-        return _done(step)
-    kv_score = project(spec, x, weights, impl=impl)
-    step = replace(step, kv_score=kv_score)
-    select(impl, step).run(step)
-    return _done(step)
+    return compress_many(x, [Job(spec, weights, rope, batch, plan, state, cache, latent)], impl=impl)[0]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Arguments of one of the ``compress`` calls that ``compress_many`` does."""
+
+    spec: CompressorSpec
+    weights: CompressorWeights
+    rope: RopeTable | None
+    batch: RaggedBatch
+    plan: Plan | None = None
+    state: StatePool | OnlineState | None = None
+    cache: PagedCache | None = None
+    latent: bool = False
+
+
+def compress_many(x: torch.Tensor, jobs: Sequence[Job], *, impl: str | Backend = "auto") -> tuple[CondensedRows, ...]:
+    """``compress`` for several compressors that read the same x [T, D], as the main and the indexer's one of a layer.
+
+    Backends may do them together: ``triton`` takes two in one launch where ``explain`` says so of both. Every job needs
+    a state and a cache of its own. All are checked before anything is written.
+    """
+    steps, ways = [], []
+    for job in jobs:
+        require("job", job, Job)
+        validate.projection(job.spec, x, job.weights)
+        assert job.weights.w is not None
+        unprojected = _unprojected(job.spec, x, job.weights.w)
+        steps.append(
+            _step(job.spec, unprojected, job.weights, job.rope, job.batch, job.plan, job.state, job.cache, job.latent)
+        )
+        backend: Any = select(impl, steps[-1])
+        forms = fused_forms(backend, steps[-1], x, job.weights.w)
+        ways.append((backend, next((form for form, reason in forms.items() if reason is None), None)))
+    if len(steps) > 1:
+        states = [s.acc if isinstance(s, OnlineState) else s and s.data for s in (step.state for step in steps)]
+        validate.separate("state", states)
+        validate.separate("cache", [step.cache and step.cache.data for step in steps])
+    for way in dict.fromkeys(ways):
+        backend, form = way
+        mine = [(s, j) for s, j, w in zip(steps, jobs, ways, strict=True) if w == way]
+        if form is not None:
+            backend.run_fused(form, [s for s, _ in mine], x, [j.weights.w for _, j in mine])
+            continue
+        for step, job in mine:
+            kv_score = project(job.spec, x, job.weights, impl=impl)
+            projected = replace(step, kv_score=kv_score)
+            select(impl, projected).run(projected)
+    return tuple(_done(step) for step in steps)
 
 
 def _unprojected(spec: CompressorSpec, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -171,8 +211,8 @@ def explain(
 ) -> dict[str, str | None]:
     """For each backend: None if it can run this ``condense`` call, else the reason. Writes nothing.
 
-    With x in the place of kv_score (which is None) the call is ``compress``, and for each backend "NAME, fused" says
-    whether it would project and condense at once.
+    With x in the place of kv_score (which is None) the call is ``compress``, and "NAME, FORM" says the same of each way
+    that a backend has to project and condense at once; it takes the first that has no reason against it.
     """
     if (kv_score is None) == (x is None):
         raise KvCondenseError("x", "exactly one of kv_score and x", "both or neither" if x is None else "both")
@@ -185,7 +225,8 @@ def explain(
     found = {name: get_backend(name).why_not(step) for name in backend_names()}
     if x is not None and weights.w is not None:
         for name in backend_names():
-            found[f"{name}, fused"] = found[name] or why_not_fuse(get_backend(name), step, x, weights.w)
+            forms = fused_forms(get_backend(name), step, x, weights.w)
+            found |= {f"{name}, {form}": reason for form, reason in forms.items()}
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeError, ShapeError, require
@@ -162,6 +164,13 @@ def slots(slot: Slots, cache: PagedCache, name: str = "slot_mapping") -> None:
         raise RangeError(name, f"-1 or a cache row below {cache.num_rows}", worst)
     if slot.shared:
         raise RangeError(name, "a cache row of its own for each row", "rows that share one")
+
+
+def separate(name: str, tensors: Sequence[torch.Tensor | None]) -> None:
+    """Raise if two of these that are written are one."""
+    places = [t.data_ptr() for t in tensors if t is not None]
+    if len(places) != len(set(places)):
+        raise KvCondenseError(name, "one of its own for every job", "one that two jobs share")
 
 
 def _fits(value: object, spec: CompressorSpec, device: torch.device) -> bool:

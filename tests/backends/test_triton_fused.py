@@ -4,63 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from projected import HIDDEN, NAMES, bf16_weights, play
 
-from kvcondense import KvCondenseError, PagedCache, RaggedBatch, StatePool, compress, condense, explain, project
+from kvcondense import KvCondenseError, PagedCache, RaggedBatch, StatePool, compress, explain, project
 from kvcondense.backends import Step
-from kvcondense.backends.triton import fused
+from kvcondense.backends.triton import TritonBackend, fused
 from kvcondense.errors import UnsupportedError
 from kvcondense.layout.plan import Plan
-from machine import SPECS, rope, weights
-
-HIDDEN = 64
-NAMES = [n for n in SPECS if n != "indexer"] + ["indexer"]
-
-
-def play(name, kind, chunks, is_fused, dtype=torch.float32):
-    """Two requests of different lengths side by side, in chunks (tokens of each); rows by request, bytes, state."""
-    spec = replace(SPECS[name])
-    w = weights(spec, hidden=HIDDEN)
-    w = replace(w, w=w.w.bfloat16())
-    gen = torch.Generator().manual_seed(3)
-    total = [sum(c[i] for c in chunks) for i in range(2)]
-    x = [torch.randn(n, HIDDEN, generator=gen).bfloat16() for n in total]
-    state = None
-    if kind == "ring":
-        state = StatePool.ring(spec, 3, spec.required_ring_rows(0), dtype=dtype)
-    elif kind == "paged":
-        state = StatePool.paged(spec, 160, 5, dtype=dtype)
-    if state is not None:
-        state.data.fill_(0)
-    cache = PagedCache.allocate(spec.head_dim, 200, 4, format="bf16")
-    rows, at = ([], []), [0, 0]
-    for chunk in chunks:
-        where = {} if kind == "none" else {"state_slots": [2, 0]}
-        if kind == "paged":
-            where = {"state_block_table": torch.arange(160).view(2, 80)}
-        batch = RaggedBatch.build(
-            [0, chunk[0], sum(chunk)], start_positions=at, block_table=torch.arange(200).view(2, 100), **where
-        )
-        tokens = torch.cat([x[i][at[i] : at[i] + chunk[i]] for i in range(2)])
-        layout = None if state is None else state.layout
-        plan = Plan.build(spec, batch, state_layout=layout, page_rows=4)
-        if is_fused:
-            plan = plan.padded(plan.num_windows + 3, plan.keep_token.shape[0] + 2)
-            out = torch.full((plan.num_windows, spec.head_dim), float("nan"))
-            table = rope(spec, 1024)
-            step = Step(spec, plan, tokens[:0].float(), w.ape, w.norm, table, state, cache, out, None)
-            assert fused.why_not(step, tokens, w.w) is None
-            fused.run(step, tokens, w.w)
-            assert out[plan.window_request < 0].isnan().all(), "padding is left alone"
-        else:
-            kv_score = project(spec, tokens, w, tile=None, impl="reference")
-            out = condense(
-                spec, kv_score, w, rope(spec, 1024), batch, plan=plan, state=state, cache=cache, impl="triton"
-            ).values
-        for i in range(2):
-            rows[i].append(out[plan.window_request == i])
-            at[i] += chunk[i]
-    held = None if state is None else state.data.float()
-    return [torch.cat(r) for r in rows], cache.rows.clone(), held
+from machine import SPECS, rope
 
 
 @pytest.mark.parametrize("kind", ["none", "ring", "paged"])
@@ -68,8 +19,8 @@ def play(name, kind, chunks, is_fused, dtype=torch.float32):
 def test_it_equals_projection_and_step(name, kind):
     ratio = SPECS[name].ratio
     chunks = [(2 * ratio + 1, 11)] if kind == "none" else [(ratio + 3, 9), (1, 7), (2 * ratio, 0), (5, ratio + 2)]
-    expected, _, held = play(name, kind, chunks, False)
-    rows, _, state = play(name, kind, chunks, True)
+    expected, _, held = play(name, kind, chunks, None)
+    rows, _, state = play(name, kind, chunks, "tiles")
     assert sum(r.shape[0] for r in rows) > 0
     for a, b in zip(rows, expected, strict=True):
         assert a.shape == b.shape
@@ -82,8 +33,8 @@ def test_it_equals_projection_and_step(name, kind):
 @pytest.mark.parametrize("name", ["csa", "hca", "r2", "gateless"])
 def test_chunks_do_not_change_a_bit(name, dtype):
     ratio = SPECS[name].ratio
-    whole = play(name, "ring", [(2 * ratio + 5, ratio + 2)], True, dtype)
-    parts = play(name, "ring", [(3, ratio), (ratio, 1), (1, 0), (ratio + 1, 1)], True, dtype)
+    whole = play(name, "ring", [(2 * ratio + 5, ratio + 2)], "tiles", dtype)
+    parts = play(name, "ring", [(3, ratio), (ratio, 1), (1, 0), (ratio + 1, 1)], "tiles", dtype)
     for a, b in zip(whole[0], parts[0], strict=True):
         assert torch.equal(a, b)
     assert torch.equal(whole[1], parts[1])
@@ -91,8 +42,7 @@ def test_chunks_do_not_change_a_bit(name, dtype):
 
 def test_compress_fuses_where_the_table_says_so(monkeypatch):
     spec = SPECS["csa"]
-    w = weights(spec, hidden=HIDDEN)
-    w = replace(w, w=w.w.bfloat16())
+    w = bf16_weights(spec)
     x = torch.randn(140, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
     calls = []
     real = fused.run
@@ -106,13 +56,23 @@ def test_compress_fuses_where_the_table_says_so(monkeypatch):
             batch = RaggedBatch.build([0, n], start_positions=[at], state_slots=[0], block_table=[[0, 1]])
             part = x[at : at + n]
             whys.append(explain(spec, None, w, rope(spec, 256), batch, state=state, cache=cache, x=part))
-            compress(spec, part, w, rope(spec, 256), batch, state=state, cache=cache, impl="triton")
+            compress(
+                spec,
+                part,
+                w,
+                rope(spec, 256),
+                batch,
+                state=state,
+                cache=cache,
+                impl=TritonBackend(batch_invariant=True),
+            )
             at += n
         results.append((cache.rows.clone(), state.data[0, -1].clone()))
     assert calls == [140]
-    assert whys[0]["triton, fused"] is None
-    assert "at least 128" in whys[1]["triton, fused"]
-    assert whys[0]["reference, fused"] == "it projects, then condenses"
+    assert whys[0]["triton, tiles"] is None
+    assert "at least 128" in whys[1]["triton, tiles"]
+    assert "takes 64" in whys[0]["triton, one launch"]
+    assert not [name for name in whys[0] if name.startswith("reference,")]
     for rows, held in results[1:]:
         assert torch.equal(rows, results[0][0]), "fused or not, the bits are the same"
         assert torch.equal(held, results[0][1])
@@ -123,7 +83,7 @@ def test_compress_fuses_where_the_table_says_so(monkeypatch):
     state = StatePool.ring(spec, 128)
     state.tags = None
     why = explain(spec, None, w, rope(spec, 256), batch, state=state, x=x[:128])
-    assert "state" in why["triton, fused"]
+    assert "state" in why["triton, tiles"]
     with pytest.raises(KvCondenseError, match="exactly one"):
         explain(spec, None, w, rope(spec, 256), batch, state=state)
 
@@ -131,8 +91,7 @@ def test_compress_fuses_where_the_table_says_so(monkeypatch):
 def test_projection_by_itself_is_right():
     for name in ("csa", "hca", "r1"):
         spec = SPECS[name]
-        w = weights(spec, hidden=HIDDEN)
-        w = replace(w, w=w.w.bfloat16())
+        w = bf16_weights(spec)
         x = torch.randn(130, HIDDEN).bfloat16()
         ours, theirs = (project(spec, x, w, impl=i) for i in ("triton", "reference"))
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)

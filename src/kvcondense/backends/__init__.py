@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
@@ -73,12 +73,12 @@ class Projector(Protocol):
 class Fuser(Protocol):
     """A backend that also does whole steps from hidden states, without kv_score in memory."""
 
-    def why_not_fuse(self, step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
-        """None if ``run_fused`` can do this and is the faster way, else the reason."""
+    def fused_forms(self, step: Step, x: torch.Tensor, w: torch.Tensor) -> dict[str, str | None]:
+        """For each way of doing so, best first: None if it can do this step and is faster than two, else the reason."""
         ...
 
-    def run_fused(self, step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
-        """Do the step from x [T, D] and w [projected, D]. ``step.kv_score`` has no values."""
+    def run_fused(self, form: str, steps: Sequence[Step], x: torch.Tensor, ws: Sequence[torch.Tensor]) -> None:
+        """Do steps from the same x [T, D], each with its w [projected, D]. Their ``kv_score`` have no values."""
         ...
 
 
@@ -119,17 +119,9 @@ def select(impl: str | Backend, step: Step) -> Backend:
     return _first(impl, why_not, "run this step")
 
 
-def select_fuser(impl: str | Backend, step: Step, x: torch.Tensor, w: torch.Tensor) -> Fuser | None:
-    """The backend for ``step`` if it fuses it with its projection; None: project, then condense."""
-    backend: Any = select(impl, step)
-    return backend if why_not_fuse(backend, step, x, w) is None else None
-
-
-def why_not_fuse(backend: Any, step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
-    """None if this backend fuses this step, else the reason."""
-    if not callable(getattr(backend, "why_not_fuse", None)):
-        return "it projects, then condenses"
-    return backend.why_not_fuse(step, x, w)
+def fused_forms(backend: Any, step: Step, x: torch.Tensor, w: torch.Tensor) -> dict[str, str | None]:
+    """A backend's ways of doing this step from x, if it has any, with None for those it would take."""
+    return backend.fused_forms(step, x, w) if callable(getattr(backend, "fused_forms", None)) else {}
 
 
 def select_projector(impl: str | Backend, x: torch.Tensor, w: torch.Tensor) -> Projector:

@@ -6,13 +6,14 @@ are tiled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from kvcondense.backends import Step
-from kvcondense.backends.triton import fused, tuning
+from kvcondense.backends.triton import decode, fused, tuning
 from kvcondense.backends.triton.constants import UNROLL, Constants, constants, state_key
 from kvcondense.backends.triton.runtime import fp32, installed, interpreted, on_device, why_no_device
 from kvcondense.errors import UnsupportedError
@@ -27,10 +28,16 @@ _MOST_CANDIDATES = 1024
 
 @dataclass(frozen=True)
 class TritonBackend:
-    """Steps on a GPU, in fp32, for head_dim a power of two. ``choice`` stands in for the tuning table's."""
+    """Steps on a GPU, in fp32, for head_dim a power of two. ``choice`` stands in for the tuning table's.
+
+    From hidden states, steps of at most 64 tokens sum the projection in spans, so that all processors can take part;
+    their bits differ from those of longer steps. With batch_invariant they do not: ``impl=TritonBackend(
+    batch_invariant=True)`` gives a token the same bits in every step, and small steps a projection by few programs.
+    """
 
     name: str = "triton"
     choice: tuning.Choice | None = None
+    batch_invariant: bool = False
 
     @property
     def stand_in(self) -> bool:
@@ -73,13 +80,21 @@ class TritonBackend:
         del tile
         return fused.project(x, w)
 
-    def why_not_fuse(self, step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
-        """None if ``run_fused`` can do this step and the table says that it wins, else the reason."""
-        return fused.why_not(step, x, w) or fused.why_not_worth(step, x.shape[0])
+    def fused_forms(self, step: Step, x: torch.Tensor, w: torch.Tensor) -> dict[str, str | None]:
+        """For each way to do this step from x: None if the table says that it wins, else the reason."""
+        one = "it sums in another order than longer steps do" if self.batch_invariant else decode.why_not(step, x, w)
+        return {
+            "one launch": self.why_not(step) or one,
+            "tiles": self.why_not(step) or fused.why_not(step, x, w) or fused.why_not_worth(step, x.shape[0]),
+        }
 
-    def run_fused(self, step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
-        """The step from x; ``step.kv_score`` is not looked at."""
-        fused.run(step, x, w)
+    def run_fused(self, form: str, steps: Sequence[Step], x: torch.Tensor, ws: Sequence[torch.Tensor]) -> None:
+        """Steps from the same x in the form named; ``kv_score`` is not looked at."""
+        if form == "one launch":
+            decode.run(steps, x, ws)
+            return
+        for step, w in zip(steps, ws, strict=True):
+            fused.run(step, x, w)
 
 
 def _run_strict(step: Step, cache: PagedCache, choice: tuning.Choice | None) -> None:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvcondense.backends.triton import tuning
 from kvcondense.backends.triton.tuning import Choice
 from kvcondense.backends.triton.variants import STRIDE, Variant, arguments
 from kvcondense.errors import UnsupportedError
@@ -22,7 +23,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came of a variant. error: the compiler's, else None; spills in registers or bytes, as the tool counts.
+    """What came of a variant. error: the compiler's, else None; spills in bytes of a thread's memory.
 
     matrix: instructions of the matrix units (of warp groups, on sm_90) in the assembly.
     """
@@ -54,9 +55,11 @@ def compile_variant(variant: Variant, arch: str) -> Compiled:
     start = time.perf_counter()
     try:
         source = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-        options = {"num_warps": choice.num_warps, "enable_fp_fusion": False}
+        options = {"num_warps": choice.num_warps, **tuning.product_options(arch if variant.multiplies else "")}
         built = triton.compile(source, target=target(arch), options=options)
-    except Exception as error:  # whatever a compiler raises is the finding
+    except Exception as error:  # whatever a compiler raises is the finding, and the first of its errors the reason
+        while isinstance(error.__cause__, Exception):
+            error = error.__cause__
         return replace(head, seconds=time.perf_counter() - start, error=f"{type(error).__name__}: {error}"[-2000:])
     seconds = time.perf_counter() - start
     registers, spills = _amd_usage(built) if arch.startswith("gfx") else _nvidia_usage(built)
@@ -131,8 +134,11 @@ def _nvidia_usage(built: Any) -> tuple[int | None, int | None]:
 
 
 def _amd_usage(built: Any) -> tuple[int | None, int | None]:
-    """(vector registers of a lane, spilled registers) as the assembly's notes have them."""
+    """(vector registers of a lane, bytes of scratch memory) as the assembly's notes have them.
+
+    Scalar registers that lanes of vector registers take in do not reach memory, and are not counted.
+    """
     text = built.asm["amdgcn"]
     registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
-    spilled = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)
-    return (int(registers[1]), sum(map(int, spilled))) if registers and spilled else (None, None)
+    scratch = re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)
+    return (int(registers[1]), int(scratch[1])) if registers and scratch else (None, None)

@@ -28,7 +28,7 @@ DEPTH = 64
 """Hidden channels of one step of a product."""
 WARPS = 4
 _SPLITS = 8
-_TILE = 2048
+_TILE = 1024
 """Elements of a pooled tile, [window, channels]."""
 ARGUMENTS = ("own", "layer", "windows", "keeps", "stored")
 """Tuples of the kernel's arguments that belong to one compressor."""
@@ -67,29 +67,41 @@ def choice(window: int, head_dim: int) -> Choice:
 
 
 def run(steps: Sequence[Step], x: torch.Tensor, ws: Sequence[torch.Tensor]) -> None:
-    """One or two steps of the same x [T, D]. Programs wait for one another once, or a launch follows a launch."""
+    """Steps of the same x [T, D], two to a launch."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    left = [(step, *_arguments(step, x, w)) for step, w in zip(steps, ws, strict=True)]
+    while left:
+        # Two that cut windows into blocks count them, each with counters of its own.
+        two = len(left) > 1 and not (
+            left[0][2].blocks > 1 and left[1][2].blocks > 1 and left[0][0].plan.counters is left[1][0].plan.counters
+        )
+        _launch(left[: 1 + two], x)
+        left = left[1 + two :]
+
+
+def _launch(jobs: Sequence[tuple[Step, tuple[Any, ...], Constants]], x: torch.Tensor) -> None:
+    """One launch; where programs cannot wait for one another, one for each part."""
     from kvcondense.backends.triton.kernels import decode as kernels
 
-    x = x if x.stride(1) == 1 else x.contiguous()
-    both = [_arguments(step, x, w) for step, w in zip(steps, ws, strict=True)]
-    (first, c), (second, c_2) = both[0], both[1] if len(both) > 1 else (NONE, None)
-    ordered = any(step.plan.overwrites for step in steps)
-    block = block_of([one.projected for _, one in both])
-    shape = {"M": TOKENS, "B": block, "K": DEPTH, "WIDE": x.device.type == "cpu"}
-    options = {"num_warps": WARPS, "enable_fp_fusion": False}
-    products = sum(one.projected // block * one.splits for _, one in both)
-    work = max(products, *(s.plan.num_windows * one.blocks + s.plan.keep_token.shape[0]
-                           for s, (_, one) in zip(steps, both, strict=True)))  # fmt: skip
+    two = len(jobs) > 1
+    block = block_of([c.projected for _, _, c in jobs])
+    shape = {"M": TOKENS, "B": block, "K": DEPTH, "WIDE": x.device.type == "cpu", "TWO": two}
+    ordered = any(step.plan.overwrites for step, _, _ in jobs)
+    products = sum(c.projected // block * c.splits for _, _, c in jobs)
+    others = sum(step.plan.num_windows * c.blocks + step.plan.keep_token.shape[0] for step, _, c in jobs)
     whole, programs = _programs(x.device)
-    phases = (kernels.ALL,) if whole else (kernels.STREAM, kernels.WINDOWS, kernels.KEEPS)
+    options = tuning.product_options(tuning.architecture(x.device))
+    if whole:
+        options = {**options, "launch_cooperative_grid": True}
+    second = jobs[1][1] if two else NONE
     with on_device(x.device):
-        for phase in phases:
+        for phase in (kernels.ALL,) if whole else (kernels.STREAM, kernels.WINDOWS, kernels.KEEPS):
             launch: dict[str, Any] = {
-                "c": c, "c_2": c_2, "TWO": len(both) > 1, "ORDERED": ordered, "PHASE": phase.value, **shape, **options,
-                **({"launch_cooperative_grid": True} if whole else {}),
+                "c": jobs[0][2], "c_2": jobs[1][2] if two else None, "ORDERED": ordered, "PHASE": phase.value,
+                "num_warps": WARPS, **shape, **options,
             }  # fmt: skip
-            kernels.decode_kernel[(min(work, programs),)](
-                x, x.shape[0], x.shape[1], x.stride(0), *first, *second, **launch
+            kernels.decode_kernel[(min(max(products, others), programs),)](
+                x, x.shape[0], x.shape[1], x.stride(0), *jobs[0][1], *second, **launch
             )
 
 

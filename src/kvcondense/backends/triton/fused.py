@@ -86,8 +86,8 @@ def project(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def _products(x: torch.Tensor, c: Constants) -> dict[str, Any]:
-    wide = x.device.type == "cpu"
-    return {"c": c, "K": DEPTH, "WIDE": wide, "num_warps": _WARPS, "enable_fp_fusion": False}
+    wide, options = x.device.type == "cpu", tuning.product_options(tuning.architecture(x.device))
+    return {"c": c, "K": DEPTH, "WIDE": wide, "num_warps": _WARPS, **options}
 
 
 def choice(spec: CompressorSpec) -> Choice:

@@ -72,6 +72,11 @@ def fused_tokens(device: torch.device) -> int | None:
     return table().get(architecture(device), table()[ANY])["fused_tokens"]
 
 
+def product_options(arch: str) -> dict[str, Any]:
+    """Options of a kernel that multiplies. Blackwell's assembler spills before it takes all registers there are."""
+    return {"enable_fp_fusion": False, **({"maxnreg": 255} if arch.startswith("sm_1") else {})}
+
+
 def decode_programs(device: torch.device) -> int | None:
     """Programs of a processor in launches whose programs wait for one another; None: there are none such."""
     return table().get(architecture(device), table()[ANY])["decode_programs"]

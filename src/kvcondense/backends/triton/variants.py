@@ -45,6 +45,11 @@ class Variant:
     kernel: str = "step"
 
     @property
+    def multiplies(self) -> bool:
+        """True for kernels that project."""
+        return self.kernel not in ("step", "finish")
+
+    @property
     def name(self) -> str:
         """Short and unique."""
         if self.kernel != "step":
