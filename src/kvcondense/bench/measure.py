@@ -50,8 +50,8 @@ class Rates:
             gemm=2 * 2048 * 4096 * 1024 / min(clock(lambda: torch.nn.functional.linear(x, w)) for _ in range(7)),
         )
 
-    def floor(self, case: Case, cold: bool) -> float:
-        """Seconds: the larger of bytes over bandwidth and flops over the GEMM's rate.
+    def floor(self, case: Case | Any, cold: bool) -> float:
+        """Seconds, for what has bytes and flops: the larger of bytes over bandwidth and flops over the GEMM's rate.
 
         Warm bytes come from the caches only if they are few enough to have been there.
         """

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvcondense.bench.fused import GEMM
 from kvcondense.bench.runners import GEMMS
 
 Record = dict[str, Any]
@@ -32,6 +33,27 @@ def markdown(records: Sequence[Record], *, gemms: bool = False) -> str:
         cells = [_number(of_case[name]["us"]) if name in of_case else "-" for name in runners]
         lines.append(f"| {case} | {_number(floor)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def fused(records: Sequence[Record]) -> str:
+    """Layers by ways, warm, in microseconds, and how the fused way compares."""
+    head = ("floor", GEMM, "GEMM + step", "batch-invariant", "fused")
+    ratios = {
+        "fused / floor": ("fused", "floor"),
+        f"fused / {GEMM}": ("fused", GEMM),
+        "unfused / fused": ("GEMM + step", "fused"),
+    }
+    names = (*head, *ratios)
+    lines = ["| microseconds | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    timed = [r for r in records if r.get("cache") == "warm"]
+    for case in dict.fromkeys(r["case"] for r in timed):
+        us = {r["runner"].partition(",")[0]: r["us"] for r in timed if r["case"] == case}
+        us["floor"] = next(r["floor_us"] for r in timed if r["case"] == case)
+        cells = [_number(us[name]) if name in us else "-" for name in head]
+        for above, below in ratios.values():
+            cells.append(f"{us[above] / us[below]:.2f}" if {above, below} <= us.keys() else "-")
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def contexts(records: Sequence[Record]) -> str:

@@ -15,18 +15,23 @@ from kvcondense.layout.plan import Plan
 
 CLOSE = 0.1
 """How far a peer's row may be from the reference's, in RMS of the row; chains in bf16 differ by up to 0.063."""
+CONTEXTS = "token by context, ratio 4"
+"""The series that is no case."""
 _CONTEXTS = (1024, 4096, 16384)
 _STEPS = 8
 
 
 def distance(runner: Runner, inputs: Inputs, expected: torch.Tensor) -> float:
     """Largest difference from the expected rows [B, windows, d], in RMS of a row; inf if there are others."""
-    rows = rows_of(runner, inputs)
+    return off(rows_of(runner, inputs), expected, getattr(runner, "rounded", 0.0))
+
+
+def off(rows: torch.Tensor, expected: torch.Tensor, rounded: float = 0.0) -> float:
+    """The same for rows; ``rounded``: relative, of rows that can be read back only from a cache."""
     if rows.shape != expected.shape:
         return float("inf")
     rms = expected.square().mean(-1, keepdim=True).sqrt()
-    rounded = getattr(runner, "rounded", 0.0) * expected.abs()  # of rows that can be read back only from a cache
-    worst = (((rows - expected).abs() - rounded).clamp(min=0) / rms).max()
+    worst = (((rows - expected).abs() - rounded * expected.abs()).clamp(min=0) / rms).max()
     return float("inf") if torch.isnan(worst) else float(worst)
 
 
@@ -80,19 +85,26 @@ def run_case(
         measure.Work(lambda r=runner, s=state: r.copy(s), runner.step, runner.capturable)
         for (runner, _), state in zip(timed, primed, strict=True)
     ]
+    notes = [{"runner": runner.name, "off_by_rms": worst, "note": runner.note} for runner, worst in timed]
+    yield from timings(case, works, notes, rates, device)
+
+
+def timings(
+    case: Case | Any, works: Sequence[measure.Work], notes: Sequence[dict[str, Any]], rates: measure.Rates, device: str
+) -> Iterator[dict[str, Any]]:
+    """A record of each work, warm and cold, with what ``notes`` say of it; case: its name, bytes and flops."""
     for cold in (False, True):
-        times = (measure if on_cpu else gpu).interleaved(works, cold=cold)
+        times = (measure if device == "cpu" else gpu).interleaved(works, cold=cold)
         floor = rates.floor(case, cold)
-        for (runner, worst), seconds in zip(timed, times, strict=True):
+        for note, seconds in zip(notes, times, strict=True):
             yield {
                 "case": case.name,
-                "runner": runner.name,
+                "runner": note["runner"],
                 "cache": "cold" if cold else "warm",
                 "us": round(1e6 * measure.median(seconds), 2),
                 "floor_us": round(1e6 * floor, 2),
                 "rounds": len(seconds),
-                "off_by_rms": worst,
-                "note": runner.note,
+                **note,
             }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,8 @@ from kvcondense.backends import get_backend
 from kvcondense.bench import device as gpu
 from kvcondense.bench import measure, peer_files, report
 from kvcondense.bench.cases import CASES, DEVICE_CASES
-from kvcondense.bench.run import context_series, run_case
+from kvcondense.bench.fused import GEMM, LAYERS, run_layer
+from kvcondense.bench.run import CONTEXTS, context_series, run_case
 from kvcondense.cli.output import Output
 from kvcondense.errors import RangeError, UnsupportedError
 
@@ -25,9 +27,9 @@ _MOST_BYTES = 16 << 20
 def bench(
     backend: Annotated[str, typer.Option(help="Backend to time.")] = "cpu",
     case: Annotated[list[str] | None, typer.Option(help="Part of a case's name; may be given again.")] = None,
-    context: Annotated[
-        bool, typer.Option("--context/--no-context", help="Time per token by context, too (CPU).")
-    ] = True,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Steps from hidden states, fused and not, beside the GEMM alone (GPU).")
+    ] = False,
     peer_file: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="Engine's Triton kernels to run: rtp-llm=FILE, vllm=FOLDER (GPU)."),
@@ -48,17 +50,24 @@ def bench(
     Before anyone is timed, its rows are compared with the reference's. Timings are medians of interleaved rounds, warm
     and with cold caches. The floor is the case's bytes over the bandwidth, or its flops over the rate of torch's bf16
     GEMM, both measured in the same run. On a GPU, bare steps, engines' kernels and GEMMs are timed as CUDA graphs.
+    With --fused, a step from hidden states is timed as the backend does it at once, as GEMM and step, and, for small
+    steps, in the way that gives a token the same bits in every step.
     Exit status 1 if the backend's rows are wrong.
     """
     output = Output(json_file)
     on_gpu = backend == "triton"
-    cases = DEVICE_CASES if on_gpu else CASES
+    if fused and not on_gpu:
+        raise UnsupportedError("--fused", "--backend triton", backend)
+    cases: dict[str, Any] = (LAYERS if fused else DEVICE_CASES) if on_gpu else CASES
     if list_cases:
         for c in cases.values():
             output.say(f"{c.name:<64} {c.bytes:>12} bytes {c.flops:>14} flops")
+        if not on_gpu:
+            output.say(CONTEXTS)
         return
     chosen = [c for c in cases.values() if not case or any(part in c.name for part in case)]
-    if not chosen:
+    context = not on_gpu and (not case or any(part in CONTEXTS for part in case))
+    if not chosen and not context:
         raise RangeError("--case", f"part of one of: {'; '.join(cases)}", case)
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise UnsupportedError("--plot", "a file that ends in .png, .svg or .pdf", plot)
@@ -75,14 +84,19 @@ def bench(
         if peer_file and not on_gpu:
             raise UnsupportedError("--peer-file", "--backend triton", backend)
         extra = [peer_files.load(text) for text in peer_file or ()]
-        records = _measure(output, backend, chosen, context and not on_gpu, extra)
+        one_case = run_layer if fused else partial(run_case, backend=backend, extra=extra)
+        records = _measure(output, on_gpu, chosen, one_case)
+        if context:
+            records += context_series(backend, output.say)
     if json_file is not None:
         lines = "".join(json.dumps(r) + "\n" for r in records)
         if output.to_stdout:
             sys.stdout.write(lines)
         else:
             json_file.write_text(lines, encoding="utf-8")
-    if markdown:
+    if markdown and any(r.get("runner") == GEMM for r in records):
+        output.say(report.fused(records))
+    elif markdown:
         output.say(report.markdown(records))
         output.say(report.contexts(records))
         output.say(report.markdown(records, gemms=True).rstrip("\n"))
@@ -93,10 +107,10 @@ def bench(
         raise typer.Exit(1)
 
 
-def _measure(output: Output, backend: str, chosen: list[Any], context: bool, extra: list[Any]) -> list[report.Record]:
+def _measure(output: Output, on_gpu: bool, chosen: list[Any], one_case: Any) -> list[report.Record]:
     output.say("measuring this machine's rates ...")
     measure.keep_memory()
-    device = "cuda" if backend == "triton" else "cpu"
+    device = "cuda" if on_gpu else "cpu"
     rates = measure.Rates.measure() if device == "cpu" else gpu.rates()
     machine = {**measure.machine(), **({} if device == "cpu" else gpu.machine())}
     records: list[report.Record] = [{"machine": machine, "rates": vars(rates)}]
@@ -107,12 +121,10 @@ def _measure(output: Output, backend: str, chosen: list[Any], context: bool, ext
     )
     for number, one in enumerate(chosen, 1):
         output.say(f"[{number}/{len(chosen)}] {one.name}: comparing rows, then timing ...")
-        for record in run_case(one, backend, rates, output.say, device=device, extra=extra):
+        for record in one_case(one, rates=rates, say=output.say, device=device):
             records.append(record)
             if "us" in record:
                 output.say(report.line(record))
-    if context:
-        records += context_series(backend, output.say)
     return records
 
 

@@ -58,9 +58,11 @@ def compile_variant(variant: Variant, arch: str) -> Compiled:
         options = {"num_warps": choice.num_warps, **tuning.product_options(arch if variant.multiplies else "")}
         built = triton.compile(source, target=target(arch), options=options)
     except Exception as error:  # whatever a compiler raises is the finding, and the first of its errors the reason
-        while isinstance(error.__cause__, Exception):
-            error = error.__cause__
-        return replace(head, seconds=time.perf_counter() - start, error=f"{type(error).__name__}: {error}"[-2000:])
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        text = f"{type(error).__name__}: {reason}"[-2000:]
+        return replace(head, seconds=time.perf_counter() - start, error=text)
     seconds = time.perf_counter() - start
     registers, spills = _amd_usage(built) if arch.startswith("gfx") else _nvidia_usage(built)
     return replace(
