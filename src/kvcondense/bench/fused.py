@@ -129,7 +129,7 @@ def run_layer(
 ) -> Iterator[dict[str, Any]]:
     """Records of one layer: for each way whose rows are right, and the GEMM alone, warm and cold medians."""
     inputs = [make_inputs(case, device) for case in layer.cases]
-    expected = [_reference(i) for i in inputs]
+    expected = [reference_rows(i) for i in inputs]
     works, notes = [], []
     for way in ways(inputs):
         worst = max(off(rows, right) for rows, right in zip(way.rows(), expected, strict=True))
@@ -146,7 +146,7 @@ def run_layer(
     yield from timings(layer, works, notes, rates, device)
 
 
-def _reference(inputs: Inputs) -> torch.Tensor:
+def reference_rows(inputs: Inputs) -> torch.Tensor:
     """Rows of the reference for the case's tokens, or those that follow it."""
     runner = Kvcondense(inputs, "reference")
     state = runner.copy(runner.primed())

@@ -1,0 +1,166 @@
+"""What only a GPU can show of steps from hidden states: matrix units, programs that wait for one another, graphs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvcondense import Job, PagedCache, RaggedBatch, StatePool, compress_many
+from kvcondense.backends.triton import TritonBackend
+from kvcondense.backends.triton.runtime import why_no_device
+from kvcondense.backends.triton.variants import specs
+from kvcondense.bench import fused
+from kvcondense.bench.fused import LAYERS
+from kvcondense.config import ModelConfig
+from kvcondense.layout.plan import Plan
+from kvcondense.rope_table import RopeTable
+from kvcondense.weights import CompressorWeights
+
+DEVICE = "cuda"
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or why_no_device(torch.device(DEVICE)) is not None,
+    reason="needs a GPU, and to run by itself (make gpu)",
+)
+HIDDEN, REQUESTS, PROMPT, STEPS = 1024, 3, 300, 130
+FORMATS = {"indexer": "mxfp4_indexer"}
+
+
+def job_of(kind, state_kind="ring", dtype=torch.float32):
+    """A job without a batch, with a state and a cache of its own for REQUESTS requests."""
+    spec = specs()[kind]
+    gen = torch.Generator(DEVICE).manual_seed(2)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=gen, device=DEVICE)
+
+    weights = CompressorWeights(
+        norm=1 + 0.2 * random(spec.head_dim),
+        ape=0.1 * random(spec.ratio, spec.width) if spec.has_ape else None,
+        w=(random(spec.projected, HIDDEN) / HIDDEN**0.5).bfloat16(),
+    )
+    end = PROMPT + STEPS
+    rope = RopeTable.build(ModelConfig.FLASH, end + spec.ratio, device=DEVICE)
+    if state_kind == "paged":
+        state = StatePool.paged(spec, REQUESTS * 32, 16, dtype=dtype, device=DEVICE)
+    else:
+        state = StatePool.ring(spec, REQUESTS, spec.required_ring_rows(1), dtype=dtype, device=DEVICE)
+    state.data.fill_(0)
+    state.tags = None
+    pages = -(-(end // spec.ratio + 1) // 64)
+    form = FORMATS.get(kind, "fp8_model1")
+    cache = PagedCache.allocate(spec.head_dim, REQUESTS * pages, 64, format=form, device=DEVICE)
+    return Job(spec, weights, rope, None, None, state, cache)
+
+
+def at(job, start, count):
+    """The job for tokens start .. start + count - 1 of every request."""
+    pages = job.cache.data.shape[0] // REQUESTS
+    paged = job.state.layout.__class__.__name__ == "PagedLayout"
+    where = {"state_block_table": torch.arange(REQUESTS * 32, device=DEVICE).view(REQUESTS, 32)}
+    batch = RaggedBatch.build(
+        torch.arange(REQUESTS + 1, device=DEVICE) * count,
+        start_positions=[start] * REQUESTS,
+        block_table=torch.arange(REQUESTS * pages, device=DEVICE).view(REQUESTS, -1),
+        **(where if paged else {"state_slots": list(range(REQUESTS))}),
+    )
+    return replace(job, batch=batch)
+
+
+def tokens():
+    gen = torch.Generator(DEVICE).manual_seed(3)
+    return torch.randn(REQUESTS, PROMPT + STEPS, HIDDEN, generator=gen, device=DEVICE).bfloat16()
+
+
+def play(jobs, impl, chunks):
+    """Rows [REQUESTS, windows, d] of every job, fed in chunks, with the bytes of its cache and its state."""
+    x, start, rows = tokens(), 0, [[] for _ in jobs]
+    for count in chunks:
+        part = x[:, start : start + count].flatten(0, 1)
+        for found, out in zip(rows, compress_many(part, [at(j, start, count) for j in jobs], impl=impl), strict=True):
+            found.append(out.values.view(REQUESTS, -1, out.values.shape[1]))
+        start += count
+    return (
+        [torch.cat(r, dim=1) for r in rows],
+        [j.cache.data.clone() for j in jobs],
+        [j.state.data.clone() for j in jobs],
+    )
+
+
+def same(a, b):
+    return all(torch.equal(s, t) for left, right in zip(a, b, strict=True) for s, t in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state", ["ring", "paged"])
+@pytest.mark.parametrize("kinds", [("hca",), ("csa",), ("csa", "indexer"), ("r2",), ("r1",)], ids="+".join)
+def test_rows_equal_the_references_and_repeat(kinds, state, dtype):
+    """Within rounding of the reference, from tiles and from single steps; run to run, the same bytes."""
+    chunks = (PROMPT, *[1] * (STEPS - 20), 20)
+    ours, again = (play([job_of(k, state, dtype) for k in kinds], "triton", chunks) for _ in range(2))
+    assert same(ours, again)
+    expected, _, _ = play([job_of(k, state, dtype) for k in kinds], "reference", chunks)
+    for a, b in zip(ours[0], expected, strict=True):
+        rms = b.square().mean(-1, keepdim=True).sqrt()
+        assert float(((a - b).abs() / rms).max()) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["hca", "csa", "indexer", "r2", "r1"])
+def test_small_steps_have_the_same_bits_however_they_are_cut(kind):
+    def in_steps(size):
+        return play([job_of(kind)], "triton", [size] * (PROMPT // size))[:2]
+
+    whole = in_steps(20)
+    for size in (1, 5, 10):
+        assert same(in_steps(size), whole)
+
+
+@pytest.mark.parametrize("kind", ["hca", "csa", "indexer", "r2", "r1"])
+def test_batch_invariant_rows_have_the_same_bits_in_every_step(kind):
+    backend = TritonBackend(batch_invariant=True)
+    whole = play([job_of(kind)], backend, (PROMPT + STEPS,))
+    for chunks in ((PROMPT, *[1] * STEPS), (7,) * 61 + (3,)):
+        rows, data, _ = play([job_of(kind)], backend, chunks)
+        assert same((rows, data), whole[:2])
+
+
+@pytest.mark.parametrize("kinds", [("hca",), ("csa", "indexer")], ids="+".join)
+def test_graphs_are_replayed_with_new_plans(kinds):
+    """The barrier's counters come back to zero, replay after replay."""
+    jobs, eager = ([job_of(k) for k in kinds] for _ in range(2))
+    x = tokens()
+    for side in (jobs, eager):
+        compress_many(x[:, :PROMPT].flatten(0, 1), [at(j, 0, PROMPT) for j in side], impl="triton")
+
+    def planned(job, position):
+        job = at(job, position, 1)
+        plan = Plan.build(job.spec, job.batch, state_layout=job.state.layout, page_rows=64)
+        return plan.padded(*Plan.capacity(job.spec, REQUESTS, REQUESTS))
+
+    plans = [planned(j, PROMPT) for j in jobs]
+    part = x[:, PROMPT].clone()
+    ready = [replace(j, batch=p.batch, plan=p) for j, p in zip(jobs, plans, strict=True)]
+    compress_many(part, ready, impl="triton")  # compiles, and asks for what the checks need to know of the plans
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        compress_many(part, ready, impl="triton")
+    for position in range(PROMPT, PROMPT + STEPS):
+        part.copy_(x[:, position])
+        for job, plan in zip(jobs, plans, strict=True):
+            plan.copy_(planned(job, position))
+        graph.replay()
+        compress_many(part.clone(), [at(j, position, 1) for j in eager], impl="triton")
+        for a, b, plan in zip(jobs, eager, plans, strict=True):
+            assert torch.equal(a.state.data, b.state.data)
+            assert torch.equal(a.cache.data, b.cache.data)
+            assert not plan.counters.any()
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERS if "prefill 65536" not in n and "524288" not in n])
+def test_layers_of_the_bench_are_right(name):
+    inputs = [fused.make_inputs(case, DEVICE) for case in LAYERS[name].cases]
+    expected = [fused.reference_rows(i) for i in inputs]
+    ways = fused.ways(inputs)
+    assert ways[0].name.startswith("fused")
+    for way in ways:
+        for rows, right in zip(way.rows(), expected, strict=True):
+            assert fused.off(rows, right) < fused.CLOSE
