@@ -34,8 +34,8 @@ def aot(
     """Compile the Triton kernels ahead of time, without a GPU, and say what each takes.
 
     A variant is a compressor, a kind of state, types of tokens and state, a cache format and a number of rows; all that
-    the tuning table can choose for DeepSeek-V4's and V4.1's compressors. Exit status 1 if one does not compile or
-    spills registers.
+    the tuning table can choose for DeepSeek-V4's and V4.1's compressors, and the kernels that project. "matrix" counts
+    instructions of the matrix units (wgmma alone on sm_90). Exit status 1 if one does not compile or spills registers.
     """
     output = Output(json_file)
     chosen = [v for v in variants() if not variant or any(part in v.name for part in variant)]
@@ -94,7 +94,8 @@ def _line(r: compiler.Compiled) -> str:
     if r.error is not None:
         return f"{r.arch:<7} {r.variant:<60} FAILED {r.error}"
     numbers = f"{_number(r.registers):>4} registers {_number(r.spills):>3} spilled {_number(r.shared):>6} B shared"
-    return f"{r.arch:<7} {r.variant:<60} {numbers}  {r.num_warps} warps x {r.block} channels"
+    matrix = f", {r.matrix} matrix" if r.matrix else ""
+    return f"{r.arch:<7} {r.variant:<60} {numbers}  {r.num_warps} warps x {r.block} channels{matrix}"
 
 
 def _summary(arch: str, results: Iterable[compiler.Compiled]) -> str:

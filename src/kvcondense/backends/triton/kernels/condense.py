@@ -62,12 +62,11 @@ def keep(k, kv_score, ape, keep_token, keep_position, keep_row, state, kv_stride
     token = tl.load(keep_token + k)
     if token >= 0:
         channel = tl.arange(0, N)
-        everywhere = channel >= 0
         source = kv_score + token * kv_stride + channel
         target = state + tl.load(keep_row + k) * state_stride + channel
-        store_as_state(target, summed(source, everywhere, split_stride, c), c)
+        store_as_state(target, summed(source, None, None, split_stride, c), c)
         if GATE:
-            z = summed(source + N, everywhere, split_stride, c)
+            z = summed(source + N, None, None, split_stride, c)
             if APE:
                 z += tl.load(ape + (tl.load(keep_position + k) % R) * N + channel)
             store_as_state(target + N, z, c)

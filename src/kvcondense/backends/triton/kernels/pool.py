@@ -46,15 +46,15 @@ def biases(ape, position, half, channel, live, c: tl.constexpr):
 
 
 @triton.jit
-def summed(source, live, split_stride, c: tl.constexpr):
-    """Values of kv_score at ``source`` where ``live``, as fp32; of partial sums, their total in the order of splits."""
+def summed(source, live, other, split_stride, c: tl.constexpr):
+    """kv_score at ``source`` where ``live``, else ``other``, as fp32; partial sums are added up in their order."""
     SPLITS: tl.constexpr = c.value.splits
     if SPLITS == 0:
-        x = tl.load(source, mask=live, other=0.0).to(tl.float32)
+        x = tl.load(source, mask=live, other=other).to(tl.float32)
     else:  # other programs of this launch wrote them: not from a cache of one's own
-        x = tl.load(source, mask=live, other=0.0, cache_modifier=".cg")
+        x = tl.load(source, mask=live, other=other, cache_modifier=".cg")
         for s in tl.static_range(1, SPLITS):
-            x += tl.load(source + s * split_stride, mask=live, other=0.0, cache_modifier=".cg")
+            x += tl.load(source + s * split_stride, mask=live, other=other, cache_modifier=".cg")
     return x
 
 
@@ -83,10 +83,10 @@ def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, sta
     half = (j >= W - R).to(tl.int64) * (N - D)
     offset = tl.where(fresh, first_token + position, 0) * kv_stride + half
     source = kv_score + offset[:, None] + channel[None, :]
-    kv = as_stored(summed(source, fresh[:, None], split_stride, c), c)  # [PADDED, block]
+    kv = as_stored(summed(source, fresh[:, None], 0.0, split_stride, c), c)  # [PADDED, block]
     z = tl.zeros([PADDED, BLOCK], tl.float32)
     if GATE:
-        z = summed(source + N, fresh[:, None], split_stride, c)
+        z = summed(source + N, fresh[:, None], 0.0, split_stride, c)
         if APE:
             z += biases(ape, position, half, channel, fresh, c)
         z = as_stored(z, c)
