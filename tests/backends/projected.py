@@ -69,3 +69,15 @@ def play(name, kind, chunks, way, dtype=torch.float32):
             at[i] += chunk[i]
     held = None if state is None else state.data.float()
     return [torch.cat(r) for r in rows], cache.rows.clone(), held
+
+
+def check_against_two_steps(name, kind, chunks, way):
+    """Rows and state of a way are those of a projection and a step, up to the order of the projection's sum."""
+    expected, _, held = play(name, kind, chunks, None)
+    rows, _, state = play(name, kind, chunks, way)
+    assert sum(r.shape[0] for r in rows) > 0
+    for a, b in zip(rows, expected, strict=True):
+        assert a.shape == b.shape
+        assert torch.allclose(a, b, rtol=2**-7, atol=1e-3)
+    if held is not None:
+        assert torch.allclose(state, held, rtol=1e-5, atol=1e-5)

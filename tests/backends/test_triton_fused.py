@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from projected import HIDDEN, NAMES, bf16_weights, play
+from projected import HIDDEN, NAMES, bf16_weights, check_against_two_steps, play
 
 from kvcondense import KvCondenseError, PagedCache, RaggedBatch, StatePool, compress, explain, project
 from kvcondense.backends import Step
@@ -19,14 +19,7 @@ from machine import SPECS, rope
 def test_it_equals_projection_and_step(name, kind):
     ratio = SPECS[name].ratio
     chunks = [(2 * ratio + 1, 11)] if kind == "none" else [(ratio + 3, 9), (1, 7), (2 * ratio, 0), (5, ratio + 2)]
-    expected, _, held = play(name, kind, chunks, None)
-    rows, _, state = play(name, kind, chunks, "tiles")
-    assert sum(r.shape[0] for r in rows) > 0
-    for a, b in zip(rows, expected, strict=True):
-        assert a.shape == b.shape
-        assert torch.allclose(a, b, rtol=2**-7, atol=1e-3)
-    if held is not None:
-        assert torch.allclose(state, held, rtol=1e-5, atol=1e-5)
+    check_against_two_steps(name, kind, chunks, "tiles")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
