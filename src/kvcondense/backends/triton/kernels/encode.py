@@ -186,8 +186,10 @@ def put_scales(stored, page, at, page_base, scales, scales_stride, c: tl.constex
 
 
 @triton.jit
-def put_part(row, page, at, page_base, scales, scales_stride, c: tl.constexpr, part: tl.constexpr):
-    """Encode and store one part of row [d]."""
+def put_part(row, page, at, page_base, scales, scales_stride, c: tl.constexpr, K: tl.constexpr):
+    """Encode and store part K of row [d]."""
+    part: tl.constexpr = c.value.rows_map.parts[K]
+    scale_part: tl.constexpr = c.value.scale_part
     D: tl.constexpr = c.value.head_dim
     THROUGH: tl.constexpr = c.value.rows_map.through
     HARDWARE: tl.constexpr = c.value.hardware_cast
@@ -208,7 +210,7 @@ def put_part(row, page, at, page_base, scales, scales_stride, c: tl.constexpr, p
         magnitude = magnitude_bits(x)
         FLOOR: tl.constexpr = part.value.floor
         amax = tl.max(tl.where(magnitude < 0x7F800000, magnitude, 0), axis=1)
-        stored, value, factor = scale_of(tl.maximum(amax, FLOOR), part, c.value.scale_part)
+        stored, value, factor = scale_of(tl.maximum(amax, FLOOR), part, scale_part)
         if SCALE == "E4M3_BYTE":
             x = tl.div_rn(x, tl.broadcast_to(factor[:, None], (D // BLOCK, BLOCK)))
         else:
@@ -248,6 +250,6 @@ def put(row, slot, cache, scales, page_stride, scales_stride, c: tl.constexpr):
     if ROUND:
         row = round_bf16(row)
     for k in tl.static_range(PARTS):
-        put_part(row, page, at, page_base, scales, scales_stride, c, c.value.rows_map.parts[k])
+        put_part(row, page, at, page_base, scales, scales_stride, c, k)
     for i in tl.static_range(PAD):
         tl.store(page_base + (PAD_BASE + PAD_STRIDE * at + i), 0)
