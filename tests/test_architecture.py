@@ -35,6 +35,9 @@ ARROWS = {
     "snapshot": {"backends", "layout", "spec", "errors"},
     "cachefile": {"api", "layout", "weights", "formats", "spec", "errors"},
     "stream": {"cachefile", "api", "layout", "rope_table", "weights", "formats", "spec", "config", "errors"},
+    "integrations": {
+        "integrations", "api", "backends", "layout", "rope_table", "weights", "spec", "config", "errors",
+    },
     "bench": {
         "bench", "api", "backends", "layout", "rope_table", "weights", "formats", "spec", "config", "errors",
     },

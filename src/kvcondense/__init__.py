@@ -1,6 +1,6 @@
 """kvcondense: the DeepSeek-V4 KV compressor as a library. Importing it imports torch and nothing optional."""
 
-from kvcondense.api import Job, compress, compress_many, condense, explain, project, store
+from kvcondense.api import compress, condense, explain, project, store
 from kvcondense.config import ModelConfig
 from kvcondense.errors import KvCondenseError
 from kvcondense.layout.batch import RaggedBatch
@@ -17,7 +17,6 @@ __version__ = "0.1.0"
 __all__ = [
     "CompressorSpec",
     "CompressorWeights",
-    "Job",
     "KvCondenseError",
     "ModelConfig",
     "OnlineState",
@@ -27,7 +26,6 @@ __all__ = [
     "RopeTable",
     "StatePool",
     "compress",
-    "compress_many",
     "condense",
     "explain",
     "project",

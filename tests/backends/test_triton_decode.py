@@ -6,18 +6,8 @@ import pytest
 import torch
 from projected import HIDDEN, NAMES, bf16_weights, check_against_two_steps, play
 
-from kvcondense import (
-    Job,
-    KvCondenseError,
-    PagedCache,
-    RaggedBatch,
-    StatePool,
-    compress,
-    compress_many,
-    condense,
-    explain,
-    project,
-)
+from kvcondense import KvCondenseError, PagedCache, RaggedBatch, StatePool, compress, condense, explain, project
+from kvcondense.api import Job, compress_many
 from kvcondense.backends import Step
 from kvcondense.backends.triton import TritonBackend, decode
 from kvcondense.backends.triton.kernels import decode as kernels

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvcondense import Job, PagedCache, RaggedBatch, StatePool, compress_many
+from kvcondense import PagedCache, RaggedBatch, StatePool
+from kvcondense.api import Job, compress_many
 from kvcondense.backends.triton import TritonBackend
 from kvcondense.backends.triton.runtime import why_no_device
 from kvcondense.backends.triton.variants import specs

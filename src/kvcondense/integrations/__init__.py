@@ -1,0 +1,1 @@
+"""kvcondense inside other programs: transformers' models."""

@@ -1,0 +1,104 @@
+"""What a compressor remembers of a batch of sequences: its state, and the rows so far in memory that grows by doubling.
+
+Sequences may differ in length; each has a row of its own for every window that it has completed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvcondense.api import condense
+from kvcondense.backends import Backend
+from kvcondense.errors import KvCondenseError
+from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.plan import Plan
+from kvcondense.layout.state import StatePool
+from kvcondense.rope_table import RopeTable
+from kvcondense.spec import CompressorSpec
+from kvcondense.weights import CompressorWeights
+
+_FIRST_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a call brings: for sequence b, ``lengths[b]`` tokens from position ``starts[b]``, after ``skips[b]`` others.
+
+    The others are padding before a sequence's first token.
+    """
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    skips: tuple[int, ...]
+
+    def pick(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, S, channels] -> [T, channels]: the tokens of all sequences, one after the other."""
+        if not any(self.skips):
+            return x.flatten(0, 1)
+        return torch.cat([row[skip:] for row, skip in zip(x, self.skips, strict=True)])
+
+    def batch(self, device: torch.device) -> RaggedBatch:
+        """The same as metadata; sequence b has state slot b."""
+        ends = [0]
+        for length in self.lengths:
+            ends.append(ends[-1] + length)
+        slots = list(range(len(self.starts)))
+        start_loc = torch.tensor(ends, device=device)
+        return RaggedBatch.build(start_loc, start_positions=list(self.starts), state_slots=slots)
+
+
+class Memory:
+    """State and rows of one compressor. ``seen[b]``: tokens of sequence b."""
+
+    def __init__(self, spec: CompressorSpec, like: torch.Tensor, sequences: int) -> None:
+        self.spec = spec
+        self.pool = StatePool.ring(spec, sequences, device=like.device)
+        self.pool.tags = None  # ``seen`` says what every sequence holds
+        self.rows = like.new_zeros(sequences, _FIRST_ROWS, spec.head_dim)
+        self.seen = (0,) * sequences
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Rows of each sequence."""
+        return tuple(seen // self.spec.ratio for seen in self.seen)
+
+    @property
+    def visible(self) -> torch.Tensor:
+        """[B, most rows, d]; rows beyond a sequence's own are zero."""
+        return self.rows[:, : max(self.counts, default=0)]
+
+    def push(
+        self,
+        kv_score: torch.Tensor,
+        tokens: Tokens,
+        plan: Plan,
+        weights: CompressorWeights,
+        rope: RopeTable,
+        impl: str | Backend,
+    ) -> None:
+        """Take the tokens' kv_score [T, projected] and keep the rows that they complete."""
+        if tokens.starts != self.seen:
+            raise KvCondenseError("position_ids", f"to go on at {list(self.seen)}", list(tokens.starts))
+        done = condense(self.spec, kv_score, weights, rope, plan.batch, plan=plan, state=self.pool, impl=impl)
+        self.seen = tuple(s + n for s, n in zip(tokens.starts, tokens.lengths, strict=True))
+        self._grow(max(self.counts, default=0))
+        self.rows[done.request, done.window] = done.values.to(self.rows.dtype)
+
+    def _grow(self, count: int) -> None:
+        have = self.rows.shape[1]
+        if count > have:
+            more = self.rows.new_zeros(self.rows.shape[0], max(count, 2 * have) - have, self.spec.head_dim)
+            self.rows = torch.cat([self.rows, more], dim=1)
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Sequence i becomes a copy of what sequence indices[i] is."""
+        order: Sequence[int] = indices.tolist()
+        pool = StatePool.ring(self.spec, len(order), device=self.rows.device)
+        pool.tags = None
+        by_slot = self.pool.data.view(len(self.seen), -1, self.pool.data.shape[1])
+        pool.data.copy_(by_slot.index_select(0, indices.to(by_slot.device)).flatten(0, 1))
+        self.pool, self.rows = pool, self.rows.index_select(0, indices.to(self.rows.device))
+        self.seen = tuple(self.seen[i] for i in order)
