@@ -115,10 +115,10 @@ class Accelerated:
         """Project hidden [B, S, D] with the module's own layers and take its tokens."""
         x = tokens.pick(hidden)
         kv_score = torch.cat([module.kv_proj(x), module.gate_proj(x)], dim=-1)
-        weights = CompressorWeights(norm=module.kv_norm.weight.detach(), ape=module.position_bias.detach())
+        norm, ape = (p.detach().float() for p in (module.kv_norm.weight, module.position_bias))
         end = max((s + n for s, n in zip(tokens.starts, tokens.lengths, strict=True)), default=0)
         rope = self.rope(module, end + memory.spec.ratio)
-        memory.push(kv_score, tokens, self.plan(memory, tokens), weights, rope, self.impl)
+        memory.push(kv_score, tokens, self.plan(memory, tokens), CompressorWeights(norm=norm, ape=ape), rope, self.impl)
 
     def memory(self, module: Any, name: str, layer: Any, hidden: torch.Tensor) -> Memory:
         """The memory of a compressor in a cache's layer, or a new one."""

@@ -1,0 +1,186 @@
+"""transformers' DeepSeek-V4 with its compressors replaced: same logits and tokens, padded batches, caches, undo."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvcondense.errors import KvCondenseError, UnsupportedError
+from kvcondense.integrations.transformers import accelerate
+
+transformers = pytest.importorskip("transformers", minversion="5.23")
+EXAMPLE = Path(__file__).parent.parent / "examples" / "generate.py"
+CLOSE = 2e-6
+"""Of logits of a model in fp32, relative to the largest."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    sys.path.insert(0, str(EXAMPLE.parent))
+    try:
+        return __import__("generate").small_model()
+    finally:
+        sys.path.remove(str(EXAMPLE.parent))
+
+
+@pytest.fixture(autouse=True)
+def undone(model):
+    with torch.no_grad():
+        yield
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def ids(batch=2, count=300, seed=0):
+    return torch.randint(1, 64, (batch, count), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model, prompt, **more):
+    return model.generate(prompt, max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=0, **more)
+
+
+def cache_of(model):
+    return transformers.DynamicCache(config=model.config)
+
+
+def close(a, b):
+    return float((a - b).abs().max() / b.abs().max()) < CLOSE
+
+
+def test_logits_and_tokens_are_the_same(model):
+    names = list(model.state_dict())
+    expected = model(ids()).logits
+    greedy, beams = generate(model, ids()), generate(model, ids(), num_beams=3)
+    with accelerate(model):
+        assert list(model.state_dict()) == names
+        assert close(model(ids()).logits, expected)
+        assert close(model(ids(), use_cache=False).logits, expected)
+        assert torch.equal(generate(model, ids()), greedy)
+        assert torch.equal(generate(model, ids(), num_beams=3), beams)
+    assert torch.equal(model(ids()).logits, expected)
+
+
+def test_chunks_and_steps_are_the_same(model):
+    """As transformers' own in the same chunks: ties among its scores fall differently in one call."""
+
+    def in_chunks():
+        cache, at, found = cache_of(model), 0, []
+        for count in (3, 1, 127, 1, 1, 130, 37):
+            found.append(model(ids()[:, at : at + count], past_key_values=cache).logits)
+            at += count
+        return torch.cat(found, dim=1)
+
+    expected = in_chunks()
+    with accelerate(model):
+        assert close(in_chunks(), expected)
+
+
+def test_a_padded_sequence_is_what_it_is_alone(model):
+    """The difference from transformers, whose windows of a padded sequence begin in the padding."""
+    prompt, lengths = ids(3), (300, 263, 5)
+    padded, mask = torch.zeros_like(prompt), torch.zeros_like(prompt)
+    for row, n in enumerate(lengths):
+        padded[row, 300 - n :], mask[row, 300 - n :] = prompt[row, :n], 1
+    alone = [generate(model, prompt[i : i + 1, :n])[0, n:] for i, n in enumerate(lengths)]
+    theirs = generate(model, padded, attention_mask=mask)[:, 300:]
+    with accelerate(model):
+        ours = generate(model, padded, attention_mask=mask)[:, 300:]
+    assert all(torch.equal(a, b) for a, b in zip(ours, alone, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(theirs, alone, strict=True)), "transformers changed: say so"
+
+
+def test_caches_are_reset_selected_and_repeated(model):
+    prompt = ids()
+    with accelerate(model):
+        cache = cache_of(model)
+        model(ids(seed=5), past_key_values=cache)
+        for layer in cache.layers:
+            layer.reset()
+        first = model(prompt, past_key_values=cache).logits
+        assert close(first, model(prompt).logits)
+        cache.batch_repeat_interleave(2)
+        token = torch.tensor([[7], [7], [9], [9]])
+        logits = model(token, past_key_values=cache).logits
+        assert torch.equal(logits[::2], logits[1::2])
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        last = model(token[:2], past_key_values=cache).logits
+        sequence = torch.cat([prompt[[1, 0]], torch.tensor([[9], [7]]), token[:2]], dim=1)
+        assert close(last[:, -1], model(sequence).logits[:, -1])
+        with pytest.raises(UnsupportedError, match="crop"):
+            cache.layers[1].crop(-1)
+
+
+def test_rows_are_not_copied_step_by_step(model):
+    with accelerate(model):
+        cache = cache_of(model)
+        model(ids(1, 280), past_key_values=cache)
+        memory = cache.layers[1].kvcondense["compressor"]
+        places = set()
+        for step in range(200):
+            model(torch.full((1, 1), 1 + step % 9), past_key_values=cache)
+            places.add(memory.rows.data_ptr())
+        assert memory.seen == (480,)
+        assert memory.visible.shape[1] == 120
+        assert len(places) <= 2
+        assert memory.pool.data.shape[0] == memory.spec.window
+
+
+def test_what_needs_gradients_goes_the_original_way(model):
+    prompt = ids(1, 40)
+    with accelerate(model), torch.enable_grad():
+        out = model(prompt, labels=prompt)
+        out.loss.backward()
+        assert model.model.layers[1].self_attn.compressor.kv_proj.weight.grad.abs().sum() > 0
+        model.zero_grad()
+        with torch.no_grad():
+            cache = cache_of(model)
+            model(prompt, past_key_values=cache)
+        with pytest.raises(UnsupportedError, match="no_grad"):
+            model(prompt[:, :1], past_key_values=cache)
+    with pytest.raises(UnsupportedError, match="past_key_values"):
+        model(prompt[:, :1], past_key_values=cache)
+
+
+def test_half_precision_stays_close(model):
+    half = type(model)(model.config).to(torch.bfloat16).eval()
+    half.load_state_dict(model.state_dict())
+    expected = half(ids()).logits.float()
+    with accelerate(half):
+        # The mean: where a router or an indexer decides otherwise by one rounding, single logits differ by more.
+        assert float((half(ids()).logits.float() - expected).abs().mean() / expected.abs().mean()) < 0.01
+
+
+def test_it_refuses(model):
+    with pytest.raises(UnsupportedError, match="model"):
+        accelerate(torch.nn.Linear(2, 2))
+    with pytest.raises(UnsupportedError, match="model"):
+        accelerate("model")
+    with accelerate(model) as done:
+        with pytest.raises(UnsupportedError, match="accelerated"):
+            accelerate(model)
+        cache = cache_of(model)
+        with pytest.raises(KvCondenseError, match="position_ids"):
+            model(ids(1, 8), position_ids=torch.arange(4, 12)[None], past_key_values=cache)
+        cache = cache_of(model)
+        model(ids(1, 8), past_key_values=cache)
+        with pytest.raises(KvCondenseError, match="go on at"):
+            model(ids(1, 2), position_ids=torch.arange(9, 11)[None], past_key_values=cache)
+        with pytest.raises(KvCondenseError, match="follow one another"):
+            model(ids(1, 2), position_ids=torch.tensor([[8, 10]]), past_key_values=cache)
+    done.undo()  # once more is nothing
+
+
+def test_the_example_runs(tmp_path):
+    file = tmp_path / "g.json"
+    done = subprocess.run(
+        [sys.executable, EXAMPLE, "--contexts", "64", "192", "--json", file],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(file.read_text())
+    assert record["same"] == record["of"] == 64
+    assert "accelerated" in done.stdout
