@@ -18,6 +18,7 @@ ARROWS = {
     "formats": {"formats", "errors"},
     "rope_table": {"config", "errors"},
     "weights": {"spec", "errors"},
+    "checkpoint": {"weights", "spec", "config", "errors"},
     "layout": {"layout", "formats", "spec", "errors"},
     "stages": {"layout", "spec", "numerics", "errors"},
     "backends": {"backends", "stages", "rope_table", "layout", "formats", "spec", "config", "errors"},
@@ -42,8 +43,8 @@ ARROWS = {
         "bench", "api", "backends", "layout", "rope_table", "weights", "formats", "spec", "config", "errors",
     },
     "cli": {
-        "cli", "bench", "stream", "cachefile", "conformance", "golden", "api", "backends", "layout", "weights",
-        "formats", "spec", "config", "errors", "kvcondense",
+        "cli", "bench", "stream", "cachefile", "checkpoint", "conformance", "golden", "api", "backends", "layout",
+        "weights", "formats", "spec", "config", "errors", "kvcondense",
     },
 }  # fmt: skip
 FREE = {"__init__", "__main__"}

@@ -82,17 +82,27 @@ class CompressorWeights:
         require("spec", spec, CompressorSpec)
         if part not in _SCHEMES:
             raise RangeError("part", " or ".join(map(repr, _SCHEMES)), repr(part))
-        directory = Path(directory)
-        files = tensor_files(directory)
-        names = _find_names(files, spec, layer, part)
-        shapes = {
-            "wkv": (spec.width, hidden_size),
-            "wgate": (spec.width, hidden_size),
-            "ape": (spec.ratio, spec.width),
-            "norm": (spec.head_dim,),
-        }
-        loaded = {ours: _read(files[name], name, shapes[ours], device) for ours, name in names.items()}
-        return cls.from_parts(loaded["wkv"], loaded.get("wgate"), loaded.get("ape"), loaded["norm"])
+        return read_compressor(tensor_files(Path(directory)), spec, layer, hidden_size, part, device)
+
+
+def read_compressor(
+    files: dict[str, Path],
+    spec: CompressorSpec,
+    layer: int,
+    hidden_size: int,
+    part: str = "main",
+    device: torch.device | str = "cpu",
+) -> CompressorWeights:
+    """:meth:`CompressorWeights.load` from ``files``, which says in which file each tensor is."""
+    names = find_names(files, spec, layer, part)
+    shapes = {
+        "wkv": (spec.width, hidden_size),
+        "wgate": (spec.width, hidden_size),
+        "ape": (spec.ratio, spec.width),
+        "norm": (spec.head_dim,),
+    }
+    loaded = {ours: _read(files[name], name, shapes[ours], device) for ours, name in names.items()}
+    return CompressorWeights.from_parts(loaded["wkv"], loaded.get("wgate"), loaded.get("ape"), loaded["norm"])
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:
@@ -135,7 +145,8 @@ def open_safetensors(path: Path, device: torch.device | str = "cpu"):  # noqa: A
         raise CheckpointError(path.name, "a valid safetensors file", error) from error
 
 
-def _find_names(files: dict[str, Path], spec: CompressorSpec, layer: int, part: str) -> dict[str, str]:
+def find_names(files: dict[str, Path], spec: CompressorSpec, layer: int, part: str) -> dict[str, str]:
+    """wkv, wgate, ape, norm, as far as ``spec`` has them -> their names in a checkpoint."""
     wanted = ["wkv", *(["wgate"] if spec.has_gate else []), *(["ape"] if spec.has_ape else []), "norm"]
     tried = []
     for prefix in _PREFIXES:

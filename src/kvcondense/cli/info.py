@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -12,6 +13,7 @@ import typer
 import kvcondense
 from kvcondense.api import explain
 from kvcondense.backends.cpu import native
+from kvcondense.checkpoint import compressors as stored_compressors
 from kvcondense.cli import plan
 from kvcondense.cli.output import JsonFile, Output
 from kvcondense.config import PRESETS
@@ -39,12 +41,16 @@ def info(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the CPU kernels now that are not compiled yet, to fill an image.")
     ] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="List the compressors of a model directory, from headers alone.")
+    ] = None,
     head_dim: Annotated[int, typer.Option(help="Channels, for formats that take any number.")] = describe.EXAMPLE_DIM,
     json_file: JsonFile = None,
 ) -> None:
     """Say which versions are installed, which backends can run here or why not, and what the presets compress.
 
-    With --formats or --format: the cache formats, down to the byte.
+    With --formats or --format: the cache formats, down to the byte. With --checkpoint: layer, kind, ratio, shapes,
+    types and sizes of each compressor that is stored there.
     """
     output = Output(json_file)
     if compile:
@@ -57,7 +63,9 @@ def info(
             raise UnsupportedError(flag, "it together with --formats", "it alone")
     if error and format is None:
         raise UnsupportedError("--error", "it together with --format NAME", "it alone")
-    if format is not None:
+    if checkpoint is not None:
+        output.finish(_checkpoint(output, checkpoint))
+    elif format is not None:
         output.finish(_one_format(output, get_format(format), head_dim, error))
     elif formats:
         output.finish(_formats(output, names, markdown))
@@ -93,6 +101,39 @@ def _machine(output: Output) -> dict[str, Any]:
         "formats": list(FORMATS),
         "compressors": rows,
     }
+
+
+def _checkpoint(output: Output, directory: Path) -> dict[str, Any]:
+    found = [
+        {
+            "layer": c.layer,
+            "part": c.part,
+            "ratio": c.spec.ratio,
+            "window": c.spec.window,
+            "head_dim": c.spec.head_dim,
+            "bytes": c.bytes,
+            "tensors": {
+                ours: {"name": t.name, "file": t.file.name, "shape": list(t.shape), "dtype": t.dtype, "bytes": t.bytes}
+                for ours, t in c.tensors.items()
+            },
+        }
+        for c in stored_compressors(directory)
+    ]
+    if not found:
+        raise UnsupportedError("--checkpoint", "a model with compressors", directory)
+    rows = [
+        {
+            **{h: str(c[h]) for h in ("layer", "part", "ratio", "window", "head_dim")},
+            **{k: f"{'x'.join(map(str, t['shape']))} {t['dtype']}" for k, t in c["tensors"].items()},
+            "bytes": str(c["bytes"]),
+        }
+        for c in found
+    ]
+    headings = list(dict.fromkeys(h for row in rows for h in row if h != "bytes"))
+    _print_table(output, [{h: row.get(h, "-") for h in (*headings, "bytes")} for row in rows])
+    output.say()
+    output.say(f"{len(found)} compressors, {sum(c['bytes'] for c in found)} bytes")
+    return {"checkpoint": str(directory), "compressors": found}
 
 
 def _formats(output: Output, names: bool, markdown: bool) -> dict[str, Any]:
