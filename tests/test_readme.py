@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from checkpoints import write
 from kvcondense.bench import report
 from kvcondense.cli import app
 from kvcondense.cli.info import HEADINGS, compressors
@@ -28,8 +29,9 @@ def test_the_example_runs(capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command):
-    assert CliRunner().invoke(app, shlex.split(command)).exit_code == 0
+def test_commands_run(command, tmp_path):
+    words = [str(write(tmp_path)) if word == "DIR" else word for word in shlex.split(command)]
+    assert CliRunner().invoke(app, words).exit_code == 0
 
 
 def test_there_are_commands_to_run():
