@@ -39,8 +39,13 @@ ARROWS = {
     "integrations": {
         "integrations", "api", "backends", "layout", "rope_table", "weights", "spec", "config", "errors",
     },
+    "training": {
+        "training", "api", "validate", "backends", "stages", "layout", "rope_table", "weights", "formats", "spec",
+        "numerics", "errors",
+    },
     "bench": {
-        "bench", "api", "backends", "layout", "rope_table", "weights", "formats", "spec", "config", "errors",
+        "bench", "training", "api", "backends", "layout", "rope_table", "weights", "formats", "spec",
+        "config", "errors",
     },
     "cli": {
         "cli", "bench", "stream", "cachefile", "checkpoint", "conformance", "golden", "api", "backends", "layout",

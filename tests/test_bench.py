@@ -119,7 +119,7 @@ def test_the_command_measures_prints_and_draws(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--case", "nothing"], ["--backend", "nobody"], ["--threads", "0"], ["--plot", "x.txt"], ["--from", "README.md"]],
+    [["--case", "nothing"], ["--backend", "nobody"], ["--plot", "x.txt"], ["--from", "README.md"]],
 )
 def test_bad_arguments_are_errors(arguments, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)

@@ -56,6 +56,21 @@ def fused(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
+def training(records: Sequence[Record]) -> str:
+    """Milliseconds of a forward and a backward pass, and what each way keeps in between."""
+    timed = [r for r in records if "saved_bytes" in r]
+    runners = list(dict.fromkeys(r["runner"] for r in timed))
+    names = [*(f"{n}, ms" for n in runners), "ratio", *(f"{n}, MiB kept" for n in runners)]
+    lines = ["| forward and backward | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for case in dict.fromkeys(r["case"] for r in timed):
+        of = {r["runner"]: r for r in timed if r["case"] == case}
+        ms = [of[n]["us"] / 1e3 for n in runners]
+        kept = [f"{of[n]['saved_bytes'] / 2**20:.1f}" for n in runners]
+        cells = [*(f"{m:.1f}" for m in ms), f"{ms[-1] / ms[0]:.2f}", *kept]
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def contexts(records: Sequence[Record]) -> str:
     """Microseconds per token by context."""
     of = [r for r in records if "context" in r]

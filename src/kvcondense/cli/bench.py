@@ -17,6 +17,8 @@ from kvcondense.bench import measure, peer_files, report
 from kvcondense.bench.cases import CASES, DEVICE_CASES
 from kvcondense.bench.fused import GEMM, LAYERS, run_layer
 from kvcondense.bench.run import CONTEXTS, context_series, run_case
+from kvcondense.bench.training import CASES as TRAINING_CASES
+from kvcondense.bench.training import run_case as run_training
 from kvcondense.cli.output import Output
 from kvcondense.errors import RangeError, UnsupportedError
 
@@ -34,7 +36,9 @@ def bench(
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="Engine's Triton kernels to run: rtp-llm=FILE, vllm=FOLDER (GPU)."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of torch and of the kernels.")] = None,
+    training: Annotated[
+        bool, typer.Option("--training", help="Forward and backward of 8192 tokens, beside eager autograd.")
+    ] = False,
     list_cases: Annotated[bool, typer.Option("--list", help="Print the cases, with their bytes and flops.")] = False,
     from_file: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Show timings of an earlier --json instead.")
@@ -51,22 +55,24 @@ def bench(
     and with cold caches. The floor is the case's bytes over the bandwidth, or its flops over the rate of torch's bf16
     GEMM, both measured in the same run. On a GPU, bare steps, engines' kernels and GEMMs are timed as CUDA graphs.
     With --fused, a step from hidden states is timed as the backend does it at once, as GEMM and step, and, for small
-    steps, in the way that gives a token the same bits in every step.
+    steps, in the way that gives a token the same bits in every step. With --training, gradients are compared first.
     Exit status 1 if the backend's rows are wrong.
     """
     output = Output(json_file)
     on_gpu = backend == "triton"
-    if fused and not on_gpu:
-        raise UnsupportedError("--fused", "--backend triton", backend)
+    if fused and (training or not on_gpu):
+        raise UnsupportedError("--fused", "--backend triton, without --training", backend)
     cases: dict[str, Any] = (LAYERS if fused else DEVICE_CASES) if on_gpu else CASES
+    if training:
+        cases = TRAINING_CASES
     if list_cases:
         for c in cases.values():
             output.say(f"{c.name:<64} {c.bytes:>12} bytes {c.flops:>14} flops")
-        if not on_gpu:
+        if cases is CASES:
             output.say(CONTEXTS)
         return
     chosen = [c for c in cases.values() if not case or any(part in c.name for part in case)]
-    context = not on_gpu and (not case or any(part in CONTEXTS for part in case))
+    context = cases is CASES and (not case or any(part in CONTEXTS for part in case))
     if not chosen and not context:
         raise RangeError("--case", f"part of one of: {'; '.join(cases)}", case)
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
@@ -75,16 +81,14 @@ def bench(
         records = _read(from_file)
     else:
         get_backend(backend)  # a wrong name is an error before any work
-        if threads is not None:
-            if threads < 1:
-                raise RangeError("--threads", "at least 1", threads)
-            torch.set_num_threads(threads)
         if on_gpu and not torch.cuda.is_available():
             raise UnsupportedError("--backend", "a GPU for triton (nobody times its interpreter)", "none found")
         if peer_file and not on_gpu:
             raise UnsupportedError("--peer-file", "--backend triton", backend)
         extra = [peer_files.load(text) for text in peer_file or ()]
         one_case = run_layer if fused else partial(run_case, backend=backend, extra=extra)
+        if training:
+            one_case = run_training
         records = _measure(output, on_gpu, chosen, one_case)
         if context:
             records += context_series(backend, output.say)
@@ -96,6 +100,8 @@ def bench(
             json_file.write_text(lines, encoding="utf-8")
     if markdown and any(r.get("runner") == GEMM for r in records):
         output.say(report.fused(records))
+    elif markdown and any("saved_bytes" in r for r in records):
+        output.say(report.training(records))
     elif markdown:
         output.say(report.markdown(records))
         output.say(report.contexts(records))
@@ -103,7 +109,7 @@ def bench(
     if plot is not None:
         report.plot(records, plot)
         output.say(f"drawn to {plot}")
-    if any("wrong" in r and r["runner"].startswith(backend) for r in records):
+    if any("wrong" in r and r["runner"].startswith((backend, "fused", "kvcondense")) for r in records):
         raise typer.Exit(1)
 
 

@@ -1,0 +1,58 @@
+"""Norm, RoPE and Hadamard in operations that autograd knows, with roundings whose gradient is the identity's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kvcondense.numerics import round_bf16
+from kvcondense.rope_table import RopeTable
+from kvcondense.spec import CompressorSpec, Rounding
+from kvcondense.stages.hadamard import hadamard
+
+
+class _Through(torch.autograd.Function):
+    """A function of values whose gradient is passed on as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        del ctx
+        return change(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        del ctx
+        return gradients[0], None
+
+
+def through(x: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """change(x), straight through: d change(x) / dx = 1."""
+    return _Through.apply(x, change)  # type: ignore[no-any-return]
+
+
+def finish(
+    spec: CompressorSpec, pooled: torch.Tensor, gamma: torch.Tensor, rope: RopeTable | None, position: torch.Tensor
+) -> torch.Tensor:
+    """P [E, d] -> rows [E, d]: n = gamma (u rsqrt(mean u^2 + eps)), RoPE at ``position`` [E], Hadamard if asked for."""
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return through(x, round_bf16) if spec.rounding is Rounding.REFERENCE else x
+
+    u = rounded(pooled)
+    row = rounded(gamma.to(u.dtype) * (u * torch.rsqrt(u.square().mean(-1, keepdim=True) + spec.eps)))
+    if rope is not None and spec.rope_dim:
+        cos, sin = (t.to(u.dtype) for t in rope.rows(position))  # [E, rope_dim / 2]
+        fixed, tail = row.split([spec.head_dim - spec.rope_dim, spec.rope_dim], dim=-1)
+        a, b = tail[:, 0::2], tail[:, 1::2]
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+        row = torch.cat([fixed, rounded(turned)], dim=-1)
+    return row @ _matrix(spec.head_dim).to(row) if spec.rotate else row
+
+
+@functools.cache
+def _matrix(d: int) -> torch.Tensor:
+    """H_d d^-0.5, symmetric: one product is less work than butterflies whose gradients are kept."""
+    return hadamard(torch.eye(d, dtype=torch.float64))
