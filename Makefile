@@ -18,7 +18,7 @@ test: $(VENV)/.installed  ## the whole test suite
 
 bench: $(VENV)/.installed  ## timings beside floors and peers
 	mkdir -p build/bench
-	$(BIN)/kvcondense bench --json build/bench/cpu.jsonl --plot build/bench/cpu.png --markdown
+	$(BIN)/kvcondense bench --json build/bench/cpu.jsonl --plot build/bench/cpu.png
 
 gpu: $(VENV)/.installed  ## what only a GPU can show: the kernels compiled and run, graphs, the chip's cast
 	$(BIN)/python -m pytest tests/gpu -n 0 -rs

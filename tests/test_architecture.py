@@ -39,12 +39,15 @@ ARROWS = {
     "integrations": {
         "integrations", "api", "backends", "layout", "rope_table", "weights", "spec", "config", "errors",
     },
+    "parallel": {
+        "api", "backends", "stages", "layout", "rope_table", "weights", "spec", "numerics", "errors",
+    },
     "training": {
         "training", "api", "validate", "backends", "stages", "layout", "rope_table", "weights", "formats", "spec",
         "numerics", "errors",
     },
     "bench": {
-        "bench", "training", "api", "backends", "layout", "rope_table", "weights", "formats", "spec",
+        "bench", "parallel", "training", "api", "backends", "layout", "rope_table", "weights", "formats", "spec",
         "config", "errors",
     },
     "cli": {

@@ -106,7 +106,7 @@ def test_the_command_measures_prints_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr("kvcondense.cli.bench.CASES", {PREFILL.name: PREFILL})
     monkeypatch.setattr(measure.Rates, "measure", lambda: RATES)
     lines, picture = tmp_path / "t.jsonl", tmp_path / "t.png"
-    arguments = ["bench", "--case", "tiny prefill", "--json", str(lines), "--plot", str(picture), "--markdown"]
+    arguments = ["bench", "--case", "tiny prefill", "--json", str(lines), "--plot", str(picture)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     records = [json.loads(line) for line in lines.read_text().splitlines()]

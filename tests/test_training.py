@@ -200,7 +200,7 @@ def test_the_bench_compares_and_prints(tmp_path, monkeypatch):
     monkeypatch.setattr("kvcondense.cli.bench.TRAINING_CASES", {case.name: case})
     monkeypatch.setattr(measure.Rates, "measure", lambda: measure.Rates(memory=1e9, cache=1e10, gemm=1e11))
     file = tmp_path / "t.jsonl"
-    result = CliRunner().invoke(app, ["bench", "--training", "--markdown", "--json", str(file)])
+    result = CliRunner().invoke(app, ["bench", "--training", "--json", str(file)])
     assert result.exit_code == 0, result.output
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert [r["runner"] for r in records[1:]] == ["kvcondense.training", "eager autograd"]

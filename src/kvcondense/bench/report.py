@@ -22,6 +22,37 @@ def line(record: Record) -> str:
     )
 
 
+def tables(records: Sequence[Record]) -> list[str]:
+    """The Markdown tables that these records make."""
+    if any("saved_bytes" in r for r in records):
+        return [training(records)]
+    if any("moved_bytes" in r for r in records):
+        return [context_parallel(records)]
+    if any(r.get("runner") == GEMM for r in records):
+        return [fused(records)]
+    found = []
+    if any("case" in r for r in records):
+        found.append(markdown(records))
+    if any("context" in r for r in records):
+        found.append(contexts(records))
+    if any(r.get("runner") in GEMMS for r in records):
+        found.append(markdown(records, gemms=True).rstrip("\n"))
+    return found
+
+
+def context_parallel(records: Sequence[Record]) -> str:
+    """Bytes that ranks move beside those of gathering, and milliseconds beside one rank's."""
+    timed = [r for r in records if "moved_bytes" in r]
+    lines = ["| sequence | bytes moved | all-gather | ms | one rank, ms |", "|---|---|---|---|---|"]
+    for case in dict.fromkeys(r["case"] for r in timed):
+        of, one = (
+            next(r for r in timed if r["case"] == case and (r["runner"] == "one rank") == b) for b in (False, True)
+        )
+        cells = (str(of["moved_bytes"]), str(of["all_gather_bytes"]), *(f"{r['us'] / 1e3:.1f}" for r in (of, one)))
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def markdown(records: Sequence[Record], *, gemms: bool = False) -> str:
     """Cases by implementations, warm, in microseconds; with ``gemms``, the ways to project."""
     timed = [r for r in records if r.get("cache") == "warm" and (r["runner"] in GEMMS or not gemms)]

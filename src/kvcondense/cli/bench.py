@@ -15,7 +15,9 @@ from kvcondense.backends import get_backend
 from kvcondense.bench import device as gpu
 from kvcondense.bench import measure, peer_files, report
 from kvcondense.bench.cases import CASES, DEVICE_CASES
-from kvcondense.bench.fused import GEMM, LAYERS, run_layer
+from kvcondense.bench.context_parallel import CASES as SPLITS
+from kvcondense.bench.context_parallel import run_split
+from kvcondense.bench.fused import LAYERS, run_layer
 from kvcondense.bench.run import CONTEXTS, context_series, run_case
 from kvcondense.bench.training import CASES as TRAINING_CASES
 from kvcondense.bench.training import run_case as run_training
@@ -32,6 +34,9 @@ def bench(
     fused: Annotated[
         bool, typer.Option("--fused", help="Steps from hidden states, fused and not, beside the GEMM alone (GPU).")
     ] = False,
+    context_parallel: Annotated[
+        bool, typer.Option("--context-parallel", help="A sequence on 2 and 4 processes, beside one.")
+    ] = False,
     peer_file: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="Engine's Triton kernels to run: rtp-llm=FILE, vllm=FOLDER (GPU)."),
@@ -43,7 +48,6 @@ def bench(
     from_file: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Show timings of an earlier --json instead.")
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables at the end.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw bars to a picture.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="JSON lines, a timing each ('-': standard output).")
@@ -55,16 +59,19 @@ def bench(
     and with cold caches. The floor is the case's bytes over the bandwidth, or its flops over the rate of torch's bf16
     GEMM, both measured in the same run. On a GPU, bare steps, engines' kernels and GEMMs are timed as CUDA graphs.
     With --fused, a step from hidden states is timed as the backend does it at once, as GEMM and step, and, for small
-    steps, in the way that gives a token the same bits in every step. With --training, gradients are compared first.
+    steps, in the way that gives a token the same bits in every step. With --training, gradients are compared first;
+    with --context-parallel, rows with those of one process, and bytes with those of gathering all.
     Exit status 1 if the backend's rows are wrong.
     """
     output = Output(json_file)
     on_gpu = backend == "triton"
-    if fused and (training or not on_gpu):
-        raise UnsupportedError("--fused", "--backend triton, without --training", backend)
+    if fused + training + context_parallel > 1:
+        raise UnsupportedError("--fused", "one of --fused, --training and --context-parallel", "more")
+    if fused and not on_gpu:
+        raise UnsupportedError("--fused", "--backend triton", backend)
     cases: dict[str, Any] = (LAYERS if fused else DEVICE_CASES) if on_gpu else CASES
-    if training:
-        cases = TRAINING_CASES
+    if training or context_parallel:
+        cases = TRAINING_CASES if training else SPLITS
     if list_cases:
         for c in cases.values():
             output.say(f"{c.name:<64} {c.bytes:>12} bytes {c.flops:>14} flops")
@@ -87,8 +94,8 @@ def bench(
             raise UnsupportedError("--peer-file", "--backend triton", backend)
         extra = [peer_files.load(text) for text in peer_file or ()]
         one_case = run_layer if fused else partial(run_case, backend=backend, extra=extra)
-        if training:
-            one_case = run_training
+        if training or context_parallel:
+            one_case = run_training if training else run_split
         records = _measure(output, on_gpu, chosen, one_case)
         if context:
             records += context_series(backend, output.say)
@@ -98,14 +105,8 @@ def bench(
             sys.stdout.write(lines)
         else:
             json_file.write_text(lines, encoding="utf-8")
-    if markdown and any(r.get("runner") == GEMM for r in records):
-        output.say(report.fused(records))
-    elif markdown and any("saved_bytes" in r for r in records):
-        output.say(report.training(records))
-    elif markdown:
-        output.say(report.markdown(records))
-        output.say(report.contexts(records))
-        output.say(report.markdown(records, gemms=True).rstrip("\n"))
+    for table in report.tables(records):
+        output.say(table)
     if plot is not None:
         report.plot(records, plot)
         output.say(f"drawn to {plot}")

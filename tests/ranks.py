@@ -1,0 +1,115 @@
+"""One rank of tests/test_parallel.py: python ranks.py SCENARIO RANK RANKS FILE; prints what it found."""
+
+import sys
+import time
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from kvcondense import PagedCache, RaggedBatch, StatePool, condense
+from kvcondense.layout.snapshot import export_live
+from kvcondense.parallel import RankError, Shards, condense_shard
+from machine import SPECS, rope, weights
+
+TOKENS = 300
+CUTS = {2: ([130], [0], [300], [128], [257]), 4: ([100, 128, 131], [1, 2, 3], [128, 128, 256], [299, 300, 300])}
+
+
+def whole(spec, kv_score, w):
+    """A single rank's rows, bytes and state."""
+    pool, cache = StatePool.ring(spec, 1), PagedCache.allocate(spec.head_dim, 40, 8)
+    slots = torch.arange(TOKENS) // spec.ratio
+    batch = RaggedBatch.build([0, TOKENS], start_positions=[0], state_slots=[0], slot_mapping=slots)
+    rows = condense(spec, kv_score, w, rope(spec, 512), batch, state=pool, cache=cache)
+    return rows, cache, export_live(spec, pool, RaggedBatch.at(TOKENS, state_slot=0))
+
+
+def equal(rank, ranks):
+    """Every compressor and cut: rows, bytes in the cache, state at the end, and how little moved."""
+    for name, spec in SPECS.items():
+        w = weights(spec, hidden=8)
+        kv_score = torch.randn(TOKENS, spec.projected, generator=torch.Generator().manual_seed(1))
+        expected, stored, live = whole(spec, kv_score, w)
+        for cuts in CUTS[ranks]:
+            starts = [0, *cuts, TOKENS]
+            begin, end = starts[rank], starts[rank + 1]
+            cache = PagedCache.allocate(spec.head_dim, 40, 8)
+            shards = Shards.agree(begin, end - begin, timeout=30)
+            done = condense_shard(
+                spec, kv_score[begin:end], w, rope(spec, 512), shards, cache=cache,
+                slot_mapping=torch.arange(begin, end) // spec.ratio, decode_rank=len(cuts) // 2,
+            )  # fmt: skip
+            mine = slice(begin // spec.ratio, end // spec.ratio)
+            assert torch.equal(done.rows.values, expected.values[mine]), (name, cuts)
+            assert torch.equal(done.rows.window, expected.window[mine])
+            assert torch.equal(cache.rows.flatten()[: cache.rows.numel()].view(-1, spec.head_dim)[mine],
+                               stored.rows.flatten().view(-1, spec.head_dim)[mine])  # fmt: skip
+            assert (done.live is None) == (rank != len(cuts) // 2)
+            if done.live is not None:
+                assert torch.equal(done.live, live), (name, cuts)
+            row = 4 * spec.state_dim
+            assert done.received <= 2 * (spec.window - 1) * row
+            if not spec.overlap and begin % spec.ratio == 0 and done.live is None:
+                assert done.received == 0
+            assert done.all_gather == (TOKENS - (end - begin)) * spec.projected * 4
+
+
+def refuses(rank, ranks, run, named, word):
+    """The call raises RankError that names one rank, and soon."""
+    del ranks
+    start = time.monotonic()
+    with pytest.raises(RankError, match=word) as caught:
+        run()
+    assert caught.value.argument == f"rank {named}", f"rank {rank}: {caught.value}"
+    assert time.monotonic() - start < 20
+
+
+def shards_of(rank, timeout=30.0):
+    return Shards.agree(150 * rank, 150, timeout=timeout)
+
+
+def silent(rank, ranks):
+    """Rank 1 does not call."""
+    if rank == 1:
+        time.sleep(8)
+    else:
+        refuses(rank, ranks, lambda: shards_of(rank, timeout=1.5), 1, "within 1.5 s")
+
+
+def dead(rank, ranks):
+    """Rank 1 ends after the shards were agreed upon, before rows are exchanged."""
+    shards = shards_of(rank, timeout=timedelta(seconds=5))
+    if rank == 1:
+        sys.stdout.flush()
+        raise SystemExit(0)
+    spec = SPECS["csa"]
+    kv_score = torch.zeros(150, spec.projected)
+    refuses(rank, ranks, lambda: condense_shard(spec, kv_score, weights(spec), rope(spec, 512), shards), 1, "answer")
+
+
+def gap(rank, ranks):
+    """Rank 1's shard begins too late: both say so."""
+    refuses(rank, ranks, lambda: Shards.agree(151 * rank, 150, timeout=30), 1, "from position 150")
+
+
+def others(rank, ranks):
+    """Rank 1 has another ape."""
+    spec = SPECS["csa"]
+    w = weights(spec)
+    if rank == 1:
+        w = replace(w, ape=w.ape + 1)
+    shards = shards_of(rank)
+    kv_score = torch.zeros(150, spec.projected)
+    refuses(rank, ranks, lambda: condense_shard(spec, kv_score, w, rope(spec, 512), shards), 1 - rank, "ape")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    scenario, rank, ranks, file = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks, timeout=limit)
+    globals()[scenario](rank, ranks)
+    sys.stdout.write(f"rank {rank}: {scenario} ok\n")

@@ -1,0 +1,106 @@
+"""Sequences on several ranks, over gloo: the bits of one rank, few bytes, errors that name the rank."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from typer.testing import CliRunner
+
+from kvcondense import CompressorSpec, CompressorWeights
+from kvcondense.bench import context_parallel as bench
+from kvcondense.bench import measure
+from kvcondense.bench.cases import Case
+from kvcondense.cli import app
+from kvcondense.config import ModelConfig
+from kvcondense.errors import RangeError, ShapeError, UnsupportedError
+from kvcondense.parallel import Shards, condense_shard
+
+TESTS = Path(__file__).parent
+EXAMPLE = TESTS.parent / "examples" / "context_parallel.py"
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def play(scenario, ranks, tmp_path):
+    """What every rank printed."""
+    command = [sys.executable, TESTS / "ranks.py", scenario]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), str(ranks), tmp_path / "store"], env=ENVIRONMENT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    return [(process.communicate(timeout=150)[0], process.returncode) for process in started]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_cut_gives_the_bits_of_one_rank(ranks, tmp_path):
+    for rank, (text, code) in enumerate(play("equal", ranks, tmp_path)):
+        assert code == 0, text
+        assert f"rank {rank}: equal ok" in text
+
+
+@pytest.mark.parametrize("scenario", ["silent", "dead", "gap", "others"])
+def test_trouble_names_the_rank_and_ends(scenario, tmp_path):
+    found = play(scenario, 2, tmp_path)
+    assert found[0][1] == 0, found[0][0]
+    assert f"rank 0: {scenario} ok" in found[0][0]
+    assert found[1][1] == 0, found[1][0]
+
+
+def test_pieces_say_who_has_what():
+    shards = Shards((0, 5, 5, 9), 0, None, None)
+    assert shards.tokens == 9
+    assert shards.pieces(3, 7) == {0: (3, 5), 2: (5, 7)}
+    assert shards.pieces(5, 5) == {}
+
+
+def test_bad_input_is_an_error_before_anybody_is_asked():
+    spec = CompressorSpec.csa(ModelConfig.FLASH)
+    weights = CompressorWeights(norm=torch.ones(512), ape=torch.zeros(4, 1024))
+    shards = Shards((0, 4), 0, None, None)
+    with pytest.raises(ShapeError, match="kv_score"):
+        condense_shard(spec, torch.zeros(3, spec.projected), weights, None, shards)
+    with pytest.raises(RangeError, match="decode_rank"):
+        condense_shard(spec, torch.zeros(4, spec.projected), weights, None, shards, decode_rank=1)
+    with pytest.raises(RangeError, match="start"):
+        Shards.agree(-1, 4)
+
+
+def test_the_example_runs(tmp_path):
+    file = tmp_path / "table.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", EXAMPLE]
+    done = subprocess.run(
+        [*command, "--tokens", "700", "--json", file], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = json.loads(file.read_text())
+    assert [line["compressor"] for line in table] == ["CSA", "HCA", "indexer"]
+    assert all(line["equal"] and line["bytes"] < line["all_gather_bytes"] / 2 for line in table)
+    assert "all-gather" in done.stdout
+
+
+def test_the_bench_compares_and_prints(tmp_path, monkeypatch):
+    case = Case("tiny", "csa", 64, 1, 0, format="bf16")
+    monkeypatch.setattr("kvcondense.cli.bench.SPLITS", {"tiny": bench.Split(case, 2, 3)})
+    monkeypatch.setattr(measure.Rates, "measure", lambda: measure.Rates(memory=1e9, cache=1e10, gemm=1e11))
+    file = tmp_path / "t.jsonl"
+    result = CliRunner().invoke(app, ["bench", "--context-parallel", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    split, one = [json.loads(line) for line in file.read_text().splitlines()][1:]
+    assert (split["runner"], one["runner"]) == ("2 ranks", "one rank")
+    row = 4 * case.spec.state_dim
+    assert split["moved_bytes"] == (4 + 3) * row
+    assert one["us"] > 0
+    assert split["all_gather_bytes"] == 64 * case.spec.projected * 4
+    assert "| tiny, 2 ranks, cut 3 beyond boundaries |" in result.output
+    again = CliRunner().invoke(app, ["bench", "--context-parallel", "--from", str(file)])
+    assert "| sequence | bytes moved |" in again.output
+    result = CliRunner().invoke(app, ["bench", "--context-parallel", "--training"])
+    assert isinstance(result.exception, UnsupportedError)
