@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from kvcondense import PagedCache, RaggedBatch, StatePool, condense
+from kvcondense.errors import RankError
 from kvcondense.layout.snapshot import export_live
-from kvcondense.parallel import RankError, Shards, condense_shard
+from kvcondense.parallel import Shards, condense_shard
 from machine import SPECS, rope, weights
 
 TOKENS = 300

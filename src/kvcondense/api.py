@@ -13,6 +13,7 @@ from kvcondense.backends import (
     Backend,
     Step,
     backend_names,
+    fused_form,
     fused_forms,
     get_backend,
     select,
@@ -173,8 +174,7 @@ def compress_many(x: torch.Tensor, jobs: Sequence[Job], *, impl: str | Backend =
             _step(job.spec, unprojected, job.weights, job.rope, job.batch, job.plan, job.state, job.cache, job.latent)
         )
         backend: Any = select(impl, steps[-1])
-        forms = fused_forms(backend, steps[-1], x, job.weights.w)
-        ways.append((backend, next((form for form, reason in forms.items() if reason is None), None)))
+        ways.append((backend, fused_form(backend, steps[-1], x, job.weights.w)))
     if len(steps) > 1:
         states = [s.acc if isinstance(s, OnlineState) else s and s.data for s in (step.state for step in steps)]
         validate.separate("state", states)

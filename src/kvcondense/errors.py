@@ -37,6 +37,10 @@ class UnsupportedError(KvCondenseError):
     """The combination is well formed but nothing here can compute it."""
 
 
+class RankError(KvCondenseError):
+    """Another rank did not answer, or holds something else than it should; ``argument`` names it."""
+
+
 class StateMismatchError(KvCondenseError):
     """The stored state is not the state that the step continues from."""
 

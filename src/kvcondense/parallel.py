@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from kvcondense.api import CondensedRows, condense
 from kvcondense.backends import Backend
-from kvcondense.errors import KvCondenseError, RangeError, ShapeError, require, require_int
+from kvcondense.errors import RangeError, RankError, ShapeError, require, require_int
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.snapshot import import_live
@@ -28,10 +28,6 @@ from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
 from kvcondense.stages.window import state_rows
 from kvcondense.weights import CompressorWeights
-
-
-class RankError(KvCondenseError):
-    """Another rank did not answer, or holds something else than it should; ``argument`` names it."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +54,9 @@ class Shards:
         require_int("length", length, 0)
         patience = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        mine = torch.tensor([start, length], dtype=torch.int64)
-        theirs = {k: torch.zeros(2, dtype=torch.int64) for k in range(ranks) if k != rank}
-        _exchange(dict.fromkeys(theirs, mine), theirs, group, patience)
-        found = [(start, length) if k == rank else tuple(theirs[k].tolist()) for k in range(ranks)]
+        found = _tell(torch.tensor([start, length]), rank, ranks, group, patience)
         starts = [0]
-        for k, (begin, count) in enumerate(found):
+        for k, (begin, count) in enumerate(t.tolist() for t in found):
             if begin != starts[-1]:
                 raise RankError(f"rank {k}", f"a shard from position {starts[-1]} on", f"one from {begin} on")
             starts.append(begin + count)
@@ -187,11 +180,17 @@ def _same(spec: CompressorSpec, weights: CompressorWeights, dtype: torch.dtype, 
     for t in (weights.ape, weights.norm):
         digest.update(b"none" if t is None else t.detach().float().cpu().contiguous().numpy().tobytes())
     mine = torch.frombuffer(bytearray(digest.digest()[:8]), dtype=torch.int64).clone()
-    theirs = {k: torch.zeros(1, dtype=torch.int64) for k in range(len(shards.starts) - 1) if k != shards.rank}
-    _exchange(dict.fromkeys(theirs, mine), theirs, shards.group, shards.timeout)
-    for k, value in theirs.items():
+    theirs = _tell(mine, shards.rank, len(shards.starts) - 1, shards.group, shards.timeout)
+    for k, value in enumerate(theirs):
         if int(value) != int(mine):
             raise RankError(f"rank {k}", f"spec, ape, norm and {dtype} tokens of rank {shards.rank}", "others")
+
+
+def _tell(mine: torch.Tensor, rank: int, ranks: int, group: Any, timeout: timedelta) -> list[torch.Tensor]:
+    """What every rank tells all others: tensors of one shape, this rank's own among them."""
+    theirs = {k: torch.zeros_like(mine) for k in range(ranks) if k != rank}
+    _exchange(dict.fromkeys(theirs, mine), theirs, group, timeout)
+    return [theirs.get(k, mine) for k in range(ranks)]
 
 
 def _exchange(

@@ -111,12 +111,7 @@ def select(impl: str | Backend, step: Step) -> Backend:
     ):
         raise DtypeError("impl", "a backend's name, or an object with why_not and run", type(impl).__name__)
 
-    def why_not(backend: Any) -> str | None:
-        if impl == "auto" and getattr(backend, "stand_in", False):
-            return "it runs here as a stand-in, for tests; ask for it by name"
-        return backend.why_not(step)
-
-    return _first(impl, why_not, "run this step")
+    return _first(impl, lambda backend: backend.why_not(step), "run this step")
 
 
 def fused_forms(backend: Any, step: Step, x: torch.Tensor, w: torch.Tensor) -> dict[str, str | None]:
@@ -124,12 +119,15 @@ def fused_forms(backend: Any, step: Step, x: torch.Tensor, w: torch.Tensor) -> d
     return backend.fused_forms(step, x, w) if callable(getattr(backend, "fused_forms", None)) else {}
 
 
+def fused_form(backend: Any, step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
+    """The way that this backend takes; None: project, then run the step."""
+    return next((form for form, reason in fused_forms(backend, step, x, w).items() if reason is None), None)
+
+
 def select_projector(impl: str | Backend, x: torch.Tensor, w: torch.Tensor) -> Projector:
     """The backend for a projection, by the same rules."""
 
     def why_not(backend: Any) -> str | None:
-        if impl == "auto" and getattr(backend, "stand_in", False):
-            return "it runs here as a stand-in, for tests; ask for it by name"
         if not callable(getattr(backend, "why_not_project", None)):
             return "it has no projection (call project, then condense)"
         return backend.why_not_project(x, w)
@@ -141,7 +139,10 @@ def _first(impl: Any, why_not: Callable[[Any], str | None], purpose: str) -> Any
     candidates = _candidates(impl) if isinstance(impl, str) else (impl,)
     reasons = []
     for backend in candidates:
-        reason = why_not(backend)
+        if impl == "auto" and getattr(backend, "stand_in", False):
+            reason: str | None = "it runs here as a stand-in, for tests; ask for it by name"
+        else:
+            reason = why_not(backend)
         if reason is None:
             return backend
         reasons.append(f"{getattr(backend, 'name', type(backend).__name__)}: {reason}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvcondense.backends import Step, fused_forms, get_backend
+from kvcondense.backends import Step, fused_form, get_backend
 from kvcondense.bench import measure
 from kvcondense.bench.cases import CONFIG, Case, Inputs, make_inputs
 from kvcondense.bench.run import CLOSE, off, timings
@@ -117,10 +117,7 @@ def ways(inputs: Sequence[Inputs]) -> list[Steps]:
 
 def _form(backend: Any, steps: Sequence[Step], x: torch.Tensor, inputs: Sequence[Inputs]) -> str | None:
     """The form that all of them take, if there is one."""
-    taken = {
-        next((f for f, why in fused_forms(backend, step, x, i.w).items() if why is None), None)
-        for step, i in zip(steps, inputs, strict=True)
-    }
+    taken = {fused_form(backend, step, x, i.w) for step, i in zip(steps, inputs, strict=True)}
     return taken.pop() if len(taken) == 1 else None
 
 
@@ -149,8 +146,6 @@ def run_layer(
 def reference_rows(inputs: Inputs) -> torch.Tensor:
     """Rows of the reference for the case's tokens, or those that follow it."""
     runner = Kvcondense(inputs, "reference")
-    state = runner.copy(runner.primed())
-    if inputs.case.windows:
-        return runner.feed(state, inputs.new)
-    runner.step(state)
-    return runner.feed(state, inputs.rest)
+    state = runner.primed()
+    rows = runner.feed(state, inputs.new)
+    return rows if inputs.case.windows else runner.feed(state, inputs.rest)

@@ -41,7 +41,7 @@ def accelerate(model: Any, *, impl: str | Backend = "auto") -> Accelerated:
         raise UnsupportedError("model", "one whose compressors are transformers' own", "one that is accelerated")
     done = Accelerated(modules, impl)
     for module in modules:
-        module.forward = functools.partial(_FORWARDS[type(module).__name__], done, module)
+        module.forward = functools.partial(_forward, done, module)
     return done
 
 
@@ -51,6 +51,7 @@ class Accelerated:
     def __init__(self, modules: list[Any], impl: str | Backend) -> None:
         self.modules, self.impl = modules, impl
         self._ropes: dict[Any, RopeTable] = {}
+        self._rope_keys: dict[Any, Any] = {}
         self._tokens: tuple[torch.Tensor, Any, Tokens] | None = None
         self._plans: dict[Any, tuple[Tokens, Plan]] = {}
 
@@ -101,7 +102,10 @@ class Accelerated:
         rotary = module.rotary_emb
         frequencies = getattr(rotary, f"{module.rope_layer_type}_inv_freq")
         scaling = getattr(rotary, f"{module.rope_layer_type}_attention_scaling")
-        key = (frequencies.device, float(scaling), tuple(frequencies.tolist()))
+        place = (module, frequencies.device)
+        if place not in self._rope_keys:  # asks a GPU for values: once, not at every step
+            self._rope_keys[place] = (frequencies.device, float(scaling), tuple(frequencies.tolist()))
+        key = self._rope_keys[place]
         table = self._ropes.get(key)
         if table is None or table.cos.shape[0] < positions:
             size = max(_FIRST_POSITIONS, 1 << (positions - 1).bit_length())
@@ -218,14 +222,23 @@ def _seen(done: Accelerated, module: Any, name: str, layer: Any, hidden: torch.T
     return _Seen(memory.visible, (position_ids + 1) // memory.spec.ratio, len(set(memory.counts)) == 1)
 
 
-def _hca(
+def _forward(
     done: Accelerated, module: Any, hidden_states: torch.Tensor, q_residual: torch.Tensor, position_ids: torch.Tensor,
     past_key_values: Any, layer_idx: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """``DeepseekV4HCACompressor.forward``: rows [B, 1, n, d] and the bias [B, 1, S, n] that hides what is to come."""
+    """``forward`` of a compressor: ours where the call is, else transformers' own."""
     ours, layer = _layer(module, hidden_states, past_key_values, layer_idx)
     if not ours:
         return type(module).forward(module, hidden_states, q_residual, position_ids, past_key_values, layer_idx)
+    return _FORWARDS[type(module).__name__](done, module, layer, hidden_states, q_residual, position_ids)
+
+
+def _hca(
+    done: Accelerated, module: Any, layer: Any, hidden_states: torch.Tensor, q_residual: torch.Tensor,
+    position_ids: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """``DeepseekV4HCACompressor.forward``: rows [B, 1, n, d] and the bias [B, 1, S, n] that hides what is to come."""
+    del q_residual
     seen = _seen(done, module, "compressor", layer, hidden_states, position_ids)
     count, queries = seen.rows.shape[1], hidden_states.shape[1]
     if count == 0 or (queries == 1 and seen.same):
@@ -236,13 +249,10 @@ def _hca(
 
 
 def _csa(
-    done: Accelerated, module: Any, hidden_states: torch.Tensor, q_residual: torch.Tensor, position_ids: torch.Tensor,
-    past_key_values: Any, layer_idx: int,
+    done: Accelerated, module: Any, layer: Any, hidden_states: torch.Tensor, q_residual: torch.Tensor,
+    position_ids: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """``DeepseekV4CSACompressor.forward``; for single queries, the picked rows alone."""
-    ours, layer = _layer(module, hidden_states, past_key_values, layer_idx)
-    if not ours:
-        return type(module).forward(module, hidden_states, q_residual, position_ids, past_key_values, layer_idx)
     sequences, queries, _ = hidden_states.shape
     main = _seen(done, module, "compressor", layer, hidden_states, position_ids)
     keys = _seen(done, module.indexer, "indexer", layer, hidden_states, position_ids)

@@ -65,9 +65,14 @@ class _Piece:
             yield (slice(int(self.starts), None), slice(0, own)), self.before
 
 
+def _step(spec: CompressorSpec) -> int:
+    """Windows of a piece."""
+    return max(1, _PIECE // (spec.window * spec.head_dim))
+
+
 def _pieces(spec: CompressorSpec, tokens: torch.Tensor, plan: Plan) -> Iterator[_Piece]:
     """The windows of tokens [T, projected], in order."""
-    step, row = max(1, _PIECE // (spec.window * spec.head_dim)), 0
+    step, row = _step(spec), 0
     parts = spec.projected // spec.width
     starts = plan.batch.query_start_loc.tolist()
     for begin, end in pairwise(starts):
@@ -162,7 +167,7 @@ class _Work:
 
     @classmethod
     def make(cls, spec: CompressorSpec, like: torch.Tensor, ape: torch.Tensor | None, dtype: torch.dtype) -> _Work:
-        step = max(1, _PIECE // (spec.window * spec.head_dim))
+        step = _step(spec)
         return cls(spec, like.new_empty(2, step, spec.window, spec.head_dim, dtype=dtype), _biases(spec, ape, dtype))
 
     def spare(self, piece: _Piece) -> torch.Tensor:

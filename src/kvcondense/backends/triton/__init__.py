@@ -15,12 +15,20 @@ import torch
 from kvcondense.backends import Step
 from kvcondense.backends.triton import decode, fused, tuning
 from kvcondense.backends.triton.constants import UNROLL, Constants, constants, state_key
-from kvcondense.backends.triton.runtime import fp32, installed, interpreted, on_device, why_no_device
+from kvcondense.backends.triton.runtime import (
+    cache_operands,
+    fp32,
+    installed,
+    interpreted,
+    on_device,
+    rope_operands,
+    state_table,
+    why_no_device,
+)
 from kvcondense.errors import UnsupportedError
 from kvcondense.formats.integers import row_map
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.online import OnlineState
-from kvcondense.layout.state import PagedLayout
 
 _TOKENS = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_CANDIDATES = 1024
@@ -167,11 +175,9 @@ def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept:
     plan, state, batch = step.plan, step.state, step.plan.batch
     kv_score = step.kv_score if step.kv_score.stride(1) == 1 else step.kv_score.contiguous()
     ape, gamma = None if step.ape is None else fp32(step.ape), fp32(step.gamma)
-    cos, sin = (None, None) if step.rope is None else (fp32(step.rope.cos), fp32(step.rope.sin))
+    cos, sin = rope_operands(step)
     counters = plan.counters if c.blocks > 1 and c.counters else None
-    cache_data, page_stride = (None, 0) if cache is None else (cache.data, cache.data.stride(0))
-    scales = None if cache is None else cache.scales
-    scales_stride = 0 if scales is None or scales.dim() == 0 else scales.stride(0)
+    cache_data, scales, page_stride, scales_stride = cache_operands(cache)
     head = (kv_score, ape, gamma, cos, sin, step.rows, step.latent, batch.query_start_loc, batch.start_positions)
     windows = (plan.window_request, plan.window_index, plan.window_slot)
     stored = (cache_data, scales, counters)
@@ -184,10 +190,7 @@ def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept:
                 programs, kv_score.stride(0), state.log.stride(0), page_stride, scales_stride, **options,
             )  # fmt: skip
             return
-        table, stride = batch.state_slots, 1
-        if state is not None and isinstance(state.layout, PagedLayout):
-            assert batch.state_block_table is not None
-            table, stride = batch.state_block_table, batch.state_block_table.stride(0)
+        table, stride = state_table(batch, state)
         data = None if state is None else state.data
         condense_kernel[(programs + kept,)](
             *head, table, data, *windows, plan.keep_token, plan.keep_position, plan.keep_row, *stored,

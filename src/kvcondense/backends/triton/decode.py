@@ -15,17 +15,14 @@ import torch
 from kvcondense.backends import Step
 from kvcondense.backends.triton import tuning
 from kvcondense.backends.triton.constants import Constants, constants, state_key
-from kvcondense.backends.triton.fused import why_not_project
-from kvcondense.backends.triton.runtime import fp32, on_device
+from kvcondense.backends.triton.fused import DEPTH, why_not_project
+from kvcondense.backends.triton.runtime import cache_operands, fp32, on_device, rope_operands, state_table
 from kvcondense.backends.triton.tuning import Choice
 from kvcondense.layout.online import OnlineState
-from kvcondense.layout.state import PagedLayout
 
 TOKENS = 64
 """Most tokens of a step."""
 _BLOCKS = (32, 16)
-DEPTH = 64
-"""Hidden channels of one step of a product."""
 WARPS = 4
 _SPLITS = 8
 _TILE = 1024
@@ -127,20 +124,15 @@ def _arguments(step: Step, x: torch.Tensor, w: torch.Tensor) -> tuple[tuple[Any,
     )  # fmt: skip
     w = w if w.stride(1) == 1 else w.contiguous()
     partials = torch.empty(count, x.shape[0], spec.projected, dtype=torch.float32, device=x.device)
-    cos, sin = (None, None) if step.rope is None else (fp32(step.rope.cos), fp32(step.rope.sin))
-    table, stride = batch.state_slots, 1
-    if state is not None and isinstance(state.layout, PagedLayout):
-        assert batch.state_block_table is not None
-        table, stride = batch.state_block_table, batch.state_block_table.stride(0)
+    table, stride = state_table(batch, state)
     data = None if state is None else state.data
-    stored, scales = (None, None) if cache is None else (cache.data, cache.scales)
-    scales_stride = 0 if scales is None or scales.dim() == 0 else scales.stride(0)
+    stored, scales, page_stride, scales_stride = cache_operands(cache)
     return (
         (w, partials, w.stride(0), partials.stride(0)),
-        (None if step.ape is None else fp32(step.ape), fp32(step.gamma), cos, sin,
+        (None if step.ape is None else fp32(step.ape), fp32(step.gamma), *rope_operands(step),
          batch.query_start_loc, batch.start_positions),
         (plan.window_request, plan.window_index, plan.window_slot, plan.counters, plan.num_windows),
         (plan.keep_token, plan.keep_position, plan.keep_row, plan.keep_token.shape[0] if data is not None else 0),
         (step.rows, step.latent, table, data, stored, scales, stride, 0 if data is None else data.stride(0),
-         0 if stored is None else stored.stride(0), scales_stride),
+         page_stride, scales_stride),
     ), c  # fmt: skip

@@ -13,10 +13,16 @@ import torch
 from kvcondense.backends import Step
 from kvcondense.backends.triton import tuning
 from kvcondense.backends.triton.constants import Constants, constants, state_key
-from kvcondense.backends.triton.runtime import fp32, on_device, why_no_device
+from kvcondense.backends.triton.runtime import (
+    cache_operands,
+    fp32,
+    on_device,
+    rope_operands,
+    state_table,
+    why_no_device,
+)
 from kvcondense.backends.triton.tuning import Choice
 from kvcondense.layout.online import OnlineState
-from kvcondense.layout.state import PagedLayout
 from kvcondense.spec import CompressorSpec
 
 TILE = 128
@@ -114,10 +120,7 @@ def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
     group = TILE // spec.ratio
     with on_device(x.device):
         if windows:
-            table, stride = batch.state_slots, 1
-            if state is not None and isinstance(state.layout, PagedLayout):
-                assert batch.state_block_table is not None
-                table, stride = batch.state_block_table, batch.state_block_table.stride(0)
+            table, stride = state_table(batch, state)
             fused.project_pool_kernel[(-(-windows // group) * c.blocks,)](
                 x, w, ape, batch.query_start_loc, batch.start_positions, table, data,
                 plan.window_request, plan.window_index, step.rows, windows, hidden,
@@ -129,11 +132,9 @@ def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
                 x.stride(0), w.stride(0), state_stride, **{"M": TILE, **products},
             )  # fmt: skip
         if windows:
-            cos, sin = (None, None) if step.rope is None else (fp32(step.rope.cos), fp32(step.rope.sin))
-            bytes_, page_stride = (None, 0) if cache is None else (cache.data, cache.data.stride(0))
-            scales = None if cache is None else cache.scales
-            scales_stride = 0 if scales is None or scales.dim() == 0 else scales.stride(0)
+            bytes_, scales, page_stride, scales_stride = cache_operands(cache)
             finish_kernel[(windows,)](
-                fp32(step.gamma), cos, sin, step.rows, None, plan.window_request, plan.window_index, plan.window_slot,
+                fp32(step.gamma), *rope_operands(step), step.rows, None,
+                plan.window_request, plan.window_index, plan.window_slot,
                 bytes_, scales, page_stride, scales_stride, **options,
             )  # fmt: skip

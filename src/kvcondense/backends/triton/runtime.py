@@ -1,4 +1,4 @@
-"""Where kernels can be launched, and what every launch needs: the device, its reasons, operands in fp32."""
+"""Where kernels can be launched, and what every launch needs: the device, its reasons, operands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from kvcondense.backends import Step
+from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.online import OnlineState
+from kvcondense.layout.state import PagedLayout, StatePool
 
 _DEVICES = ("cuda", "npu")
 
@@ -62,3 +68,24 @@ def _quiet() -> Iterator[None]:
 def fp32(t: torch.Tensor) -> torch.Tensor:
     """Contiguous and in fp32."""
     return t if t.dtype is torch.float32 and t.is_contiguous() else t.float().contiguous()
+
+
+def rope_operands(step: Step) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """cos and sin."""
+    return (None, None) if step.rope is None else (fp32(step.rope.cos), fp32(step.rope.sin))
+
+
+def state_table(batch: RaggedBatch, state: StatePool | OnlineState | None) -> tuple[torch.Tensor | None, int]:
+    """Slots or pages by request, and the stride from one request to the next."""
+    if isinstance(state, StatePool) and isinstance(state.layout, PagedLayout):
+        assert batch.state_block_table is not None
+        return batch.state_block_table, batch.state_block_table.stride(0)
+    return batch.state_slots, 1
+
+
+def cache_operands(cache: PagedCache | None) -> tuple[torch.Tensor | None, torch.Tensor | None, int, int]:
+    """Pages, scales beside them, and the strides of both."""
+    if cache is None:
+        return None, None, 0, 0
+    scales = cache.scales
+    return cache.data, scales, cache.data.stride(0), 0 if scales is None or scales.dim() == 0 else scales.stride(0)
