@@ -37,7 +37,7 @@ ARROWS = {
     "cachefile": {"api", "layout", "weights", "formats", "spec", "errors"},
     "stream": {"cachefile", "api", "layout", "rope_table", "weights", "formats", "spec", "config", "errors"},
     "integrations": {
-        "integrations", "api", "backends", "layout", "rope_table", "weights", "spec", "config", "errors",
+        "integrations", "api", "backends", "layout", "rope_table", "weights", "formats", "spec", "config", "errors",
     },
     "parallel": {
         "api", "backends", "stages", "layout", "rope_table", "weights", "spec", "numerics", "errors",

@@ -53,7 +53,7 @@ def save_live(
         tensors["rows"] = export_live(spec, state, batch).cpu()
     from safetensors.torch import save
 
-    header = _header(spec, position, state.dtype)
+    header = _header(spec, position, state)
     return save(tensors, metadata={_HEADER: json.dumps(header, sort_keys=True)})
 
 
@@ -70,12 +70,13 @@ def load_live(
     """Put a payload of :func:`save_live` into ``state``, where the one request of ``batch`` has its slot or pages.
 
     Rows fit rings, pages and online states, where ``impl`` folds them; running values fit online states alone. Rows of
-    another dtype are refused unless ``convert``. Mutates ``state``. Raises CheckpointError for a payload that is none,
-    KvCondenseError for one of another spec or position, before anything is written.
+    another dtype are refused unless ``convert``, and raw scores where the pool has biased ones, or the reverse. Mutates
+    ``state``. Raises CheckpointError for a payload that is none, KvCondenseError for one of another spec or position,
+    before anything is written.
     """
     position = _one_request(batch)
     header, tensors = _parse(payload)
-    wanted = _header(spec, position, state.dtype)
+    wanted = _header(spec, position, state)
     for key, value in wanted.items():
         if key != "dtype" and header.get(key) != value:
             raise KvCondenseError(f"payload {key}", json.dumps(value), json.dumps(header.get(key)))
@@ -194,12 +195,13 @@ def _one_request(batch: RaggedBatch) -> int:
     return int(batch.start_positions[0])
 
 
-def _header(spec: CompressorSpec, position: int, dtype: torch.dtype) -> dict[str, Any]:
+def _header(spec: CompressorSpec, position: int, state: StatePool | OnlineState) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "spec": spec.as_dict(),
         "position": position,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(state.dtype).removeprefix("torch."),
+        "raw_scores": isinstance(state, StatePool) and state.layout.raw_scores,
     }
 
 
@@ -213,7 +215,7 @@ def _parse(payload: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise CheckpointError("payload", f"a safetensors header of at most {_MAX_HEADER_BYTES} bytes", size)
     try:
         metadata = json.loads(payload[8 : 8 + size]).get("__metadata__", {})
-        header = json.loads(metadata[_HEADER])
+        header = {"raw_scores": False, **json.loads(metadata[_HEADER])}
         tensors = load(payload)
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError("payload", "the bytes of save_live", f"{type(error).__name__}: {error}") from error

@@ -10,6 +10,7 @@ import torch
 from kvcondense.backends import Step
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
+from kvcondense.layout.state import StatePool
 from kvcondense.stages import hadamard, norm, online, pool, project, rope, store, window
 
 
@@ -53,7 +54,9 @@ class ReferenceBackend:
         do, spec, plan = self.stages, step.spec, step.plan
         state_dtype = None if step.state is None else step.state.dtype
         positions = do.token_positions(plan, step.kv_score.shape[0])
-        tokens = do.state_rows(spec, step.kv_score, step.ape, positions, state_dtype)  # [T, state_dim]
+        raw = isinstance(step.state, StatePool) and step.state.layout.raw_scores
+        ape = None if raw else step.ape
+        tokens = do.state_rows(spec, step.kv_score, ape, positions, state_dtype)  # [T, state_dim]
         live = plan.window_request >= 0
         dense = plan.facts(spec).dense
         acc = None

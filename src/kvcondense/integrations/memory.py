@@ -98,7 +98,6 @@ class Memory:
         order: Sequence[int] = indices.tolist()
         pool = StatePool.ring(self.spec, len(order), device=self.rows.device)
         pool.tags = None
-        by_slot = self.pool.data.view(len(self.seen), -1, self.pool.data.shape[1])
-        pool.data.copy_(by_slot.index_select(0, indices.to(by_slot.device)).flatten(0, 1))
+        pool.blocks.copy_(self.pool.blocks.index_select(0, indices.to(self.pool.device)))
         self.pool, self.rows = pool, self.rows.index_select(0, indices.to(self.rows.device))
         self.seen = tuple(self.seen[i] for i in order)

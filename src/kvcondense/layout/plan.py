@@ -128,9 +128,13 @@ class Plan:
         )
 
     @staticmethod
-    def capacity(spec: CompressorSpec, max_tokens: int, requests: int, max_draft: int = 0) -> tuple[int, int]:
+    def capacity(
+        spec: CompressorSpec, max_tokens: int, requests: int, max_draft: int = 0, state_layout: Layout | None = None
+    ) -> tuple[int, int]:
         """Most windows and kept rows that a step can have, whatever its metadata: the sizes of a static plan."""
         windows = min(max_tokens, max_tokens // spec.ratio + requests)
+        if isinstance(state_layout, PagedLayout) and state_layout.keep_all:
+            return windows, max_tokens
         return windows, min(max_tokens, requests * (spec.window - 1 + max_draft))
 
     @classmethod
@@ -147,12 +151,12 @@ class Plan:
     ) -> Plan:
         """The padded plan of :meth:`build`, on the batch's device, in fixed shapes and without asking for a value.
 
-        Equal to ``build(...).padded(*capacity(spec, max_tokens, requests, max_draft))``, entry for entry. Nothing is
-        checked: the caller has checked the metadata on the host, or trusts it. ``max_tokens`` bounds
+        Equal to ``build(...).padded(*capacity(spec, max_tokens, requests, max_draft, state_layout))``, entry for entry.
+        Nothing is checked: the caller has checked the metadata on the host, or trusts it. ``max_tokens`` bounds
         query_start_loc[-1] (it is the size of the kv_score buffer), ``max_draft`` bounds draft_rows, ``max_query_len``
         the tokens of one request (default: max_tokens); where it is small enough, ``overwrites`` is False.
         """
-        windows, keeps = cls.capacity(spec, max_tokens, batch.start_positions.shape[0], max_draft)
+        windows, keeps = cls.capacity(spec, max_tokens, batch.start_positions.shape[0], max_draft, state_layout)
         if batch.start_positions.shape[0] == 0:
             empty = cls.build(spec, batch, state_layout=state_layout, page_rows=page_rows)
             return empty.padded(windows, keeps)

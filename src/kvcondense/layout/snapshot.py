@@ -14,11 +14,12 @@ def export_live(spec: CompressorSpec, state: StatePool, batch: RaggedBatch) -> t
     """Rows that the requests of ``batch`` need to go on at their start positions: [n, state_dim], a copy.
 
     Request after request, oldest position first: live_start(p) .. p - 1 for a request at p. Lengths are ignored.
+    Of a pool with raw scores, rows have none of the ape.
     Raises RangeError if the batch names rows that the pool lacks, StateMismatchError if it holds others there.
     """
     request, position, address = _rows(spec, state, batch)
     state.check_rows(batch, request, position)
-    return state.data[address]
+    return state.take(address)
 
 
 def import_live(spec: CompressorSpec, state: StatePool, batch: RaggedBatch, rows: torch.Tensor) -> None:
@@ -32,7 +33,7 @@ def import_live(spec: CompressorSpec, state: StatePool, batch: RaggedBatch, rows
         raise ShapeError("rows", f"shape [{position.shape[0]}, {spec.state_dim}]", f"shape {list(rows.shape)}")
     if rows.dtype != state.data.dtype:
         raise DtypeError("rows", f"{state.data.dtype} as the state", rows.dtype)
-    state.data[address] = rows
+    state.put(address, rows)
     if state.tags is not None:
         state.tags[address] = position
 
@@ -43,6 +44,8 @@ def _rows(
     """(request, position, state row) of everything the requests go on from; raises unless the rows exist, once each."""
     request, position = live_rows(spec, batch.start_positions.clamp(min=0))
     address = state.layout.address(batch, request, position)
-    if bool(((address < 0) | (address >= state.data.shape[0])).any()) or address.unique().shape != address.shape:
-        raise RangeError("batch", f"state rows of its own in 0..{state.data.shape[0] - 1} for each position", "others")
+    if bool(((address < 0) | (address >= state.layout.num_rows)).any()) or address.unique().shape != address.shape:
+        raise RangeError(
+            "batch", f"state rows of its own in 0..{state.layout.num_rows - 1} for each position", "others"
+        )
     return request, position, address

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcondense.errors import DtypeError, RangeError, ShapeError, StateMismatchError, require
+from kvcondense.errors import DtypeError, KvCondenseError, RangeError, ShapeError, StateMismatchError, require
 from kvcondense.layout.batch import RaggedBatch, spread
 from kvcondense.spec import CompressorSpec
 
@@ -16,10 +16,22 @@ STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class RingLayout:
-    """Row of position p of a request in slot s: s * ring_rows + p mod ring_rows."""
+    """Row of position p of a request in slot s: s * ring_rows + p mod ring_rows.
+
+    raw_scores: rows hold [kv | score], and the ape is added when they are read; by default they hold it already.
+    """
 
     num_slots: int
     ring_rows: int
+    raw_scores: bool = False
+
+    def __post_init__(self) -> None:
+        _check_sizes(num_slots=self.num_slots, ring_rows=self.ring_rows)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a slot."""
+        return self.ring_rows
 
     @property
     def num_rows(self) -> int:
@@ -37,20 +49,37 @@ class RingLayout:
     def check(self, batch: RaggedBatch, spec: CompressorSpec) -> None:
         """Raise unless the slots exist, are not shared, and the ring is long enough for this step."""
         check_slots(batch, self.num_slots)
-        drafts = int(batch.draft_rows[batch.active].max()) if bool(batch.active.any()) else 0
-        needed = spec.required_ring_rows(drafts)
-        if self.ring_rows < needed:
-            raise RangeError(
-                "state ring_rows", f"at least {needed} (window {spec.window}, {drafts} draft rows)", self.ring_rows
-            )
+        _check_ring("state ring_rows", self.ring_rows, spec, batch)
 
 
 @dataclass(frozen=True)
 class PagedLayout:
-    """Row of position p of request q: state_block_table[q, p // page_rows] * page_rows + p mod page_rows."""
+    """Row of position p of request q: state_block_table[q, p // page_tokens] * page_rows + p mod page_rows.
+
+    page_tokens: positions that share a page, a multiple of page_rows; where it is more (default: page_rows), a page is
+    a ring. keep_all: every token of a step is kept, not only those that a continuation at its end can read, so that a
+    request may also go on from inside it (a shared prefix). raw_scores: as in a ring.
+    """
 
     num_pages: int
     page_rows: int
+    page_tokens: int = 0
+    keep_all: bool = False
+    raw_scores: bool = False
+
+    def __post_init__(self) -> None:
+        _check_sizes(num_pages=self.num_pages, page_rows=self.page_rows)
+        tokens = self.page_tokens or self.page_rows
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1 or tokens % self.page_rows:
+            raise RangeError("page_tokens", f"a multiple of page_rows, {self.page_rows}", repr(tokens))
+        if self.keep_all and tokens > self.page_rows:
+            raise RangeError("keep_all", f"pages of {tokens} rows, one for each position", f"{self.page_rows} rows")
+        object.__setattr__(self, "page_tokens", tokens)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a page."""
+        return self.page_rows
 
     @property
     def num_rows(self) -> int:
@@ -59,38 +88,53 @@ class PagedLayout:
     def address(self, batch: RaggedBatch, request: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """State row of each (request, position), int64; positions must be >= 0."""
         assert batch.state_block_table is not None
-        page = batch.state_block_table[request, position // self.page_rows]
+        page = batch.state_block_table[request, position // self.page_tokens]
         return page * self.page_rows + position % self.page_rows
 
     def keep_start(self, spec: CompressorSpec, batch: RaggedBatch) -> torch.Tensor:
         """First position of each request [R] whose row is kept."""
-        return _keep_start(spec, batch)
+        return batch.start_positions if self.keep_all else _keep_start(spec, batch)
 
     def check(self, batch: RaggedBatch, spec: CompressorSpec) -> None:
         """Raise unless every page that this step reads or writes is in the table and exists."""
         table = batch.state_block_table
         if table is None:
             raise ShapeError("state_block_table", "a block table (the state is paged)", "None")
+        if self.page_tokens > self.page_rows:
+            _check_ring("state page_rows", self.page_rows, spec, batch)
         start, end = batch.start_positions, batch.start_positions + batch.lengths
         column = torch.arange(table.shape[1], device=table.device)
         needed = torch.zeros_like(table, dtype=torch.bool)
         # Rows the step may read, then rows it keeps; earlier rows of a long chunk touch no page.
         for low, high in (
             (live_starts(spec, start), start),
-            (torch.maximum(start, live_starts(spec, end - batch.draft_rows)), end),
+            (self.keep_start(spec, batch), end),
         ):
             touched = batch.active & (low < high)
-            last = (high - 1) // self.page_rows
+            last = (high - 1) // self.page_tokens
             if bool((last[touched] >= table.shape[1]).any()):
                 raise ShapeError(
                     "state_block_table", f"at least {int(last[touched].max()) + 1} pages", f"{table.shape[1]}"
                 )
-            pages = (column >= (low // self.page_rows)[:, None]) & (column <= last[:, None])
+            pages = (column >= (low // self.page_tokens)[:, None]) & (column <= last[:, None])
             needed |= pages & touched[:, None]
         bad = needed & ((table < 0) | (table >= self.num_pages))
         if bool(bad.any()):
             q, c = bad.nonzero()[0].tolist()
             raise RangeError(f"state_block_table[{q}, {c}]", f"a page in 0..{self.num_pages - 1}", int(table[q, c]))
+
+
+def _check_sizes(**sizes: object) -> None:
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise RangeError(name, "an integer of at least 1", repr(value))
+
+
+def _check_ring(name: str, rows: int, spec: CompressorSpec, batch: RaggedBatch) -> None:
+    drafts = int(batch.draft_rows[batch.active].max()) if bool(batch.active.any()) else 0
+    needed = spec.required_ring_rows(drafts)
+    if rows < needed:
+        raise RangeError(name, f"at least {needed} (window {spec.window}, {drafts} draft rows)", rows)
 
 
 def check_slots(batch: RaggedBatch, num_slots: int) -> None:
@@ -138,6 +182,8 @@ def live_starts(spec: CompressorSpec, length: torch.Tensor) -> torch.Tensor:
 class StatePool:
     """State rows of many requests: ``data`` [num_rows, state_dim], fp32 by default, and how to address them.
 
+    Or [blocks, block_rows, state_dim], slots or pages at any stride (:meth:`wrap`).
+
     ``tags`` [num_rows] int64 holds the absolute position stored in each row (-1: nothing). It lets the host check,
     before anything is written, that every row a step reads is the one it means; ``None`` switches the check off. Tags
     know positions, not owners: a ring forgets what it held from a request's start position on, pages do not.
@@ -152,12 +198,15 @@ class StatePool:
     tags: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.data.dim() != 2 or self.data.shape[0] != self.layout.num_rows:
-            raise ShapeError("state data", f"shape [{self.layout.num_rows}, state_dim]", f"{list(self.data.shape)}")
+        rows = self.layout.num_rows
+        blocks = (rows // self.layout.block_rows, self.layout.block_rows)
+        if tuple(self.data.shape[:-1]) not in ((rows,), blocks) or self.data.stride(-1) != 1:
+            wanted = f"shape [{rows}, state_dim] or [{blocks[0]}, {blocks[1]}, state_dim], channels in order"
+            raise ShapeError("state data", wanted, f"{list(self.data.shape)}")
         if self.data.dtype not in STATE_DTYPES:
             raise DtypeError("state data", "fp32, bf16 or fp64", self.data.dtype)
         if self.tags is not None and (
-            self.tags.shape != self.data.shape[:1] or self.tags.dtype != torch.int64 or self.tags.is_meta
+            self.tags.shape != (rows,) or self.tags.dtype != torch.int64 or self.tags.is_meta
         ):
             raise ShapeError("state tags", f"int64 [{self.layout.num_rows}]", f"{self.tags.dtype} {self.tags.shape}")
 
@@ -191,6 +240,29 @@ class StatePool:
         return cls._new(spec, PagedLayout(num_pages, page_rows), dtype, device)
 
     @classmethod
+    def wrap(
+        cls,
+        rows: torch.Tensor,
+        *,
+        paged: bool,
+        page_tokens: int = 0,
+        keep_all: bool = False,
+        raw_scores: bool = False,
+    ) -> StatePool:
+        """An engine's own tensor [slots or pages, rows, state_dim], read and written in place; blocks at any stride.
+
+        The other arguments are those of :class:`PagedLayout` and :class:`RingLayout`. There are no tags, since others
+        may write these rows, too.
+        """
+        if not isinstance(rows, torch.Tensor) or rows.dim() != 3:
+            raise ShapeError("rows", "[blocks, block_rows, state_dim]", getattr(rows, "shape", type(rows).__name__))
+        if not paged and (page_tokens or keep_all):
+            raise KvCondenseError("paged", "True (page_tokens and keep_all are of pages)", "False")
+        blocks, each = rows.shape[:2]
+        layout = PagedLayout(blocks, each, page_tokens, keep_all, raw_scores) if paged else None
+        return cls(rows, layout or RingLayout(blocks, each, raw_scores))
+
+    @classmethod
     def _new(
         cls,
         spec: CompressorSpec,
@@ -199,9 +271,6 @@ class StatePool:
         device: torch.device | str,
     ) -> StatePool:
         require("spec", spec, CompressorSpec)
-        for name, value in vars(layout).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RangeError(name, "an integer of at least 1", repr(value))
         if dtype not in STATE_DTYPES:
             raise DtypeError("state dtype", "fp32, bf16 or fp64", dtype)
         data = torch.empty(layout.num_rows, spec.state_dim, dtype=dtype, device=device)
@@ -219,7 +288,23 @@ class StatePool:
     @property
     def state_dim(self) -> int:
         """Channels of a row."""
-        return self.data.shape[1]
+        return self.data.shape[-1]
+
+    @property
+    def blocks(self) -> torch.Tensor:
+        """View [slots or pages, rows of each, state_dim]."""
+        return self.data if self.data.dim() == 3 else self.data.unflatten(0, (-1, self.layout.block_rows))
+
+    def take(self, row: torch.Tensor) -> torch.Tensor:
+        """Rows by number (:meth:`PagedLayout.address`), of any shape: [..., state_dim], a copy."""
+        return self.data[row] if self.data.dim() == 2 else self.data[self._split(row)]
+
+    def put(self, row: torch.Tensor, values: torch.Tensor) -> None:
+        """Write rows by number."""
+        self.data[row if self.data.dim() == 2 else self._split(row)] = values
+
+    def _split(self, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return row // self.layout.block_rows, row % self.layout.block_rows
 
     def reset(self, slots: torch.Tensor | Sequence[int]) -> None:
         """Forget what slots (of a ring) or pages hold: their rows become NaN, and continuing from them raises.
@@ -227,10 +312,10 @@ class StatePool:
         Not needed for correct rows, since a request that starts at 0 reads nothing: it makes mistakes visible.
         Mutates data and tags. Raises RangeError for a slot or page that the pool lacks.
         """
-        rows = self._blocks("slots", slots)
-        self.data[rows] = float("nan")
+        index = self._index("slots", slots)
+        self.blocks[index] = float("nan")
         if self.tags is not None:
-            self.tags[rows] = -1
+            self.tags.view(-1, self.layout.block_rows)[index] = -1
 
     def fork(self, source: torch.Tensor | Sequence[int], target: torch.Tensor | Sequence[int]) -> None:
         """Copy slots (of a ring) or pages ``source`` to ``target``, one to one: a second request goes on from there.
@@ -238,20 +323,16 @@ class StatePool:
         Mutates data and tags. Raises RangeError for a slot or page that the pool lacks, that is named twice as a
         target, or that is source and target at once.
         """
-        old, new = self._blocks("source", source), self._blocks("target", target)
-        check_fork(old[:, 0] // self._block_rows, new[:, 0] // self._block_rows)
-        self.data[new] = self.data[old]
+        old, new = self._index("source", source), self._index("target", target)
+        check_fork(old, new)
+        self.blocks[new] = self.blocks[old]
         if self.tags is not None:
-            self.tags[new] = self.tags[old]
+            tags = self.tags.view(-1, self.layout.block_rows)
+            tags[new] = tags[old]
 
-    @property
-    def _block_rows(self) -> int:
-        return self.layout.ring_rows if isinstance(self.layout, RingLayout) else self.layout.page_rows
-
-    def _blocks(self, name: str, blocks: torch.Tensor | Sequence[int]) -> torch.Tensor:
-        """State rows [n, rows of a block] of slots or pages."""
-        index = slot_index(name, blocks, self.layout.num_rows // self._block_rows, self.data.device)
-        return index[:, None] * self._block_rows + torch.arange(self._block_rows, device=index.device)
+    def _index(self, name: str, blocks: torch.Tensor | Sequence[int]) -> torch.Tensor:
+        """Slots or pages, checked: int64 [n]."""
+        return slot_index(name, blocks, self.layout.num_rows // self.layout.block_rows, self.data.device)
 
     def check_continues(self, spec: CompressorSpec, batch: RaggedBatch, reads: Reads) -> None:
         """Raise StateMismatchError unless every stored row that ``batch`` may read holds the position it should."""

@@ -66,10 +66,12 @@ def gather(
         address = state.layout.address(batch, request, torch.where(stored, position, start))
         # Lanes that read nothing from the state still need a legal index; their value is dropped.
         address = torch.where(stored, address, 0)
-        old = state.data.view(state.data.shape[0], parts, spec.halves, d)[address, :, half].to(rows.dtype)
+        old = state.take(address).unflatten(2, (parts, spec.halves, d))  # [E, W, parts, c, d]
+        old = old[:, torch.arange(spec.window, device=half.device), :, half].transpose(0, 1).to(rows.dtype)
         picked = torch.where(stored[:, :, None, None], old, picked)
     kv = torch.where(missing[:, :, None], 0.0, picked[:, :, 0])
-    score = torch.where(missing[:, :, None], float("-inf"), _scores(spec, picked, position, half, ape))
+    raw = state is not None and state.layout.raw_scores
+    score = torch.where(missing[:, :, None], float("-inf"), _scores(spec, picked, position, half, ape, raw))
     return kv, score
 
 
@@ -79,16 +81,16 @@ def _scores(
     position: torch.Tensor,
     half: torch.Tensor,
     ape: torch.Tensor | None,
+    raw: bool,
 ) -> torch.Tensor:
-    """Biased scores [E, W, d]: stored with the row, or, without a gate, the ape alone."""
-    if spec.has_gate:
-        return picked[:, :, 1]
-    if ape is None:
-        return torch.zeros_like(picked[:, :, 0])
+    """Biased scores [E, W, d]: stored with the row (without the ape if ``raw``), or, without a gate, the ape alone."""
+    score = picked[:, :, 1] if spec.has_gate else torch.zeros_like(picked[:, :, 0])
+    if ape is None or (spec.has_gate and not raw):
+        return score
     by_half = ape.to(picked.dtype).view(spec.ratio, spec.halves, spec.head_dim)
-    return by_half[position % spec.ratio, half]
+    return score + by_half[position % spec.ratio, half]
 
 
 def keep(plan: Plan, rows: torch.Tensor, state: StatePool) -> None:
     """Write the rows that later steps can read into the state (after all reads of this step)."""
-    state.data[plan.keep_row] = rows[plan.keep_token].to(state.data.dtype)
+    state.put(plan.keep_row, rows[plan.keep_token].to(state.data.dtype))

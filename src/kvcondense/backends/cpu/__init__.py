@@ -13,7 +13,7 @@ from kvcondense.backends.cpu.threads import launch
 from kvcondense.errors import UnsupportedError
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.online import OnlineState
-from kvcondense.layout.state import PagedLayout
+from kvcondense.layout.state import PagedLayout, StatePool
 from kvcondense.spec import CompressorSpec
 
 _KINDS = {torch.float32: params.FP32, torch.bfloat16: params.BF16, torch.float16: params.FP16}
@@ -115,7 +115,9 @@ def _run(step: Step, *, windows: bool, cache: PagedCache | None, keeps: bool) ->
     rule = tables.spec_block(spec, staged)
     form = None if cache is None else _format_block(cache)
     scales = None if cache is None or cache.format.tensor_scale else cache.scales
-    table, page_rows, paged, data = _addressing(step)
+    table, page_rows, page_tokens, data = _addressing(step)
+    pool = state if isinstance(state, StatePool) else None
+    size = 0 if data is None else data.element_size()
     block = array(
         "q",
         (  # in the order of params
@@ -139,10 +141,13 @@ def _run(step: Step, *, windows: bool, cache: PagedCache | None, keeps: bool) ->
             0 if table is None else table.data_ptr(),
             0 if table is None else table.stride(0),
             page_rows,
-            paged,
+            max(page_tokens, 1),
+            page_tokens > 0,
             0 if data is None else data.data_ptr(),
-            0 if data is None else data.stride(0) * data.element_size(),
+            0 if data is None else data.stride(-2) * size,
+            0 if data is None else (data.stride(0) * (1 if data.dim() == 3 else page_rows)) * size,
             params.FP32 if data is None else _KINDS[data.dtype],
+            pool is not None and pool.layout.raw_scores,
             state.acc.data_ptr() if isinstance(state, OnlineState) else 0,
             state.folded.data_ptr() if isinstance(state, OnlineState) else 0,
             count,
@@ -177,14 +182,14 @@ def _split(spec: CompressorSpec, windows: int, requests: int, kept: int) -> tupl
 
 
 def _addressing(step: Step) -> tuple[torch.Tensor | None, int, int, torch.Tensor | None]:
-    """(slots or block table, rows of a slot or page, 1 if paged, rows of the state or log)."""
+    """(slots or block table, rows of a slot or page, positions of a page or 0, rows of the state or log)."""
     state, batch = step.state, step.plan.batch
     if state is None:
         return None, 1, 0, None
     if isinstance(state, OnlineState):
         return batch.state_slots, max(state.layout.log_rows, 1), 0, state.log
     if isinstance(state.layout, PagedLayout):
-        return batch.state_block_table, state.layout.page_rows, 1, state.data
+        return batch.state_block_table, state.layout.page_rows, state.layout.page_tokens, state.data
     return batch.state_slots, state.layout.ring_rows, 0, state.data
 
 

@@ -28,10 +28,13 @@ from __future__ import annotations
     STATE_TABLE,  # state slots [R], or block table [R, pages]
     STATE_TABLE_STRIDE,  # entries from request to request
     STATE_PAGE,  # rows of a slot or page
+    STATE_TOKENS,  # positions that share a page
     PAGED,  # 1: block table, 0: slots
     STATE,  # rows of the state, or of the draft log of an online state; 0: none
     STATE_STRIDE,  # bytes from row to row
+    STATE_PAGE_STRIDE,  # bytes from slot to slot or page to page
     STATE_KIND,  # FP32 or BF16
+    STATE_RAW,  # 1: stored scores lack the ape
     ACC,  # online state: fp32 [slots, 3, d]; 0: rows
     FOLDED,
     WINDOWS,
@@ -48,8 +51,8 @@ from __future__ import annotations
     SCALES_STRIDE,  # bytes from page to page
     BLOCKS,  # channel blocks that a window's pool is split into
     CHUNK,  # windows that a thread takes at once
-) = range(40)
-CALL_SIZE = 40
+) = range(43)
+CALL_SIZE = 43
 
 LANES = 16
 """Channels of a vector; the kernels take rows in multiples of it."""

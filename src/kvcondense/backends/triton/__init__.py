@@ -187,14 +187,14 @@ def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept:
         if isinstance(state, OnlineState):
             online_kernel[(programs + kept,)](
                 *head, batch.draft_rows, batch.state_slots, state.acc, state.folded, state.log, *windows, *stored,
-                programs, kv_score.stride(0), state.log.stride(0), page_stride, scales_stride, **options,
+                programs, kv_score.stride(0), page_stride, scales_stride, **options,
             )  # fmt: skip
             return
         table, stride = state_table(batch, state)
         data = None if state is None else state.data
         condense_kernel[(programs + kept,)](
             *head, table, data, *windows, plan.keep_token, plan.keep_position, plan.keep_row, *stored,
-            programs, kv_score.stride(0), stride, 0 if data is None else data.stride(0), page_stride, scales_stride,
+            programs, kv_score.stride(0), stride, page_stride, scales_stride,
             **options,
         )  # fmt: skip
         if count and c.blocks > 1 and not c.counters:

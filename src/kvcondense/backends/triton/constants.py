@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -27,9 +28,9 @@ class Constants:
     """Compile-time arguments; equal ones are one object (:func:`constants`), so that looking a kernel up is quick.
 
     block: channels of a program, blocks: programs per window, counters: whether the last of them finishes it.
-    state_rows: rows of a ring, a page or a draft log. window_padded, window_levels: the window as a power of two, and
-    its logarithm; ratio_levels: the ratio's, if that is one. splits: partial sums that make a value of kv_score; 0: it
-    is one.
+    state_rows: rows of a ring, a page or a draft log; page_tokens: positions that share a page; strides in elements.
+    window_padded, window_levels: the window as a power of two, and its logarithm; ratio_levels: the ratio's. splits:
+    partial sums that make a value of kv_score; 0: it is one.
     """
 
     ratio: int
@@ -56,6 +57,10 @@ class Constants:
     online: bool
     state_rows: int
     state_bf16: bool
+    page_tokens: int
+    state_stride: int
+    state_page_stride: int
+    raw_scores: bool
     latent: bool
     has_cache: bool
     rows_map: RowMap | None
@@ -70,10 +75,22 @@ class Constants:
         return self
 
 
+class StateKey(NamedTuple):
+    """Kind ("ring", "paged", "online", "": none), rows of a slot, page or log, strides in elements, and the rest."""
+
+    kind: str = ""
+    rows: int = 0
+    bf16: bool = False
+    stride: int = 0
+    page_stride: int = 0
+    page_tokens: int = 0
+    raw_scores: bool = False
+
+
 @functools.lru_cache(maxsize=1024)
 def constants(
     spec: CompressorSpec,
-    state: tuple[str, int, bool],
+    state: StateKey,
     form: CacheFormat | None,
     page_rows: int,
     latent: bool,
@@ -83,7 +100,7 @@ def constants(
 ) -> Constants:
     """The record for these; ``state`` as :func:`state_key` has it, ``page_rows`` of the cache."""
     # Without counters a launch of its own finishes windows; who writes back an online state then has to be one program.
-    block = spec.head_dim if state[0] == "online" and not choice.counters else choice.block
+    block = spec.head_dim if state.kind == "online" and not choice.counters else choice.block
     padded = 1 << (spec.window - 1).bit_length()
     return Constants(
         ratio=spec.ratio,
@@ -105,11 +122,15 @@ def constants(
         block=block,
         blocks=spec.head_dim // block,
         counters=choice.counters,
-        has_state=state[0] != "",
-        paged=state[0] == "paged",
-        online=state[0] == "online",
-        state_rows=state[1],
-        state_bf16=state[2],
+        has_state=state.kind != "",
+        paged=state.kind == "paged",
+        online=state.kind == "online",
+        state_rows=state.rows,
+        state_bf16=state.bf16,
+        page_tokens=state.page_tokens,
+        state_stride=state.stride,
+        state_page_stride=state.page_stride,
+        raw_scores=state.raw_scores,
         latent=latent,
         has_cache=form is not None,
         rows_map=None if form is None else row_map(form, spec.head_dim, page_rows),
@@ -120,13 +141,20 @@ def constants(
     )
 
 
-def state_key(state: StatePool | OnlineState | None) -> tuple[str, int, bool]:
-    """(kind, rows of a ring, page or log, whether values are bf16)."""
+def state_key(state: StatePool | OnlineState | None) -> StateKey:
+    """What kernels are compiled for of this state."""
     if state is None:
-        return "", 0, False
+        return StateKey()
+    rows = state.log if isinstance(state, OnlineState) else state.data
+    block = state.layout.log_rows if isinstance(state, OnlineState) else state.layout.block_rows
+    stride = rows.stride(-2)
+    key = StateKey("online", block, False, stride, stride * block)
     if isinstance(state, OnlineState):
-        return "online", state.layout.log_rows, False
-    bf16 = state.dtype is torch.bfloat16
-    if isinstance(state.layout, PagedLayout):
-        return "paged", state.layout.page_rows, bf16
-    return "ring", state.layout.ring_rows, bf16
+        return key
+    return key._replace(
+        kind="paged" if isinstance(state.layout, PagedLayout) else "ring",
+        bf16=state.dtype is torch.bfloat16,
+        page_stride=state.blocks.stride(0),
+        page_tokens=state.layout.page_tokens if isinstance(state.layout, PagedLayout) else 0,
+        raw_scores=state.layout.raw_scores,
+    )

@@ -29,7 +29,7 @@ _TILE = 1024
 """Elements of a pooled tile, [window, channels]."""
 ARGUMENTS = ("own", "layer", "windows", "keeps", "stored")
 """Tuples of the kernel's arguments that belong to one compressor."""
-NONE = (None,) * 4, (None,) * 6, (None,) * 5, (None,) * 4, (None,) * 10
+NONE = (None,) * 4, (None,) * 6, (None,) * 5, (None,) * 4, (None,) * 9
 
 
 def why_not(step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
@@ -133,6 +133,6 @@ def _arguments(step: Step, x: torch.Tensor, w: torch.Tensor) -> tuple[tuple[Any,
          batch.query_start_loc, batch.start_positions),
         (plan.window_request, plan.window_index, plan.window_slot, plan.counters, plan.num_windows),
         (plan.keep_token, plan.keep_position, plan.keep_row, plan.keep_token.shape[0] if data is not None else 0),
-        (step.rows, step.latent, table, data, stored, scales, stride, 0 if data is None else data.stride(0),
+        (step.rows, step.latent, table, data, stored, scales, stride,
          page_stride, scales_stride),
     ), c  # fmt: skip

@@ -116,7 +116,6 @@ def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
     x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (x, w))
     ape, data = None if step.ape is None else fp32(step.ape), None if state is None else state.data
     hidden, windows, keeps = x.shape[1], plan.num_windows, plan.keep_token.shape[0]
-    state_stride = 0 if data is None else data.stride(0)
     group = TILE // spec.ratio
     with on_device(x.device):
         if windows:
@@ -124,12 +123,12 @@ def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
             fused.project_pool_kernel[(-(-windows // group) * c.blocks,)](
                 x, w, ape, batch.query_start_loc, batch.start_positions, table, data,
                 plan.window_request, plan.window_index, step.rows, windows, hidden,
-                x.stride(0), w.stride(0), stride, state_stride, **{"G": group, **products},
+                x.stride(0), w.stride(0), stride, **{"G": group, **products},
             )  # fmt: skip
         if data is not None and keeps:
             fused.project_keep_kernel[(-(-keeps // TILE) * (spec.width // c.block),)](
                 x, w, ape, plan.keep_token, plan.keep_position, plan.keep_row, data, keeps, hidden,
-                x.stride(0), w.stride(0), state_stride, **{"M": TILE, **products},
+                x.stride(0), w.stride(0), **{"M": TILE, **products},
             )  # fmt: skip
         if windows:
             bytes_, scales, page_stride, scales_stride = cache_operands(cache)

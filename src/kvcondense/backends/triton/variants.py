@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvcondense.backends.triton import decode, fused, tuning
-from kvcondense.backends.triton.constants import Constants, constants
+from kvcondense.backends.triton.constants import Constants, StateKey, constants
 from kvcondense.backends.triton.tuning import Choice
 from kvcondense.config import ModelConfig
 from kvcondense.errors import UnsupportedError
@@ -147,7 +147,8 @@ def arguments(variant: Variant, arch: str) -> tuple[Any, Choice, dict[str, Any],
 
 def _constants(variant: Variant, spec: CompressorSpec, choice: Choice, splits: int = 0) -> Constants:
     rows = {"ring": _RING[variant.kind], "paged": 32, "online": 8, "": 0}[variant.state]
-    state = (variant.state, rows, variant.state_type == "bf16" and variant.state != "")
+    bf16 = variant.state_type == "bf16" and variant.state != ""
+    state = StateKey(variant.state, rows, bf16, spec.state_dim, spec.state_dim * rows, rows)
     form = FORMATS[variant.format] if variant.format else None
     return constants(spec, state, form, _PAGE_ROWS, variant.latent, choice, splits=splits)
 
@@ -204,5 +205,5 @@ def _decode_one(variant: Variant) -> tuple[tuple[Any, ...], Constants]:
         (ape, gamma, table_cos, table_cos, whole, whole),
         (whole, whole, whole, "*i32", "i32"),
         (whole, whole, whole, "i32"),
-        ("*fp32", None, table, state, cache, scales, STRIDE, STRIDE, STRIDE, STRIDE),
+        ("*fp32", None, table, state, cache, scales, STRIDE, STRIDE, STRIDE),
     ), c

@@ -27,14 +27,19 @@ def _size(kind):
 @kernel
 def state_row(p, q, position):
     """Address of the state row (or log row) of a position."""
-    page_rows = load_i64(p + 8 * params.STATE_PAGE)
     table = load_i64(p + 8 * params.STATE_TABLE) + 8 * q * load_i64(p + 8 * params.STATE_TABLE_STRIDE)
     if load_i64(p + 8 * params.PAGED):
-        page = load_i64(table + 8 * (position // page_rows))
+        page = load_i64(table + 8 * (position // load_i64(p + 8 * params.STATE_TOKENS)))
     else:
         page = load_i64(table)
-    row = page * page_rows + position % page_rows
-    return load_i64(p + 8 * params.STATE) + row * load_i64(p + 8 * params.STATE_STRIDE)
+    return _row(p, page, position % load_i64(p + 8 * params.STATE_PAGE))
+
+
+@kernel
+def _row(p, page, row):
+    """Address of a row of a slot or page."""
+    rows = load_i64(p + 8 * params.STATE) + page * load_i64(p + 8 * params.STATE_PAGE_STRIDE)
+    return rows + row * load_i64(p + 8 * params.STATE_STRIDE)
 
 
 @kernel
@@ -47,6 +52,7 @@ def candidates(p, q, begin, end, current, table, zero):
     spec = load_i64(p + 8 * params.SPEC)
     ratio, width = load_i64(spec + 8 * params.RATIO), load_i64(spec + 8 * params.WIDTH)
     gate = load_i64(spec + 8 * params.HAS_GATE)
+    biased = gate and not load_i64(p + 8 * params.STATE_RAW)
     late = width - load_i64(spec + 8 * params.HEAD_DIM)
     start = load_i64(load_i64(p + 8 * params.START) + 8 * q)
     first_token = load_i64(load_i64(p + 8 * params.QUERY_START) + 8 * q) - start
@@ -64,7 +70,7 @@ def candidates(p, q, begin, end, current, table, zero):
         else:
             kv = state_row(p, q, position) + state_size * channel
             score = kv + state_size * width
-            if gate:  # a stored score has its ape
+            if biased:  # a stored score has its ape
                 bias = zero
         store_i64(table, kv)
         store_i64(table + 8, score if gate else zero)
@@ -83,6 +89,7 @@ def stage(p, n, stored, table, staged, channel, channels, buffer, zero):
     gate = load_i64(spec + 8 * params.HAS_GATE)
     state_kind = load_i64(p + 8 * params.STATE_KIND)
     rounding = state_kind == params.BF16 and load_i64(p + 8 * params.STATE) != 0
+    raw = gate and load_i64(p + 8 * params.STATE_RAW)
     for j in range(n):
         kind = state_kind if j < stored else load_i64(p + 8 * params.KV_KIND)
         kv, score, bias = load_i64(table), load_i64(table + 8), load_i64(table + 16)
@@ -92,8 +99,10 @@ def stage(p, n, stored, table, staged, channel, channels, buffer, zero):
                 x = round_bf16(x)
             store(buffer + 4 * c, x)
             z = load_as(kind if gate else params.FP32, score, channel + c if gate else 0)
+            if raw and rounding:
+                z = round_bf16(z)
             z = z + load(bias + (4 * (channel + c) if bias != zero else 0))
-            if rounding and gate:
+            if rounding and gate and not raw:
                 z = round_bf16(z)
             store(buffer + 4 * (channels + c), z)
         store_i64(staged, buffer)
@@ -106,15 +115,17 @@ def stage(p, n, stored, table, staged, channel, channels, buffer, zero):
 
 @kernel
 def keep(p, k):
-    """Write entry k of the plan's rows to keep: [kv | score + ape] of its token to its state row."""
+    """Write entry k of the plan's rows to keep: [kv | score + ape], or [kv | score], of its token to its state row."""
     token = load_i64(load_i64(p + 8 * params.KEEP_TOKEN) + 8 * k)
     if token < 0:
         return
     spec = load_i64(p + 8 * params.SPEC)
     width, gate = load_i64(spec + 8 * params.WIDTH), load_i64(spec + 8 * params.HAS_GATE)
     ape, kind = load_i64(p + 8 * params.APE), load_i64(p + 8 * params.KV_KIND)
+    bias_wanted = ape and not load_i64(p + 8 * params.STATE_RAW)
     row = load_i64(load_i64(p + 8 * params.KEEP_ROW) + 8 * k)
-    target = load_i64(p + 8 * params.STATE) + row * load_i64(p + 8 * params.STATE_STRIDE)
+    page_rows = load_i64(p + 8 * params.STATE_PAGE)
+    target = _row(p, row // page_rows, row % page_rows)
     source = load_i64(p + 8 * params.KV_SCORE) + token * load_i64(p + 8 * params.KV_STRIDE)
     narrow = load_i64(p + 8 * params.STATE_KIND) == params.BF16
     for c in range(0, width, LANES):
@@ -124,7 +135,7 @@ def keep(p, k):
         bias = ape + 4 * width * (position % load_i64(spec + 8 * params.RATIO))
         for c in range(0, width, LANES):
             z = load_as(kind, source, width + c)
-            if ape:
+            if bias_wanted:
                 z = z + load(bias + 4 * c)
             _put(target, width + c, z, narrow)
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kvcondense.backends.triton.kernels.bits import bf16_bits
 from kvcondense.backends.triton.kernels.encode import put
-from kvcondense.backends.triton.kernels.pool import pool, summed
+from kvcondense.backends.triton.kernels.pool import pool, row_offset, summed
 from kvcondense.backends.triton.kernels.row import hadamard, rms_norm, rope
 
 
@@ -52,22 +52,23 @@ def finish(pooled, e, index, gamma, cos, sin, rows, latent, window_slot, cache, 
 
 
 @triton.jit
-def keep(k, kv_score, ape, keep_token, keep_position, keep_row, state, kv_stride, split_stride, state_stride,
+def keep(k, kv_score, ape, keep_token, keep_position, keep_row, state, kv_stride, split_stride,
          c: tl.constexpr):  # fmt: skip
-    """Row k of those to keep: [kv | score + ape] of its token to its state row; padding (-1) is skipped."""
+    """Row k of those to keep: [kv | score + ape], or raw scores, of its token to its state row; skips padding (-1)."""
     R: tl.constexpr = c.value.ratio
     N: tl.constexpr = c.value.width
     GATE: tl.constexpr = c.value.has_gate
     APE: tl.constexpr = c.value.has_ape
+    RAW: tl.constexpr = c.value.raw_scores
     token = tl.load(keep_token + k)
     if token >= 0:
         channel = tl.arange(0, N)
         source = kv_score + token * kv_stride + channel
-        target = state + tl.load(keep_row + k) * state_stride + channel
+        target = state + row_offset(tl.load(keep_row + k), c) + channel
         store_as_state(target, summed(source, None, None, split_stride, c), c)
         if GATE:
             z = summed(source + N, None, None, split_stride, c)
-            if APE:
+            if APE and not RAW:
                 z += tl.load(ape + (tl.load(keep_position + k) % R) * N + channel)
             store_as_state(target + N, z, c)
 
@@ -86,7 +87,7 @@ def store_as_state(target, x, c: tl.constexpr):
 def window_task(
     task, kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions, state_table, state,
     window_request, window_index, window_slot, cache, scales, counters,
-    kv_stride, split_stride, table_stride, state_stride, page_stride, scales_stride, c: tl.constexpr,
+    kv_stride, split_stride, table_stride, page_stride, scales_stride, c: tl.constexpr,
 ):  # fmt: skip
     """Pool a block of channels of window ``task // blocks``; whoever pools the last one finishes the row."""
     BLOCKS: tl.constexpr = c.value.blocks
@@ -99,7 +100,7 @@ def window_task(
         index = tl.load(window_index + e)
         channel = (task % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
         pooled = pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, state_table, state,
-                      kv_stride, split_stride, table_stride, state_stride, c)  # fmt: skip
+                      kv_stride, split_stride, table_stride, c)  # fmt: skip
         if BLOCKS == 1:
             finish(pooled, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
                    page_stride, scales_stride, c)  # fmt: skip
@@ -116,7 +117,7 @@ def window_task(
 def condense_kernel(
     kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions, state_table, state,
     window_request, window_index, window_slot, keep_token, keep_position, keep_row, cache, scales, counters,
-    window_programs, kv_stride, table_stride, state_stride, page_stride, scales_stride, c: tl.constexpr,
+    window_programs, kv_stride, table_stride, page_stride, scales_stride, c: tl.constexpr,
 ):  # fmt: skip
     """The first ``window_programs`` programs pool and finish windows, the others keep rows."""
     STATE: tl.constexpr = c.value.has_state
@@ -124,10 +125,10 @@ def condense_kernel(
     if program < window_programs:
         window_task(program, kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions,
                     state_table, state, window_request, window_index, window_slot, cache, scales, counters,
-                    kv_stride, 0, table_stride, state_stride, page_stride, scales_stride, c)  # fmt: skip
+                    kv_stride, 0, table_stride, page_stride, scales_stride, c)  # fmt: skip
     elif STATE:
         keep(program - window_programs, kv_score, ape, keep_token, keep_position, keep_row, state,
-             kv_stride, 0, state_stride, c)  # fmt: skip
+             kv_stride, 0, c)  # fmt: skip
 
 
 @triton.jit

@@ -84,12 +84,12 @@ def windows_all(before, own, layer, windows, stored, c: tl.constexpr):
     partials, split_stride = own[1], own[3]
     ape, gamma, cos, sin, query_start_loc, start_positions = layer
     window_request, window_index, window_slot, counters, count = windows
-    rows, latent, state_table, state, cache, scales, table_stride, state_stride, page_stride, scales_stride = stored
+    rows, latent, state_table, state, cache, scales, table_stride, page_stride, scales_stride = stored
     items = count * BLOCKS
     for task in range(following(before), items, tl.num_programs(0)):
         window_task(task, partials, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions,
                     state_table, state, window_request, window_index, window_slot, cache, scales, counters,
-                    P, split_stride, table_stride, state_stride, page_stride, scales_stride, c)  # fmt: skip
+                    P, split_stride, table_stride, page_stride, scales_stride, c)  # fmt: skip
     return before + items
 
 
@@ -103,7 +103,7 @@ def keeps_all(before, own, layer, keeps, stored, c: tl.constexpr):
     if STATE:
         for k in range(following(before), items, tl.num_programs(0)):
             keep(k, partials, layer[0], keep_token, keep_position, keep_row, stored[3],
-                 P, split_stride, stored[7], c)  # fmt: skip
+                 P, split_stride, c)  # fmt: skip
     return before + items
 
 

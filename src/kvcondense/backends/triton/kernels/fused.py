@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kvcondense.backends.triton.kernels.bits import bf16_bits
-from kvcondense.backends.triton.kernels.pool import as_stored, biases, state_row, tile
+from kvcondense.backends.triton.kernels.pool import as_stored, biases, row_offset, state_row, tile
 
 
 @triton.jit
@@ -42,28 +42,31 @@ def project_tile(x, w, token, live, column, hidden, x_stride, w_stride,
 
 
 @triton.jit
-def with_state(kv, z, q, position, start, half, channel, known, ape, state_table, state, table_stride, state_stride,
+def with_state(kv, z, q, position, start, half, channel, known, ape, state_table, state, table_stride,
                c: tl.constexpr):  # fmt: skip
     """What windows pool: projected tokens with their bias, stored ones before ``start``; -inf where there is none."""
     N: tl.constexpr = c.value.width
     GATE: tl.constexpr = c.value.has_gate
     APE: tl.constexpr = c.value.has_ape
     STATE: tl.constexpr = c.value.has_state
+    RAW: tl.constexpr = c.value.raw_scores
     valid = known & (position >= 0)
     fresh = valid & (position >= start)
     kv = as_stored(kv, c)
     if GATE:
-        if APE:
+        if APE and not RAW:
             z += biases(ape, position, half, channel, fresh, c)
         z = as_stored(z, c)
     elif APE:
         z = biases(ape, position, half, channel, valid, c)
     if STATE:
         stored = valid & (position < start)
-        row = state_row(position, stored, q, state_table, table_stride, c) * state_stride + half
+        row = state_row(position, stored, q, state_table, table_stride, c) + half
         kv = tl.where(stored[:, None], tile(state, row, channel, stored), kv)
         if GATE:
             z = tl.where(stored[:, None], tile(state, row + N, channel, stored), z)
+    if RAW and GATE and APE:
+        z += biases(ape, position, half, channel, valid, c)
     return kv, tl.where(valid[:, None], z, float("-inf"))
 
 
@@ -78,7 +81,7 @@ def tokens_sum(t, G: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, LEVELS:
 @triton.jit
 def project_pool_kernel(
     x, w, ape, query_start_loc, start_positions, state_table, state, window_request, window_index, rows,
-    windows, hidden, x_stride, w_stride, table_stride, state_stride,
+    windows, hidden, x_stride, w_stride, table_stride,
     c: tl.constexpr, G: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Pooled rows of G windows for a block of channels to ``rows``; ``finish_kernel`` follows."""
@@ -106,7 +109,7 @@ def project_pool_kernel(
     kv, z = project_tile(x, w, first_token + position, known & (position >= start), own + channel, hidden,
                          x_stride, w_stride, c, M, K, WIDE)  # fmt: skip
     kv, z = with_state(kv, z, q, position, start, own, channel, known, ape, state_table, state,
-                       table_stride, state_stride, c)  # fmt: skip
+                       table_stride, c)  # fmt: skip
     z = tl.reshape(z, (G, R, BLOCK))
     kv = tl.reshape(kv, (G, R, BLOCK))
     top = tl.max(z, axis=1)
@@ -115,7 +118,7 @@ def project_pool_kernel(
         kv_before, z_before = project_tile(x, w, first_token + before, known & (before >= start), channel, hidden,
                                            x_stride, w_stride, c, M, K, WIDE)  # fmt: skip
         kv_before, z_before = with_state(kv_before, z_before, q, before, start, 0, channel, known, ape, state_table,
-                                         state, table_stride, state_stride, c)  # fmt: skip
+                                         state, table_stride, c)  # fmt: skip
         z_before = tl.reshape(z_before, (G, R, BLOCK))
         top = tl.maximum(top, tl.max(z_before, axis=1))
         e_before = tl.exp(z_before - top[:, None, :])
@@ -156,14 +159,15 @@ def project_kernel(
 
 @triton.jit
 def project_keep_kernel(
-    x, w, ape, keep_token, keep_position, keep_row, state, keeps, hidden, x_stride, w_stride, state_stride,
+    x, w, ape, keep_token, keep_position, keep_row, state, keeps, hidden, x_stride, w_stride,
     c: tl.constexpr, M: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """[kv | score + ape] of M kept tokens for a block of the state's channels; padding (-1) is skipped."""
+    """[kv | score + ape], or raw scores, of M kept tokens for a block of the state's channels; skips padding (-1)."""
     N: tl.constexpr = c.value.width
     BLOCK: tl.constexpr = c.value.block
     GATE: tl.constexpr = c.value.has_gate
     APE: tl.constexpr = c.value.has_ape
+    RAW: tl.constexpr = c.value.raw_scores
     ROUND: tl.constexpr = c.value.state_bf16
     BLOCKS: tl.constexpr = N // BLOCK
     program = tl.program_id(0)
@@ -174,10 +178,10 @@ def project_keep_kernel(
     token = tl.load(keep_token + entry)
     kept = here & (token >= 0)
     kv, z = project_tile(x, w, token, kept, channel, hidden, x_stride, w_stride, c, M, K, WIDE)
-    if GATE and APE:
+    if GATE and APE and not RAW:
         z += biases(ape, tl.load(keep_position + entry), 0, channel, kept, c)
     row = tl.where(kept, tl.load(keep_row + entry), 0)
-    target = state + row[:, None] * state_stride + channel[None, :]
+    target = state + row_offset(row, c)[:, None] + channel[None, :]
     if ROUND:  # rounded before the cast, which therefore is exact
         kv = bf16_bits(kv).to(tl.float32, bitcast=True)
         z = bf16_bits(z).to(tl.float32, bitcast=True)

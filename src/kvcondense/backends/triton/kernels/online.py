@@ -14,7 +14,7 @@ from kvcondense.backends.triton.kernels.pool import state_row
 
 
 @triton.jit
-def row_of(position, start, first_token, q, kv_score, ape, state_table, log, channel, kv_stride, log_stride,
+def row_of(position, start, first_token, q, kv_score, ape, state_table, log, channel, kv_stride,
            c: tl.constexpr):  # fmt: skip
     """(K, z) of one position for ``channel``: from this step, or from the log of drafts."""
     R: tl.constexpr = c.value.ratio
@@ -34,7 +34,7 @@ def row_of(position, start, first_token, q, kv_score, ape, state_table, log, cha
         z = tl.load(source + N, mask=mask, other=0.0).to(tl.float32) + bias
     if LOG > 0:
         logged = channel < tl.where(fresh, 0, N)
-        old = log + state_row(position, position < start, q, state_table, 0, c) * log_stride + channel
+        old = log + state_row(position, position < start, q, state_table, 0, c) + channel
         kv = tl.where(fresh, kv, tl.load(old, mask=logged, other=0.0))
         if GATE:
             z = tl.where(fresh, z, tl.load(old + N, mask=logged, other=0.0))
@@ -43,7 +43,7 @@ def row_of(position, start, first_token, q, kv_score, ape, state_table, log, cha
 
 @triton.jit
 def fold(begin, stop, start, first_token, folded, q, slot, kv_score, ape, state_table, acc, log, channel,
-         kv_stride, log_stride, c: tl.constexpr):  # fmt: skip
+         kv_stride, c: tl.constexpr):  # fmt: skip
     """(m, l, o) of positions begin .. stop - 1: stored values, then the log, then this step.
 
     m' = max(m, z), l' = l e^(m - m') + e^(z - m'), o' = o e^(m - m') + K e^(z - m'). One of the two exponents is 0, so
@@ -63,7 +63,7 @@ def fold(begin, stop, start, first_token, folded, q, slot, kv_score, ape, state_
             here = at + i < stop
             position = tl.where(here, at + i, stop - 1)  # read twice rather than beyond the end
             kv, z = row_of(position, start, first_token, q, kv_score, ape, state_table, log, channel,
-                           kv_stride, log_stride, c)  # fmt: skip
+                           kv_stride, c)  # fmt: skip
             z = tl.where(here, z, float("-inf"))
             e = tl.exp(-tl.abs(z - m))
             old_weight = tl.where(m < z, e, 1.0)
@@ -76,7 +76,7 @@ def fold(begin, stop, start, first_token, folded, q, slot, kv_score, ape, state_
 
 @triton.jit
 def open_window(q, slot, start, end, first_token, folded, draft_rows, kv_score, ape, state_table, acc, log, channel,
-                kv_stride, log_stride, c: tl.constexpr):  # fmt: skip
+                kv_stride, c: tl.constexpr):  # fmt: skip
     """Fold what request q commits beyond its last window, store it, and log the drafts: ``channel`` of each."""
     R: tl.constexpr = c.value.ratio
     D: tl.constexpr = c.value.head_dim
@@ -86,7 +86,7 @@ def open_window(q, slot, start, end, first_token, folded, draft_rows, kv_score, 
     THREADS: tl.constexpr = c.value.counters
     committed = end - tl.load(draft_rows + q)
     m, l, o = fold(committed // R * R, committed, start, first_token, folded, q, slot, kv_score, ape, state_table,
-                   acc, log, channel, kv_stride, log_stride, c)  # fmt: skip
+                   acc, log, channel, kv_stride, c)  # fmt: skip
     if THREADS:
         tl.debug_barrier()  # all threads have read before one writes
     target = acc + slot * (3 * D) + channel
@@ -96,8 +96,8 @@ def open_window(q, slot, start, end, first_token, folded, draft_rows, kv_score, 
     if LOG > 0:
         for position in range(committed, end):
             kv, z = row_of(position, start, first_token, q, kv_score, ape, state_table, log, channel,
-                           kv_stride, log_stride, c)  # fmt: skip
-            row = log + state_row(position, position >= 0, q, state_table, 0, c) * log_stride + channel
+                           kv_stride, c)  # fmt: skip
+            row = log + state_row(position, position >= 0, q, state_table, 0, c) + channel
             tl.store(row, kv)
             if GATE:
                 tl.store(row + N, z)
@@ -108,7 +108,7 @@ def open_window(q, slot, start, end, first_token, folded, draft_rows, kv_score, 
 def online_kernel(
     kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions, draft_rows, state_table,
     acc, folded, log, window_request, window_index, window_slot, cache, scales, counters,
-    window_programs, kv_stride, log_stride, page_stride, scales_stride, c: tl.constexpr,
+    window_programs, kv_stride, page_stride, scales_stride, c: tl.constexpr,
 ):  # fmt: skip
     """The first ``window_programs`` programs fold and finish windows, the others the requests that complete none."""
     BLOCKS: tl.constexpr = c.value.blocks
@@ -128,13 +128,13 @@ def online_kernel(
             slot = tl.load(state_table + q)
             before = tl.load(folded + slot)
             m, l, o = fold(index * R, (index + 1) * R, start, first - start, before, q, slot, kv_score, ape,
-                           state_table, acc, log, channel, kv_stride, log_stride, c)  # fmt: skip
+                           state_table, acc, log, channel, kv_stride, c)  # fmt: skip
             pooled = tl.div_rn(o, l)
             owner = index == start // R
             committed = end
             if owner:
                 committed = open_window(q, slot, start, end, first - start, before, draft_rows, kv_score, ape,
-                                        state_table, acc, log, channel, kv_stride, log_stride, c)  # fmt: skip
+                                        state_table, acc, log, channel, kv_stride, c)  # fmt: skip
             last = owner | True
             if BLOCKS > 1:
                 tl.store(rows + e.to(tl.int64) * D + channel, pooled)
@@ -155,5 +155,5 @@ def online_kernel(
         if (start >= 0) & (end > start) & (start // R == end // R):
             slot = tl.load(state_table + q)
             committed = open_window(q, slot, start, end, first - start, tl.load(folded + slot), draft_rows, kv_score,
-                                    ape, state_table, acc, log, tl.arange(0, D), kv_stride, log_stride, c)  # fmt: skip
+                                    ape, state_table, acc, log, tl.arange(0, D), kv_stride, c)  # fmt: skip
             tl.store(folded + slot, committed)

@@ -10,15 +10,27 @@ from kvcondense.backends.triton.kernels.bits import round_bf16, rows_sum
 
 @triton.jit
 def state_row(position, live, q, state_table, table_stride, c: tl.constexpr):
-    """Row of the state (or of the draft log) that holds each position of request q; 0 where not ``live``."""
+    """Where the row of each position of request q lies in the state (or draft log), in elements; 0 if not ``live``."""
     PAGED: tl.constexpr = c.value.paged
+    TOKENS: tl.constexpr = c.value.page_tokens
     ROWS: tl.constexpr = c.value.state_rows
+    STRIDE: tl.constexpr = c.value.state_stride
+    PAGE_STRIDE: tl.constexpr = c.value.state_page_stride
     p = tl.where(live, position, 0).to(tl.int32)
     if PAGED:
-        page = tl.load(state_table + q * table_stride + p // ROWS)  # where not live, that of position 0
+        page = tl.load(state_table + q * table_stride + p // TOKENS)  # where not live, that of position 0
     else:
         page = tl.load(state_table + q)
-    return tl.where(live, page * ROWS + p % ROWS, 0)
+    return tl.where(live, page * PAGE_STRIDE + p % ROWS * STRIDE, 0)
+
+
+@triton.jit
+def row_offset(row, c: tl.constexpr):
+    """Where rows of the state lie, by number."""
+    ROWS: tl.constexpr = c.value.state_rows
+    STRIDE: tl.constexpr = c.value.state_stride
+    PAGE_STRIDE: tl.constexpr = c.value.state_page_stride
+    return row // ROWS * PAGE_STRIDE + row % ROWS * STRIDE
 
 
 @triton.jit
@@ -60,7 +72,7 @@ def summed(source, live, other, split_stride, c: tl.constexpr):
 
 @triton.jit
 def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, state_table, state,
-         kv_stride, split_stride, table_stride, state_stride, c: tl.constexpr):  # fmt: skip
+         kv_stride, split_stride, table_stride, c: tl.constexpr):  # fmt: skip
     """P of window ``index`` of request q for ``channel`` [block]: sum e^(z - m) K / sum e^(z - m), by halving trees."""
     R: tl.constexpr = c.value.ratio
     W: tl.constexpr = c.value.window
@@ -72,6 +84,7 @@ def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, sta
     GATE: tl.constexpr = c.value.has_gate
     APE: tl.constexpr = c.value.has_ape
     STATE: tl.constexpr = c.value.has_state
+    RAW: tl.constexpr = c.value.raw_scores
     start = tl.load(start_positions + q)
     first_token = tl.load(query_start_loc + q) - start
     begin = (index + 1) * R - W
@@ -87,7 +100,7 @@ def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, sta
     z = tl.zeros([PADDED, BLOCK], tl.float32)
     if GATE:
         z = summed(source + N, fresh[:, None], 0.0, split_stride, c)
-        if APE:
+        if APE and not RAW:
             z += biases(ape, position, half, channel, fresh, c)
         z = as_stored(z, c)
     elif APE:
@@ -95,10 +108,12 @@ def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, sta
     if STATE:
         if (begin < start) & (start > 0):
             stored = valid & (position < start)
-            row = state_row(position, stored, q, state_table, table_stride, c) * state_stride + half
+            row = state_row(position, stored, q, state_table, table_stride, c) + half
             kv = tl.where(stored[:, None], tile(state, row, channel, stored), kv)
             if GATE:
                 z = tl.where(stored[:, None], tile(state, row + N, channel, stored), z)
+    if RAW and GATE and APE:
+        z += biases(ape, position, half, channel, valid, c)
     z = tl.where(valid[:, None], z, float("-inf"))
     # The maximum does not depend on an order.
     e = tl.exp(z - tl.max(z, axis=0)[None, :])
