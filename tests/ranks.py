@@ -8,11 +8,14 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from kvcondense import PagedCache, RaggedBatch, StatePool, condense
+from kvcondense import CompressorWeights, PagedCache, RaggedBatch, StatePool, condense
 from kvcondense.errors import RankError
 from kvcondense.layout.snapshot import export_live
+from kvcondense.module import Compressor
 from kvcondense.parallel import Shards, condense_shard
+from kvcondense.spec import Rounding
 from machine import SPECS, rope, weights
 
 TOKENS = 300
@@ -56,6 +59,59 @@ def equal(rank, ranks):
             if not spec.overlap and begin % spec.ratio == 0 and done.live is None:
                 assert done.received == 0
             assert done.all_gather == (TOKENS - (end - begin)) * spec.projected * 4
+
+
+def compressor(spec, rope_rows=512):
+    """In fp64, with the same parameters on every rank."""
+    w = weights(spec, hidden=8)
+    double = CompressorWeights(norm=w.norm.double(), ape=None if w.ape is None else w.ape.double(), w=w.w.double())
+    return Compressor(spec, double, rope(spec, rope_rows))
+
+
+def train(rank, ranks, wrap=DistributedDataParallel):
+    """Loss, rows and gradients of a wrapped module on shards are those of the sequence on one rank."""
+    for name, spec in SPECS.items():
+        spec = replace(spec, rounding=Rounding.FUSED)
+        gen = torch.Generator().manual_seed(2)
+        x = torch.randn(TOKENS, 8, generator=gen, dtype=torch.float64)
+        target = torch.randn(TOKENS // spec.ratio, spec.head_dim, generator=gen, dtype=torch.float64)
+        alone, whole_x = compressor(spec), x.clone().requires_grad_()
+        rows = alone(whole_x, RaggedBatch.build([0, TOKENS], start_positions=[0]))
+        (rows * target).sum().backward()
+        for cuts in CUTS[ranks]:
+            starts = [0, *cuts, TOKENS]
+            begin, end = starts[rank], starts[rank + 1]
+            mine, part = slice(begin // spec.ratio, end // spec.ratio), x[begin:end].clone().requires_grad_()
+            model = wrap(compressor(spec))
+            found = model(part, Shards.agree(begin, end - begin, timeout=30))
+            torch.testing.assert_close(found, rows[mine], rtol=1e-11, atol=1e-12)
+            ((found * target[mine]).sum() * ranks).backward()  # the wrapper takes the mean over ranks
+            torch.testing.assert_close(part.grad, whole_x.grad[begin:end] * ranks, rtol=1e-9, atol=1e-11)
+            for (key, ours), one in zip(model.named_parameters(), alone.parameters(), strict=True):
+                grad = ours.grad.full_tensor() if hasattr(ours.grad, "full_tensor") else ours.grad
+                torch.testing.assert_close(
+                    grad, one.grad, rtol=1e-9, atol=1e-10, msg=lambda m, k=f"{name} {key}": f"{k} {m}"
+                )
+
+
+def train_fsdp(rank, ranks):
+    """The same with parameters that lie on the ranks in pieces."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (ranks,))
+    train(rank, ranks, wrap=lambda module: fully_shard(module, mesh=mesh))
+
+
+def silent_backward(rank, ranks):
+    """Rank 1 ends before its backward, for which rank 0 waits."""
+    spec = SPECS["csa"]
+    model, x = compressor(spec), torch.randn(150, 8, dtype=torch.float64)
+    rows = model(x, shards_of(rank, timeout=5.0))
+    if rank == 1:
+        sys.stdout.flush()
+        raise SystemExit(0)
+    refuses(rank, ranks, lambda: rows.sum().backward(), 1, "answer")
 
 
 def refuses(rank, ranks, run, named, word):

@@ -40,8 +40,10 @@ ARROWS = {
         "integrations", "api", "backends", "layout", "rope_table", "weights", "formats", "spec", "config", "errors",
     },
     "parallel": {
-        "api", "backends", "stages", "layout", "rope_table", "weights", "spec", "numerics", "errors",
+        "parallel", "training", "api", "backends", "stages", "layout", "rope_table", "weights", "spec", "numerics",
+        "errors",
     },
+    "module": {"training", "parallel", "layout", "rope_table", "weights", "spec", "numerics", "errors"},
     "training": {
         "training", "api", "validate", "backends", "stages", "layout", "rope_table", "weights", "formats", "spec",
         "numerics", "errors",

@@ -46,7 +46,14 @@ def test_every_cut_gives_the_bits_of_one_rank(ranks, tmp_path):
         assert f"rank {rank}: equal ok" in text
 
 
-@pytest.mark.parametrize("scenario", ["silent", "dead", "gap", "others"])
+@pytest.mark.parametrize(("scenario", "ranks"), [("train", 2), ("train", 4), ("train_fsdp", 2)])
+def test_wrapped_modules_train_on_shards(scenario, ranks, tmp_path):
+    for rank, (text, code) in enumerate(play(scenario, ranks, tmp_path)):
+        assert code == 0, text
+        assert f"rank {rank}: {scenario} ok" in text
+
+
+@pytest.mark.parametrize("scenario", ["silent", "dead", "gap", "others", "silent_backward"])
 def test_trouble_names_the_rank_and_ends(scenario, tmp_path):
     found = play(scenario, 2, tmp_path)
     assert found[0][1] == 0, found[0][0]
