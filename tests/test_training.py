@@ -14,6 +14,7 @@ from kvcondense.bench import training as bench
 from kvcondense.cli import app
 from kvcondense.errors import KvCondenseError, RangeError, UnsupportedError
 from kvcondense.spec import Rounding
+from kvcondense.training import cpu
 from kvcondense.training import triton as gpu
 from machine import SPECS, rope, weights
 
@@ -99,6 +100,53 @@ def test_rows_are_those_of_inference(name, rounding):
     assert torch.allclose(rows.values, expected.values, rtol=1e-5 if exact else 2**-7, atol=1e-5 if exact else 1e-3)
     assert torch.equal(rows.window, expected.window)
     assert torch.equal(rows.request, expected.request)
+
+
+@pytest.mark.parametrize("rounding", list(Rounding))
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_kernels_give_the_same_as_torch(name, rounding, monkeypatch):
+    spec, kv_score, w, batch = problem(name, torch.float32, rounding)
+    assert cpu.can_run(spec, kv_score)
+    assert cpu.can_finish(spec, kv_score[:, : spec.head_dim].contiguous())
+
+    def run(x, w):
+        return training.condense(spec, x, w, rope(spec, 1024), batch).values
+
+    found = gradients(run, kv_score, w)
+    monkeypatch.setattr(cpu, "can_run", lambda *_: False)
+    monkeypatch.setattr(cpu, "can_finish", lambda *_: False)
+    expected = gradients(run, kv_score, w)
+    loose = rounding is Rounding.REFERENCE  # a last bit of fp32 may decide a rounding to bf16
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-6 if loose else 2e-5, atol=2e-2 if loose else 2e-5)
+
+
+@pytest.mark.parametrize("name", ["csa", "hca"])
+def test_threads_and_strips_change_no_more_than_they_may(name, monkeypatch):
+    """Threads change no bit; the strips' length changes the order of ape's and gamma's sums alone."""
+    spec, w = SPECS[name], weights(SPECS[name])
+    kv_score = torch.randn(5000, spec.projected, generator=torch.Generator().manual_seed(6))
+    batch = RaggedBatch.build([0, 3001, 5000], start_positions=[0, 0])
+
+    def run(x, w):
+        return training.condense(spec, x, w, rope(spec, 4096), batch).values
+
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(gradients(run, kv_score, w))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    monkeypatch.setattr(cpu, "_STRIP_TOKENS", 1 << 20)
+    monkeypatch.setattr(cpu, "_STRIP_ROWS", 1 << 20)
+    whole = gradients(run, kv_score, w)
+    assert torch.equal(whole[0], found[0][0])
+    assert torch.equal(whole[1], found[0][1])
+    for a, b in zip(whole[2:], found[0][2:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -222,7 +222,7 @@ def test_machine_code_is_kept_checked_and_told_about(tmp_path):
             (tmp_path / "kvcondense").mkdir()
             (tmp_path / "kvcondense" / kernel.path.name).write_bytes(kernel.path.read_bytes())
     out, err = child(tmp_path)
-    assert out == "512.0 [True, False] True"
+    assert out == "512.0 [True, False, False] True"
     assert "compiling the CPU kernel 'project'" in err
     assert str(tmp_path) in err
     (kept,) = (tmp_path / "kvcondense").glob("project-*.o")

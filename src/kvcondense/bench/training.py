@@ -88,7 +88,7 @@ def eager(problem: Problem) -> torch.Tensor:
         z = torch.cat([none, z[..., d:]], dim=1)
     pooled = (kv * torch.softmax(z, dim=1)).sum(dim=1)
     position = torch.arange(count, device=kv.device) * r
-    return rows.finish(spec, pooled, problem.weights.norm, problem.rope, position)
+    return rows.by_autograd(spec, pooled, problem.weights.norm, problem.rope, position)
 
 
 def saved_bytes(run: Callable[[Problem], torch.Tensor], problem: Problem) -> int:

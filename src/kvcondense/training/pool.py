@@ -16,6 +16,9 @@ import torch
 from kvcondense.layout.plan import Plan
 from kvcondense.numerics import compute_dtype
 from kvcondense.spec import CompressorSpec
+from kvcondense.training import cpu
+from kvcondense.training import triton as gpu
+from kvcondense.training.cpu import by_phase, zero_unread
 
 _PIECE = 1 << 20
 """Elements of a piece, [windows, window, d]: 4 MiB in fp32, so that operations are worth their calls."""
@@ -29,9 +32,7 @@ def pool(spec: CompressorSpec, kv_score: torch.Tensor, ape: torch.Tensor | None,
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kv_score: torch.Tensor, ape: torch.Tensor | None, spec: CompressorSpec, plan: Plan) -> Any:
-        from kvcondense.training import triton as gpu
-
-        way = gpu if gpu.can_run(spec, kv_score) else _Torch
+        way = next((way for way in (gpu, cpu) if way.can_run(spec, kv_score)), _Torch)
         pooled, lse = way.forward(spec, kv_score, ape, plan)
         ctx.save_for_backward(kv_score, ape, pooled, lse)
         ctx.spec, ctx.plan, ctx.way = spec, plan, way
@@ -120,7 +121,7 @@ class _Torch:
         d_tokens = torch.empty_like(kv_score, memory_format=torch.contiguous_format)
         d_ape = torch.zeros(spec.window, spec.head_dim, dtype=pooled.dtype, device=kv_score.device)
         own, work = spec.window - spec.ratio, _Work.make(spec, kv_score, ape, pooled.dtype)
-        _zero_unread(spec, d_tokens, plan)
+        zero_unread(spec, d_tokens, plan)
         for piece, target in zip(_pieces(spec, kv_score, plan), _pieces(spec, d_tokens, plan), strict=True):
             z, spare = work.scores(piece), work.spare(piece)
             w = z.sub_(lse[piece.rows, None]).exp_().mul_(given[piece.rows, None])
@@ -132,8 +133,7 @@ class _Torch:
                 if spec.has_gate:
                     to[:, :, 1] = dz
             d_ape += spare.sum(dim=0)
-        # [W, d] -> [r, N]: candidates of the window before have the first channels, its own the last.
-        return d_tokens, torch.cat(d_ape.split(spec.ratio), dim=1) if spec.overlap else d_ape
+        return d_tokens, by_phase(spec, d_ape)
 
 
 def _biases(spec: CompressorSpec, ape: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -141,20 +141,6 @@ def _biases(spec: CompressorSpec, ape: torch.Tensor | None, dtype: torch.dtype) 
     if ape is None:
         return None
     return torch.cat(ape.to(dtype).split(spec.head_dim, dim=1)) if spec.overlap else ape.to(dtype)
-
-
-def _zero_unread(spec: CompressorSpec, d_tokens: torch.Tensor, plan: Plan) -> None:
-    """Zero the gradients of what no window reads: tokens behind a document's last window, and, with overlap, the first
-    channels of the last window's tokens.
-    """
-    starts = plan.batch.query_start_loc.tolist()
-    for begin, end in pairwise(starts):
-        last = begin + (end - begin) // spec.ratio * spec.ratio
-        d_tokens[last:end] = 0
-        if spec.overlap:
-            by_half = d_tokens[max(last - spec.ratio, begin) : last].unflatten(1, (-1, spec.halves, spec.head_dim))
-            by_half[:, :, 0] = 0
-    d_tokens[starts[-1] :] = 0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Norm, RoPE and Hadamard in operations that autograd knows, with roundings whose gradient is the identity's."""
+"""Norm, RoPE and Hadamard with gradients: one operation on the CPU, elsewhere torch's; roundings pass gradients on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kvcondense.numerics import round_bf16
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec, Rounding
 from kvcondense.stages.hadamard import hadamard
+from kvcondense.training import cpu
 
 
 class _Through(torch.autograd.Function):
@@ -37,6 +38,31 @@ def finish(
     spec: CompressorSpec, pooled: torch.Tensor, gamma: torch.Tensor, rope: RopeTable | None, position: torch.Tensor
 ) -> torch.Tensor:
     """P [E, d] -> rows [E, d]: n = gamma (u rsqrt(mean u^2 + eps)), RoPE at ``position`` [E], Hadamard if asked for."""
+    if cpu.can_finish(spec, pooled):
+        return _Finish.apply(pooled, gamma, spec, rope, position)  # type: ignore[no-any-return]
+    return by_autograd(spec, pooled, gamma, rope, position)
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pooled: torch.Tensor, gamma: torch.Tensor, *fixed: Any) -> torch.Tensor:
+        spec, rope, position = fixed
+        ctx.save_for_backward(pooled, gamma, position)
+        ctx.spec, ctx.rope = spec, rope
+        return cpu.finish(spec, pooled, gamma, rope, position)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        pooled, gamma, position = ctx.saved_tensors
+        given = gradients[0].to(pooled.dtype).contiguous()
+        d_pooled, d_gamma = cpu.unfinish(ctx.spec, pooled, gamma, ctx.rope, position, given)
+        return d_pooled, d_gamma.to(gamma.dtype), None, None, None
+
+
+def by_autograd(
+    spec: CompressorSpec, pooled: torch.Tensor, gamma: torch.Tensor, rope: RopeTable | None, position: torch.Tensor
+) -> torch.Tensor:
+    """:func:`finish` in torch's operations."""
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
         return through(x, round_bf16) if spec.rounding is Rounding.REFERENCE else x

@@ -9,6 +9,7 @@ import torch
 from kvcondense.backends.triton.runtime import fp32, interpreted, on_device, why_no_device
 from kvcondense.layout.plan import Plan
 from kvcondense.spec import CompressorSpec
+from kvcondense.training.cpu import by_phase
 
 _STRIP = 32
 """Windows of a program that takes back; their gradients of ape are added up in it, then strip by strip."""
@@ -70,8 +71,7 @@ def backward(
                 x, None if ape is None else fp32(ape), first, plan.window_index, pooled, lse, given, d_x, d_ape,
                 plan.num_windows, x.stride(0), d_x.stride(0), **{"STRIP": _STRIP, **constants},
             )  # fmt: skip
-    total = d_ape.sum(dim=0)  # [W, d]
-    return d_x, torch.cat(total.split(spec.ratio), dim=1) if spec.overlap else total
+    return d_x, by_phase(spec, d_ape.sum(dim=0))
 
 
 def _operands(spec: CompressorSpec, kv_score: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, Any, dict[str, Any]]:

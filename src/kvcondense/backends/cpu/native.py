@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-KERNELS = ("condense", "project")
+KERNELS = ("condense", "project", "training")
 """Modules of ``kernels`` with a function ``entry`` each."""
 _SYMBOL = "kvcondense_{kernel}"
 _ENTRY = """

@@ -111,3 +111,50 @@ POW2_BYTE, POW2_FP32, PLAIN_FP32, E4M3_BYTE, INVERSE_FP32, TENSOR = range(6)
 # A projection; NEXT_TILE is a counter in the block itself, zero at first.
 X, X_STRIDE, W, W_STRIDE, OUT, TOKENS, CHANNELS, HIDDEN_BYTES, TILE_TOKENS, TILE_CHANNELS, NEXT_TILE = range(11)
 PROJECT_SIZE = 11
+
+# Training; what counts is in the block itself, zero at first. The pool's block, then that of norm, RoPE and Hadamard.
+POOL, FINISH = range(2)
+(
+    T_WHAT,  # POOL or FINISH
+    T_TOKENS,  # fp32 [T, projected]
+    T_STRIDE,  # bytes from token to token, in T_TOKENS and T_GRADIENT
+    T_APE,  # fp32 [r, N]; 0: none
+    T_ZEROS,  # fp32 [N]
+    T_FIRST,  # first token of each window's own
+    T_INDEX,  # window of the document, 0: nothing comes before it
+    T_WINDOWS,
+    T_STRIP,  # windows of a task
+    T_CHANNELS,  # of a task
+    T_POOLED,  # fp32 [E, d]
+    T_LSE,  # fp32 [E, d]; forward leaves the maximum there
+    T_TOTAL,  # fp32 [E, d], sum e^(z - m); 0: backward
+    T_GIVEN,  # fp32 [E, d]
+    T_GRADIENT,  # fp32 [T, projected]
+    T_BIAS_GRADIENT,  # fp32 [strips, W, d], zeros
+    T_SCRATCH,
+    T_SCRATCH_BYTES,  # of each thread
+    T_RATIO,
+    T_WINDOW,
+    T_HEAD_DIM,
+    T_WIDTH,
+    T_GATE,
+    T_THREADS,  # counters
+    T_NEXT,
+) = range(25)
+(
+    F_WHAT,
+    F_SPEC,
+    F_POOLED,  # fp32 [E, d]
+    F_GAMMA,
+    F_COS,
+    F_SIN,
+    F_POSITION,  # [E]
+    F_GIVEN,  # fp32 [E, d]; 0: forward
+    F_OUT,  # fp32 [E, d]: rows, or the gradient of P
+    F_GAMMA_GRADIENT,  # fp32 [strips, d], zeros
+    F_COUNT,
+    F_STRIP,
+    F_SCRATCH,  # 3 d floats of each thread
+    F_THREADS,  # counters
+    F_NEXT,
+) = range(15)

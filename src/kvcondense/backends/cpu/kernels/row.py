@@ -83,12 +83,17 @@ def rms_norm(row, gamma, spec, work):
 @kernel
 def rope(row, cos, sin, spec):
     """(a, b) -> (a cos - b sin, a sin + b cos) on pairs of the last channels; the REFERENCE profile rounds to bf16."""
+    turn(row, cos, sin, spec, np.float32(1), load_i64(spec + 8 * params.ROUND))
+
+
+@kernel
+def turn(row, cos, sin, spec, way, rounding):
+    """The rotation, or with ``way`` -1 its inverse."""
     size = load_i64(spec + 8 * params.ROPE_DIM)
     first = row + 4 * (load_i64(spec + 8 * params.HEAD_DIM) - size)
-    rounding = load_i64(spec + 8 * params.ROUND)
     odd = simd.lane_number() & simd.isplat(np.int32(1))
     # a cos + (-(b sin)) has the same bits as a cos - b sin.
-    sign = simd.to_float(odd + odd - simd.isplat(np.int32(1)))
+    sign = simd.to_float(odd + odd - simd.isplat(np.int32(1))) * splat(way)
     whole = size // LANES * BYTES
     for i in range(0, whole, BYTES):
         x = load(first + i)
@@ -96,7 +101,7 @@ def rope(row, cos, sin, spec):
         store(first + i, round_bf16(out) if rounding else out)
     for i in range(whole, 4 * size, 8):
         a, b = simd.load_scalar(first + i), simd.load_scalar(first + i + 4)
-        c, s = simd.load_scalar(cos + i // 2), simd.load_scalar(sin + i // 2)
+        c, s = simd.load_scalar(cos + i // 2), simd.load_scalar(sin + i // 2) * way
         even, odd_one = a * c - b * s, a * s + b * c
         simd.store_scalar(first + i, _round_scalar(even) if rounding else even)
         simd.store_scalar(first + i + 4, _round_scalar(odd_one) if rounding else odd_one)
