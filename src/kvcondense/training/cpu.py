@@ -26,7 +26,7 @@ _SERIAL = 1 << 16
 def can_run(spec: CompressorSpec, kv_score: torch.Tensor) -> bool:
     """True for contiguous fp32 on the CPU, channels in multiples of 16."""
     plain = kv_score.device.type == "cpu" and kv_score.dtype is torch.float32 and kv_score.is_contiguous()
-    return plain and spec.head_dim % params.LANES == 0 and native.problem() is None
+    return plain and spec.head_dim % params.LANES == 0 and native.problem(native.TRAINING) is None
 
 
 def forward(
@@ -58,7 +58,7 @@ def backward(
 def can_finish(spec: CompressorSpec, pooled: torch.Tensor) -> bool:
     """True for fp32 on the CPU, channels in multiples of 16."""
     plain = pooled.device.type == "cpu" and pooled.dtype is torch.float32 and pooled.is_contiguous()
-    return plain and spec.head_dim % params.LANES == 0 and native.problem() is None
+    return plain and spec.head_dim % params.LANES == 0 and native.problem(native.TRAINING) is None
 
 
 def finish(

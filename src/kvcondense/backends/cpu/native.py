@@ -23,7 +23,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-KERNELS = ("condense", "project", "training")
+STEP, TRAINING = ("condense", "project"), ("training",)
+KERNELS = STEP + TRAINING
 """Modules of ``kernels`` with a function ``entry`` each."""
 _SYMBOL = "kvcondense_{kernel}"
 _ENTRY = """
@@ -62,8 +63,8 @@ def status() -> list[Kernel]:
 
 
 @functools.cache
-def problem() -> str | None:
-    """Why no kernel can run here, or None."""
+def problem(kernels: tuple[str, ...] = STEP) -> str | None:
+    """Why these kernels cannot run here, or None. Numba is only looked for if one of them is not compiled."""
     try:
         version("numba")
         import llvmlite.binding  # noqa: F401
@@ -71,7 +72,7 @@ def problem() -> str | None:
         return "numba is not installed"
     except Exception as error:  # a broken installation fails in many ways
         return f"llvmlite cannot be imported ({error})"
-    if all(kernel.cached for kernel in status()):
+    if all(_path(kernel).is_file() for kernel in kernels):
         return None
     try:
         import_module("numba")
