@@ -43,6 +43,7 @@ ARROWS = {
         "parallel", "training", "api", "backends", "stages", "layout", "rope_table", "weights", "spec", "numerics",
         "errors",
     },
+    "capacity": {"formats", "spec", "config", "errors"},
     "module": {"training", "parallel", "layout", "rope_table", "weights", "spec", "numerics", "errors"},
     "training": {
         "training", "api", "validate", "backends", "stages", "layout", "rope_table", "weights", "formats", "spec",
@@ -53,7 +54,8 @@ ARROWS = {
         "config", "errors",
     },
     "cli": {
-        "cli", "bench", "stream", "cachefile", "checkpoint", "conformance", "golden", "api", "backends", "layout",
+        "cli", "capacity", "bench", "stream", "cachefile", "checkpoint", "conformance", "golden",
+        "api", "backends", "layout",
         "weights", "formats", "spec", "config", "errors", "kvcondense",
     },
 }  # fmt: skip

@@ -165,19 +165,45 @@ def test_info_refuses_with_status_2(words):
 
 
 def test_plan_prints_the_published_sizes():
-    text = invoke("plan", "--model", "flash", "--state")
-    assert "state, rings               12206080 B (11.64 MiB)" in text
-    assert "state, online if possible  1843200 B (1.76 MiB)" in text
-    report = stdout_json("plan", "--context", 4096, "--state", "--json", "-")
+    text = invoke("plan", "--model", "flash")
+    assert "  state         12206080 B (11.64 MiB)" in text
+    assert "  state         1843200 B (1.76 MiB)" in invoke("plan", "--state", "online")
+    report = stdout_json("plan", "--context", "4k", "--json", "-")
     table = {x["compressor"]: x for x in report["compressors"]}
     assert table["flash HCA"]["ring"] == 85 * table["flash HCA"]["online"] + 2048 == 524_288
     assert table["flash CSA"]["cache"] == 16 * 37440
     assert table["flash HCA"]["cache"] == 16 * 1728
     assert table["flash indexer"]["cache"] == 16 * 64 * 68
+    assert table["flash CSA"]["per_token"] == 37440 / 256
+    assert report["totals"]["uncompressed"] == 41 * 16 * -(-584 * 256 // 576) * 576
     exported = {x["compressor"]: x for x in report["exported"]}
     assert exported["flash CSA"]["first_window"] == [0, 8192, 16384, 24576]
     assert exported["flash CSA"]["later"] == [32768, 40960, 49152, 57344]
     assert exported["flash HCA"]["later"] == [4096 * p for p in range(128)]
+
+
+def test_plan_says_how_many_requests_fit(tmp_path):
+    picture = tmp_path / "memory.png"
+    report = stdout_json("plan", "--memory", "80GiB", "--json", "-", "--plot", picture)
+    one = report["totals"]["state"] + report["totals"]["cache"]
+    assert report["fits"] == {"memory": 80 << 30, "requests": (80 << 30) // one}
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert stdout_json("plan", "--memory", "141GB", "--json", "-")["fits"]["memory"] == 141 * 10**9
+
+
+def test_plan_reads_a_config(tmp_path):
+    directory = write(tmp_path)
+    report = stdout_json(
+        "plan", "--model", directory / "config.json", "--context", 64, "--format", "fp32,bf16", "--json", "-"
+    )
+    assert {x["format"] for x in report["compressors"]} <= {"fp32", "bf16"}
+    assert report["totals"]["uncompressed"] > 0
+
+
+def test_a_longer_request_costs_what_its_tokens_cost():
+    one, two = (stdout_json("plan", "--context", n, "--json", "-")["totals"] for n in ("256k", "512k"))
+    assert two["cache"] - one["cache"] == one["per_token"] * (1 << 18)
+    assert two["state"] == one["state"]
 
 
 @pytest.mark.parametrize(
@@ -186,10 +212,14 @@ def test_plan_prints_the_published_sizes():
         "--model x",
         "--context 1048577",
         "--context -1",
+        "--context 1q",
         "--batch 0",
         "--draft -1",
         "--format mxfp4_indexer",
         "--page-tokens 0",
+        "--state paged",
+        "--memory much",
+        "--plot memory.txt",
     ],
 )
 def test_plan_refuses_with_status_2(words):
@@ -198,9 +228,10 @@ def test_plan_refuses_with_status_2(words):
 
 @pytest.mark.parametrize("model", ["demo", "flash", "pro", "v41"])
 def test_plan_knows_every_model(model):
-    context = 4096 if model == "demo" else 1 << 20
+    context = "4k" if model == "demo" else "1M"
     text = invoke("plan", "--model", model, "--context", context, "--batch", 3, "--draft", 7)
     assert "3 requests" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("command", ["verify", "conformance", "compress", "convert", "plan", "info"])

@@ -11,10 +11,10 @@ import torch
 import typer
 
 import kvcondense
+from kvcondense import capacity
 from kvcondense.api import explain
 from kvcondense.backends.cpu import native
 from kvcondense.checkpoint import compressors as stored_compressors
-from kvcondense.cli import plan
 from kvcondense.cli.output import JsonFile, Output
 from kvcondense.config import PRESETS
 from kvcondense.errors import UnsupportedError
@@ -194,10 +194,10 @@ def compressors() -> list[dict[str, str]]:
     """One line per kind of compressor in the preset models; state: bytes of a full window in fp32, per layer."""
     lines = []
     for config in PRESETS.values():
-        for spec, layers in plan.compressors(config).items():
+        for spec, layers in capacity.compressors(config).items():
             row_bytes = 4 * spec.state_dim
             values = (
-                f"{config.name} {plan.kind_of(config, spec)}",
+                f"{config.name} {capacity.kind_of(config, spec)}",
                 str(layers),
                 str(spec.ratio),
                 str(spec.window),

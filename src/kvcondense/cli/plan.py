@@ -1,131 +1,119 @@
-"""``kvcondense plan``: how many bytes of state and cache a model takes, and what exporting a request costs."""
+"""``kvcondense plan``: how many bytes of state and cache a model takes, what a token costs, how many requests fit."""
 
 from __future__ import annotations
 
+import re
 import time
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from kvcondense.capacity import Capacity, Line, capacity, compressors, exported
 from kvcondense.cli.output import JsonFile, Output
 from kvcondense.config import PRESETS, ModelConfig
 from kvcondense.errors import RangeError, UnsupportedError, require_int
-from kvcondense.formats import CacheFormat, get_format
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import RingLayout
-from kvcondense.spec import CompressorSpec
 
-EXAMPLE = "Example: kvcondense plan --model flash --context 1048576 --batch 8 --state"
-_STATE_BYTES = 4
-_PER_LINE = 8
+EXAMPLE = "Example: kvcondense plan --model flash --context 1M --batch 64 --memory 80GiB --plot memory.png"
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="Preset: demo, flash, pro or v41.")] = "flash",
-    context: Annotated[int, typer.Option(help="Tokens per request.")] = 1 << 20,
+    model: Annotated[str, typer.Option(help="Preset (demo, flash, pro, v41), or a model's config.json.")] = "flash",
+    context: Annotated[str, typer.Option(help="Tokens per request: 4096, 128k, 1M (k = 1024).")] = "1M",
     batch: Annotated[int, typer.Option(help="Requests.")] = 1,
     draft: Annotated[int, typer.Option(help="Tokens of a step that may be rejected.")] = 0,
-    format: Annotated[str, typer.Option(help="Cache format of the main rows.")] = "fp8_model1",
-    indexer_format: Annotated[str, typer.Option(help="Cache format of the indexer's rows.")] = "mxfp4_indexer",
+    format: Annotated[
+        str, typer.Option(metavar="MAIN[,INDEXER]", help="Cache formats (kvcondense info --formats).")
+    ] = "fp8_model1,mxfp4_indexer",
+    state: Annotated[str, typer.Option(help="ring, or online where windows do not overlap.")] = "ring",
     page_tokens: Annotated[int, typer.Option(help="Tokens per cache page.")] = 256,
-    state: Annotated[bool, typer.Option("--state", help="Also: bytes of an export at every position.")] = False,
+    memory: Annotated[str | None, typer.Option(help="How many requests fit in this: 80GiB, 141GB, bytes.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw memory against context.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Print the bytes of state and cache of a model's compressors, for all layers of a kind and in total.
+    """Print the bytes of state and cache of a model's compressors, by kind of layer and in total.
 
-    State: a ring of the least rows, fp32, and, where windows do not overlap, the online form instead. Cache: whole
-    pages for ``context`` tokens.
+    State: a ring of the least rows, fp32, or the online form. Cache: whole pages. Compared with a cache that keeps one
+    main row per token in the same layers. Sliding windows and weights are not counted.
     """
-    if model not in PRESETS:
-        raise UnsupportedError("--model", f"one of {', '.join(PRESETS)}", repr(model))
-    for name, value, low in (("--context", context, 0), ("--batch", batch, 1), ("--draft", draft, 0)):
-        require_int(name, value, low)
-    require_int("--page-tokens", page_tokens, 1)
-    config = PRESETS[model]
-    if context > config.max_positions:
-        raise RangeError("--context", f"at most {config.max_positions} ({model})", context)
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise UnsupportedError("--plot", "a file that ends in .png, .svg or .pdf", plot)
+    require_int("--batch", batch, 1)
+    config = _model(model)
+    main, _, indexer = format.partition(",")
+    options: dict[str, Any] = {
+        "format": main, "indexer_format": indexer or "mxfp4_indexer", "draft": draft, "state": state,
+        "page_tokens": page_tokens,
+    }  # fmt: skip
+    tokens = _amount("--context", context, r"")
+    room = None if memory is None else _amount("--memory", memory, r"(?:ib|b)?")
+    found = capacity(config, tokens, **options)
     output = Output(json_file)
-    lines = []
-    for spec, layers in compressors(config).items():
-        fmt = get_format(indexer_format if spec.head_dim == config.index_head_dim else format)
-        lines.append(sizes(config, spec, layers, fmt, context, draft, page_tokens))
-    for line in lines:
-        output.say(f"{line['compressor']}: {line['layers']} layers, ratio {line['ratio']}, {line['format']}")
-        output.say(f"  state per layer  ring of {line['ring_rows']} rows: {_size(line['ring'])}")
-        if line["online"] is not None:
-            output.say(
-                f"                   online: {_size(line['online'])}, {line['ring'] / line['online']:.0f} times less"
-            )
-        output.say(f"  cache per layer  {line['rows']} rows in {line['pages']} pages: {_size(line['cache'])}")
-    totals = {
-        "ring": sum(x["layers"] * x["ring"] for x in lines),
-        "online": sum(x["layers"] * (x["ring"] if x["online"] is None else x["online"]) for x in lines),
-        "cache": sum(x["layers"] * x["cache"] for x in lines),
-    }
-    output.say(f"per request, all layers, {context} tokens, {draft} drafts")
-    output.say(f"  state, rings               {_size(totals['ring'])}")
-    output.say(f"  state, online if possible  {_size(totals['online'])}")
-    output.say(f"  cache                      {_size(totals['cache'])}")
-    if batch > 1:
-        ring, cache = (_size(batch * totals[key]) for key in ("ring", "cache"))
-        output.say(f"{batch} requests: state {ring} in rings, cache {cache}")
-    report: dict[str, Any] = {"model": model, "context": context, "batch": batch}
-    report |= {"compressors": lines, "totals": totals}
+    _say(output, found, batch, room)
     seconds = _planning_time(config)
-    output.say(f"planning a step of 1024 requests: {1e6 * seconds:.0f} us (median, once for all layers of a ratio)")
-    report["planning_seconds"] = seconds
-    if state:
-        report["exported"] = [_exported(output, config, spec) for spec in compressors(config)]
-    output.finish(report)
+    output.say(f"planning a step of 1024 requests: {1e6 * seconds:.0f} us, once for all layers of a ratio")
+    if plot is not None:
+        _draw(config, options, tokens, room, plot)
+        output.say(f"drawn to {plot}")
+    output.finish({
+        "model": config.name, "context": tokens, "batch": batch,
+        "compressors": [asdict(line) for line in found.lines],
+        "totals": {"state": found.state, "cache": found.cache, "uncompressed": found.uncompressed,
+                   "per_token": found.per_token},
+        "fits": None if room is None else {"memory": room, "requests": found.fits(room)},
+        "exported": [exported(config, spec) for spec in compressors(config)],
+        "planning_seconds": seconds,
+    })  # fmt: skip
 
 
-def compressors(config: ModelConfig) -> dict[CompressorSpec, int]:
-    """Every kind of compressor in a model, and the number of layers that own one."""
-    specs: dict[CompressorSpec, int] = {}
-    for layer in config.compressor_layers:
-        for part in CompressorSpec.parts_of_layer(config, layer):
-            spec = CompressorSpec.for_layer(config, layer, part)
-            specs[spec] = specs.get(spec, 0) + 1
-    return specs
+def _say(output: Output, found: Capacity, batch: int, room: int | None) -> None:
+    for line in found.lines:
+        output.say(f"{line.compressor}: {line.layers} layers, ratio {line.ratio}, {line.format}")
+        output.say(f"  state per layer  {_state(line, found.kind)}")
+        output.say(f"  cache per layer  {line.rows} rows in {line.pages} pages: {_size(line.cache)}")
+        output.say(
+            f"  a token costs    {line.per_token:.1f} B in each layer, {line.layers * line.per_token:.0f} B in all"
+        )
+    output.say(f"a request of {found.context} tokens, all layers")
+    output.say(f"  state         {_size(found.state)}")
+    output.say(f"  cache         {_size(found.cache)}")
+    less = f", {found.uncompressed / found.cache:.1f} times as much" if found.cache else ""
+    output.say(f"  uncompressed  {_size(found.uncompressed)}{less}")
+    output.say(f"  a token costs {found.per_token:.0f} B of cache")
+    if batch > 1:
+        output.say(f"{batch} requests: {_size(batch * (found.state + found.cache))}")
+    if room is not None:
+        output.say(f"in {_size(room)}: {found.fits(room)} such requests")
 
 
-def kind_of(config: ModelConfig, spec: CompressorSpec) -> str:
-    """CSA, indexer or HCA; V4.1's have their ratio for a name."""
-    if config.generation != "v4":
-        return f"ratio {spec.ratio}"
-    return ("indexer" if spec.rotate else "CSA") if spec.overlap else "HCA"
+def _state(line: Line, kind: str) -> str:
+    if kind == "online" and line.online is not None:
+        return f"online: {_size(line.online)}, {line.ring / line.online:.0f} times less than a ring"
+    return f"ring of {line.ring_rows} rows: {_size(line.ring)}"
 
 
-def sizes(
-    config: ModelConfig,
-    spec: CompressorSpec,
-    layers: int,
-    fmt: CacheFormat,
-    context: int,
-    draft: int,
-    page_tokens: int,
-) -> dict[str, Any]:
-    """Bytes of one compressor of one request: ring, online state (None with overlap), cache pages."""
-    fmt.check(spec.head_dim, spec.rope_dim)
-    ring_rows = spec.required_ring_rows(draft)
-    rows, page_rows = spec.visible_rows(context), max(1, page_tokens // spec.ratio)
-    pages = -(-rows // page_rows)
-    outside = 4 * page_rows if fmt.scales_outside and not fmt.tensor_scale else 0
-    row = _STATE_BYTES * spec.state_dim
-    return {
-        "compressor": f"{config.name} {kind_of(config, spec)}",
-        "layers": layers,
-        "ratio": spec.ratio,
-        "format": fmt.name,
-        "ring_rows": ring_rows,
-        "ring": ring_rows * row,
-        "online": None if spec.overlap else 3 * _STATE_BYTES * spec.head_dim + draft * row,
-        "rows": rows,
-        "pages": pages,
-        "cache": pages * (fmt.page_bytes(spec.head_dim, page_rows) + outside),
-    }
+def _model(name: str) -> ModelConfig:
+    if name in PRESETS:
+        return PRESETS[name]
+    if Path(name).suffix == ".json" or Path(name).is_file():
+        return ModelConfig.from_json(name)
+    raise UnsupportedError("--model", f"one of {', '.join(PRESETS)}, or a config.json", repr(name))
+
+
+def _amount(name: str, text: str, unit: str) -> int:
+    """A number with k, M, G or T for powers of 1024 (of 1000 before a B, as disks and GPUs are sold)."""
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?)([kmgt]?)({unit})", text.strip().lower())
+    if match is None:
+        raise RangeError(name, "a number, with k, M, G or T behind it if you like", repr(text))
+    number, power, kind = match.groups()
+    scale = 1000 ** "kmgt".index(power) * 1000 if power and kind == "b" else _UNITS[power]
+    return int(float(number) * scale)
 
 
 def _planning_time(config: ModelConfig, requests: int = 1024, runs: int = 21) -> float:
@@ -147,20 +135,31 @@ def _planning_time(config: ModelConfig, requests: int = 1024, runs: int = 21) ->
     return sorted(times)[runs // 2]
 
 
-def _exported(output: Output, config: ModelConfig, spec: CompressorSpec) -> dict[str, Any]:
-    """Bytes of rows in an exported request, at every position: they repeat with the ratio after the first window."""
-    row, r = _STATE_BYTES * spec.state_dim, spec.ratio
-    first = [spec.seed_rows(p) * row for p in range(r)]
-    later = [spec.seed_rows(r + p) * row for p in range(r)]
-    name = f"{config.name} {kind_of(config, spec)}"
-    output.say(f"exported state of {name}, ratio {r}: {row} bytes a row, and a header")
-    groups = [("position", 0, first), (f"position mod {r}, from {r} on", 0, later)] if first != later else []
-    for title, offset, values in groups or [(f"position mod {r}", 0, later)]:
-        output.say(f"  {title}")
-        for start in range(0, len(values), _PER_LINE):
-            part = " ".join(f"{v:>7}" for v in values[start : start + _PER_LINE])
-            output.say(f"    {offset + start:>4}: {part}")
-    return {"compressor": name, "ratio": r, "row": row, "first_window": first, "later": later}
+def _draw(config: ModelConfig, options: dict[str, Any], tokens: int, room: int | None, path: Path) -> None:
+    """Memory of a request against its context: cache by kind of layer, state, and the uncompressed cache."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    contexts = [c for c in (1 << k for k in range(10, 31)) if c <= config.max_positions] or [config.max_positions]
+    found = [capacity(config, c, **options) for c in contexts]
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    axes.plot(contexts, [f.uncompressed for f in found], "--", color="grey", label="one row per token")
+    axes.plot(contexts, [f.cache + f.state for f in found], color="black", lw=2, label="cache and state")
+    for i, line in enumerate(found[-1].lines):
+        values = [f.lines[i].layers * f.lines[i].cache for f in found]
+        axes.plot(contexts, values, marker=".", label=f"cache, {line.layers} x {line.compressor} ({line.format})")
+    axes.plot(contexts, [f.state for f in found], ":", color="tab:red", label=f"state, {options['state']}")
+    if room is not None:
+        axes.axhline(room, color="tab:red", lw=0.8, label=f"{_size(room)}")
+    axes.axvline(tokens, color="lightgrey", lw=0.8, zorder=0)
+    axes.set(xlabel="tokens of context", ylabel="bytes per request", title=f"{config.name}: compressed KV cache")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def _size(nbytes: int) -> str:
