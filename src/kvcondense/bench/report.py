@@ -118,10 +118,19 @@ def _number(us: float) -> str:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """Bars per case, logarithmic, with the floor as a line; below, time per token by context if it was measured."""
+    """:func:`chart` to a file."""
     import matplotlib as mpl
 
     mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    drawn = chart(records)
+    drawn.savefig(path, dpi=130)
+    plt.close(drawn)
+
+
+def chart(records: Sequence[Record]) -> Any:
+    """Bars per case, logarithmic, with the floor as a line; below, time per token by context if it was measured."""
     from matplotlib import pyplot as plt
 
     timed = [r for r in records if r.get("cache") == "warm"]
@@ -155,5 +164,4 @@ def plot(records: Sequence[Record], path: Path) -> None:
         lines.set_xlabel("tokens of context")
         lines.set_ylabel("microseconds per token, ratio 4")
         lines.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    return figure

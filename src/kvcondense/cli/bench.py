@@ -21,7 +21,9 @@ from kvcondense.bench.fused import LAYERS, run_layer
 from kvcondense.bench.run import CONTEXTS, context_series, run_case
 from kvcondense.bench.training import CASES as TRAINING_CASES
 from kvcondense.bench.training import run_case as run_training
+from kvcondense.cli import page
 from kvcondense.cli.output import Output
+from kvcondense.cli.page import ReportFile
 from kvcondense.errors import RangeError, UnsupportedError
 
 EXAMPLE = "Example: kvcondense bench --backend cpu --json timings.jsonl --plot timings.png"
@@ -49,6 +51,7 @@ def bench(
         Path | None, typer.Option("--from", metavar="FILE", help="Show timings of an earlier --json instead.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw bars to a picture.")] = None,
+    report_file: ReportFile = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="JSON lines, a timing each ('-': standard output).")
     ] = None,
@@ -84,6 +87,7 @@ def bench(
         raise RangeError("--case", f"part of one of: {'; '.join(cases)}", case)
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise UnsupportedError("--plot", "a file that ends in .png, .svg or .pdf", plot)
+    page.check(report_file)
     if from_file is not None:
         records = _read(from_file)
     else:
@@ -107,6 +111,10 @@ def bench(
             json_file.write_text(lines, encoding="utf-8")
     for table in report.tables(records):
         output.say(table)
+    if report_file is not None:
+        about = {**records[0]["machine"], **{f"{k}, per second": f"{v:.3g}" for k, v in records[0]["rates"].items()}}
+        page.write(report_file, "kvcondense bench", about, page.of_timings(records))
+        output.say(f"written to {report_file}")
     if plot is not None:
         report.plot(records, plot)
         output.say(f"drawn to {plot}")

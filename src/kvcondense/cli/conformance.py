@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
+from kvcondense.cli import page
 from kvcondense.cli.output import JsonFile, Output
+from kvcondense.cli.page import ReportFile
 from kvcondense.conformance.adapter import Factory, load_factory
 from kvcondense.conformance.cases import Case
 from kvcondense.conformance.invariants import INVARIANTS, Outcome, check, first_failure, play, whole
@@ -38,6 +41,7 @@ def conformance(
     seed: Annotated[int, typer.Option(help="Seed of the generated histories.")] = 0,
     rounds: Annotated[int, typer.Option(help="Times as many histories per invariant.")] = 1,
     case_file: Annotated[Path, typer.Option(help="Where a failing case is written.")] = Path("kvcondense-case.json"),
+    report_file: ReportFile = None,
     json_file: JsonFile = None,
 ) -> None:
     """Check an implementation of the compressor against the invariants, by generated serving histories.
@@ -45,6 +49,7 @@ def conformance(
     A failure is shrunk to the smallest history found, written to --case-file, and can be played with --replay. Exit
     status 0 only if nothing broke; with --mutants, only if every mutant is caught and no correct adapter is.
     """
+    page.check(report_file)
     output = Output(json_file)
     if rounds < 1 or (soak_minutes is not None and soak_minutes < 0):
         raise RangeError("--rounds" if rounds < 1 else "--soak", "a positive number", min(rounds, soak_minutes or 0))
@@ -59,8 +64,45 @@ def conformance(
             passed, report = _soak(output, adapter, make, soak_minutes, seed, case_file)
         else:
             passed, report = _invariants(output, adapter, make, seed, rounds, case_file)
+    if report_file is not None:
+        page.write(report_file, "kvcondense conformance", _facts(report), _parts(report))
+        output.say(f"written to {report_file}")
     output.finish(report)
     raise typer.Exit(0 if passed else 1)
+
+
+def _facts(report: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in report.items() if isinstance(v, str | int | float) and v != ""}
+
+
+def _parts(report: dict[str, Any]) -> list[str]:
+    """Tables and plots of whatever was run."""
+    if "invariants" in report:
+        rows = [
+            (i["invariant"], _word(i["passed"]), i["promise"], i["histories"], i["request_steps"],
+             i["detail"] or i["skipped"] or "", i["case"] or "")
+            for i in report["invariants"]
+        ]  # fmt: skip
+        columns = ("invariant", "result", "promise", "histories", "request-steps", "detail", "smallest history")
+        steps = {i["invariant"]: i["request_steps"] for i in report["invariants"]}
+        return [page.heading("Invariants"), page.table(columns, rows), page.tally(steps, "request-steps played")]
+    if "mutants" in report:
+        rows = [(n, by or "SURVIVED", MUTANTS[n].bug) for n, by in report["mutants"].items()]
+        good = [(n, "WRONGLY CAUGHT" if detail else "passes", detail or "") for n, detail in report["correct"].items()]
+        kills = Counter(by for by in report["mutants"].values() if by)
+        return [
+            page.heading("Mutants", "Wrong compressors, and the invariant that caught each."),
+            page.table(("mutant", "caught by", "what is wrong with it"), rows),
+            page.tally(kills, "mutants caught"),
+            page.heading("Correct ones"),
+            page.table(("adapter", "result", "detail"), good),
+        ]
+    found = report.get("found", {"soak": report.get("detail")})
+    return [page.table(("check", "result", "detail"), [(n, _word(not d), d or "") for n, d in found.items()])]
+
+
+def _word(passed: bool | None) -> str:
+    return "SKIP" if passed is None else "PASS" if passed else "FAIL"
 
 
 def _invariants(

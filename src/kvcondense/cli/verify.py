@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from kvcondense.backends import Backend, get_backend
+from kvcondense.cli import page
 from kvcondense.cli.output import JsonFile, Output
+from kvcondense.cli.page import ReportFile
 from kvcondense.conformance.adapter import load_factory
 from kvcondense.conformance.invariants import first_failure
 from kvcondense.conformance.mutants import MUTANTS
 from kvcondense.errors import DtypeError, RangeError
+from kvcondense.golden.compare import Comparison
 from kvcondense.golden.inputs import GoldenCase, make_inputs
 from kvcondense.golden.run import compare, run_backend, run_reference
 from kvcondense.spec import Rounding
@@ -37,6 +41,7 @@ def verify(
     seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
     mutant: Annotated[str | None, typer.Option(metavar="NAME", help="Check a wrong compressor instead.")] = None,
     list_mutants: Annotated[bool, typer.Option("--list-mutants", help="Print the mutants' names, one a line.")] = False,
+    report_file: ReportFile = None,
     json_file: JsonFile = None,
 ) -> None:
     """Compare a backend with the original kernel's golden reference: kv, kv_state, score_state, kv_cache.
@@ -46,6 +51,7 @@ def verify(
     takes the backend's place and the status is 1 because it is caught: by the case itself, or, if the case cannot see
     that bug, by an invariant of the conformance kit.
     """
+    page.check(report_file)
     output = Output(json_file)
     say = output.say
     if list_mutants:
@@ -92,7 +98,7 @@ def verify(
         if r.detail:
             say(f"             {r.detail}")
     passed = all(r.passed for r in results.values())
-    report = {
+    report: dict[str, Any] = {
         "case": {
             "kind": kind,
             "preset": preset,
@@ -103,7 +109,13 @@ def verify(
         },
         "backend": mutant or backend,
         "outputs": {
-            n: {"passed": r.passed, "worst": r.worst, "worst_ulp": r.worst_ulp, "bit_equal": r.equal}
+            n: {
+                "passed": r.passed,
+                "worst": r.worst,
+                "worst_ulp": r.worst_ulp,
+                "bit_equal": r.equal,
+                "ulps": dict(r.ulps),
+            }
             for n, r in results.items()
         },
     }
@@ -118,8 +130,28 @@ def verify(
         if caught and caught[1]:
             say(f"  {caught[1]}")
         passed = caught is None
+    if report_file is not None:
+        _page(report_file, report, results)
+        say(f"written to {report_file}")
     output.finish(report)
     raise typer.Exit(0 if passed else 1)
+
+
+def _page(path: Path, report: dict[str, Any], results: dict[str, Comparison]) -> None:
+    rows = [
+        (name, _word(r.passed), r.worst, r.worst_ulp, None if r.equal is None else f"{r.equal:.3%}", r.detail)
+        for name, r in results.items()
+    ]
+    parts = [
+        page.heading("Outputs", "Against the original kernel's golden reference; kv_bytes counts bytes that differ."),
+        page.table(("output", "result", "worst |error|", "worst ulp", "bit-equal", "detail"), rows),
+        page.heading("How far elements are from the reference", "Zeros on both sides are left out."),
+        page.histogram({name: dict(r.ulps) for name, r in results.items() if r.ulps}),
+    ]
+    facts = {**report["case"], "backend": report["backend"]}
+    if "caught_by" in report:
+        facts["mutant caught by"] = report["caught_by"] or "nothing: it survived"
+    page.write(path, "kvcondense verify", facts, parts)
 
 
 def _kind(kind: str | None, ratio: int | None) -> str:

@@ -26,6 +26,8 @@ class Comparison:
     equal: float | None
     """Fraction of equal elements among those that are not zero on both sides (unwritten rows say nothing)."""
     detail: str = ""
+    ulps: tuple[tuple[str, int], ...] = ()
+    """How many elements lie how far away, in ulp; elements that are zero on both sides are left out."""
 
 
 def allclose(atol: float = 1e-3, rtol: float = 1e-3) -> Comparator:
@@ -73,7 +75,7 @@ def rowwise(comparator: Comparator) -> Comparator:
             return whole
         index, first = failed[0]
         detail = f"{len(failed)} of {actual.flatten(0, -2).shape[0]} rows; first is row {index}: {first.detail}"
-        return Comparison(False, whole.worst, whole.worst_ulp, whole.equal, detail)
+        return replace(whole, passed=False, detail=detail)
 
     return compare
 
@@ -124,7 +126,7 @@ def row_bounds(
             bound = bound + quantisation(expected)
         result = _compare(actual, expected, (actual.to(torch.float64) - e).abs() <= bound, 0.0)
         if quantisation is not None:
-            return replace(result, worst_ulp=None, equal=None)
+            return replace(result, worst_ulp=None, equal=None, ulps=())
         if result.passed and result.equal is not None and result.equal < min_equal:
             detail = f"{result.equal:.2%} of the elements are bit-equal, at least {min_equal:.2%} must be"
             return replace(result, passed=False, detail=detail)
@@ -151,7 +153,7 @@ def _compare(actual: torch.Tensor, expected: torch.Tensor, good: torch.Tensor, m
     if actual.numel() == 0:
         return Comparison(True, 0.0, 0, 1.0)
     delta = (actual.to(torch.float64) - expected.to(torch.float64)).abs()
-    ulp = int(ulp_distance(actual, expected).max())
+    distance = ulp_distance(actual, expected)
     told = (actual != 0) | (expected != 0)
     equal = float((actual == expected)[told].to(torch.float64).mean()) if bool(told.any()) else 1.0
     finite = _finite(actual, expected)
@@ -162,4 +164,16 @@ def _compare(actual: torch.Tensor, expected: torch.Tensor, good: torch.Tensor, m
         i = int(bad[0])
         pair = f"{actual.flatten()[i].item()!r} instead of {expected.flatten()[i].item()!r}"
         detail = f"{bad.shape[0]} of {actual.numel()} elements; first at {i}: {pair}"
-    return Comparison(passed, float(delta.nan_to_num(float("inf")).max()), ulp, equal, detail)
+    worst = float(delta.nan_to_num(float("inf")).max())
+    return Comparison(passed, worst, int(distance.max()), equal, detail, _buckets(distance[told]))
+
+
+def _buckets(distance: torch.Tensor) -> tuple[tuple[str, int], ...]:
+    """Elements by distance: 0, 1, 2, 3 to 4, 5 to 8, ... 65 and more."""
+    low, found = 0, []
+    for high in (0, 1, 2, 4, 8, 16, 32, 64):
+        found.append(
+            (f"{high}" if low == high else f"{low}-{high}", int(((distance >= low) & (distance <= high)).sum()))
+        )
+        low = high + 1
+    return (*found, (f">{low - 1}", int((distance >= low).sum())))

@@ -1,0 +1,148 @@
+"""``--report FILE.html``: one self-contained page of tables and plots, readable on a phone, light and dark."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvcondense.bench import report as timings
+from kvcondense.errors import UnsupportedError
+
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE.html", help="Write a page of tables and plots to FILE.html.")
+]
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #1a7f37; --bad: #c62828; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: left; vertical-align: top; }
+th { background: var(--soft); } td.n { text-align: right; }
+.good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
+@media (prefers-color-scheme: dark) { :root { --good: #4ac26b; --bad: #ff8a80; } }
+figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
+figure svg { width: 100%; height: auto; } pre { overflow-x: auto; background: var(--soft); padding: .6rem; }
+"""
+_MARKS = {"PASS": "good", "passes": "good", "FAIL": "bad", "SURVIVED": "bad", "WRONGLY CAUGHT": "bad"}
+
+
+def check(path: Path | None) -> None:
+    """Raise UnsupportedError, before any work, if no page can be written to ``path``."""
+    if path is None:
+        return
+    if path.suffix not in (".html", ".htm"):
+        raise UnsupportedError("--report", "a file that ends in .html", path)
+    _pyplot()
+
+
+def write(path: Path, title: str, facts: Mapping[str, Any], parts: Sequence[str]) -> None:
+    """A page of ``parts`` (tables and figures) under a title and what they were made with."""
+    about = "".join(f"<tr><th>{_text(k)}</th><td>{_text(v)}</td></tr>" for k, v in facts.items())
+    body = "\n".join([f"<h1>{_text(title)}</h1>", f'<div class="wide"><table>{about}</table></div>', *parts])
+    path.write_text(
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(title)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n",
+        encoding="utf-8",
+    )
+
+
+def heading(text: str, below: str = "") -> str:
+    """A section's name and a sentence."""
+    return f"<h2>{_text(text)}</h2>" + (f"<p>{_text(below)}</p>" if below else "")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Numbers to the right; PASS and FAIL in colour."""
+    head = "".join(f"<th>{_text(c)}</th>" for c in columns)
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>\n" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+
+
+def of_markdown(text: str) -> str:
+    """A Markdown table as this page's."""
+    lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.strip().splitlines()]
+    return table(lines[0], lines[2:])
+
+
+def figure(draw: Callable[[Any], Any], width: float = 9, height: float = 4) -> str:
+    """What ``draw`` draws on axes, as SVG inside the page."""
+    plt = _pyplot()
+    drawn, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    draw(axes)
+    return _svg(drawn)
+
+
+def of_timings(records: Sequence[timings.Record]) -> list[str]:
+    """Tables and, where there are bars to draw, a chart with floors."""
+    parts = [of_markdown(text) for text in timings.tables(records)]
+    if any(r.get("cache") == "warm" for r in records):
+        _pyplot()
+        parts.insert(0, _svg(timings.chart(records)))
+    return parts
+
+
+def histogram(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Elements by their distance from the reference, {output: {bucket: count}}, in bars side by side."""
+
+    def draw(axes: Any) -> None:
+        width = 0.8 / max(len(counts), 1)
+        buckets = list(dict.fromkeys(b for found in counts.values() for b in found))
+        for k, (name, found) in enumerate(counts.items()):
+            at = [i + (k - (len(counts) - 1) / 2) * width for i, b in enumerate(buckets) if found.get(b)]
+            axes.bar(at, [found[b] for b in buckets if found.get(b)], width, label=name)
+        axes.set_xticks(range(len(buckets)), buckets)
+        axes.set(xlabel="ulp from the reference, in the output's type", ylabel="elements", yscale="log")
+        axes.legend(fontsize=8)
+
+    return figure(draw)
+
+
+def tally(counts: Mapping[str, int], label: str) -> str:
+    """Horizontal bars, the longest first."""
+
+    def draw(axes: Any) -> None:
+        ordered = sorted(counts.items(), key=lambda item: item[1])
+        axes.bar_label(axes.barh([k for k, _ in ordered], [v for _, v in ordered]), padding=3)
+        axes.set_xlabel(label)
+
+    return figure(draw, height=1 + 0.3 * len(counts))
+
+
+def _cell(value: Any) -> str:
+    text = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    mark = _MARKS.get(text, "")
+    if mark:
+        return f'<td class="{mark}">{_text(text)}</td>'
+    number = text.replace(".", "").replace("-", "").replace("%", "").replace("e", "").replace("+", "").isdigit()
+    return f'<td class="n">{_text(text)}</td>' if number else f"<td>{_text(text)}</td>"
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _svg(drawn: Any) -> str:
+    buffer = io.StringIO()
+    drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    _pyplot().close(drawn)
+    text = buffer.getvalue()
+    return f"<figure>{text[text.index('<svg') :]}</figure>"
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise UnsupportedError("--report", "matplotlib (pip install kvcondense[bench])", "none") from error
+    mpl.use("Agg")
+    mpl.rcParams["svg.fonttype"] = "none"
+    mpl.rcParams["svg.hashsalt"] = "kvcondense"
+    from matplotlib import pyplot as plt
+
+    return plt
