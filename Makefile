@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,transformers,bench,triton]'
+	DEBIAN_FRONTEND=noninteractive sh tools/chromium.sh $(BIN)/python
 	touch $@
 
 demo: $(VENV)/.installed  ## a real compressor on a real text, checked against transformers

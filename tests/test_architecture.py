@@ -43,6 +43,7 @@ ARROWS = {
         "parallel", "training", "api", "backends", "stages", "layout", "rope_table", "weights", "spec", "numerics",
         "errors",
     },
+    "visualiser": {"visualiser", "layout", "formats", "spec", "config", "errors"},
     "capacity": {"formats", "spec", "config", "errors"},
     "module": {"training", "parallel", "layout", "rope_table", "weights", "spec", "numerics", "errors"},
     "training": {
@@ -54,7 +55,7 @@ ARROWS = {
         "config", "errors",
     },
     "cli": {
-        "cli", "capacity", "bench", "stream", "cachefile", "checkpoint", "conformance", "golden",
+        "cli", "capacity", "visualiser", "bench", "stream", "cachefile", "checkpoint", "conformance", "golden",
         "api", "backends", "layout",
         "weights", "formats", "spec", "config", "errors", "kvcondense",
     },

@@ -1,4 +1,4 @@
-"""The ``kvcondense`` command: verify, conformance, compress, convert, plan, bench, tune, aot, info."""
+"""The ``kvcondense`` command: verify, conformance, compress, convert, plan, explain, bench, tune, aot, info."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from kvcondense.cli import aot, bench, compress, conformance, convert, info, plan, tune, verify
+from kvcondense.cli import aot, bench, compress, conformance, convert, explain, info, plan, tune, verify
 from kvcondense.errors import KvCondenseError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("conformance", epilog=conformance.EXAMPLE)(conformance.conformance)
 app.command("compress", epilog=compress.EXAMPLE)(compress.compress)
 app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
 app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
+app.command("explain", epilog=explain.EXAMPLE)(explain.explain)
 app.command("bench", epilog=bench.EXAMPLE)(bench.bench)
 app.command("tune", epilog=tune.EXAMPLE)(tune.tune)
 app.command("aot", epilog=aot.EXAMPLE)(aot.aot)

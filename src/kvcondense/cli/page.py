@@ -26,7 +26,7 @@ th { background: var(--soft); } td.n { text-align: right; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
 @media (prefers-color-scheme: dark) { :root { --good: #4ac26b; --bad: #ff8a80; } }
 figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
-figure svg { width: 100%; height: auto; } pre { overflow-x: auto; background: var(--soft); padding: .6rem; }
+figure { overflow-x: auto; } figure svg { width: 100%; min-width: 40rem; height: auto; }
 """
 _MARKS = {"PASS": "good", "passes": "good", "FAIL": "bad", "SURVIVED": "bad", "WRONGLY CAUGHT": "bad"}
 

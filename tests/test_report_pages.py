@@ -1,0 +1,56 @@
+"""--report: one page, everything in it, tables that say what the command said."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from browser import Watched, chromium
+from kvcondense.cli import app
+
+BASELINE = Path(__file__).parent.parent / "benchmarks" / "baselines" / "cpu.jsonl"
+pytest.importorskip("matplotlib")
+
+
+def run(*words, status=0):
+    result = CliRunner().invoke(app, [str(w) for w in words])
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """Pages of the three commands."""
+    folder = tmp_path_factory.mktemp("pages")
+    run(
+        "verify", "--kind", "csa", "--history", 40, "--report", folder / "verify.html", "--json", folder / "verify.json"
+    )
+    run("verify", "--mutant", "ape-dropped" if "ape-dropped" in run("verify", "--list-mutants") else "overlap-ignored",
+        "--kind", "csa", "--history", 40, "--report", folder / "mutant.html", status=1)  # fmt: skip
+    run("bench", "--from", BASELINE, "--report", folder / "bench.html")
+    run("conformance", "--adapter", "cpu", "--report", folder / "conformance.html")
+    return folder
+
+
+def test_tables_and_plots_say_what_was_found(pages):
+    text = (pages / "verify.html").read_text()
+    for name, found in json.loads((pages / "verify.json").read_text())["outputs"].items():
+        assert f"<td>{name}</td>" in text
+        assert sum(found["ulps"].values()) > 0 or name == "kv_bytes"
+    assert text.count("PASS") == 5
+    assert "<svg" in text
+    assert "FAIL" in (pages / "mutant.html").read_text()
+    assert "decode 16" in (pages / "bench.html").read_text()
+    assert "I1" in (pages / "conformance.html").read_text()
+
+
+def test_pages_stand_alone_on_a_phone(pages):
+    with chromium() as browser:
+        for path in sorted(pages.glob("*.html")):
+            for width in (1280, 400):
+                Watched(browser, path, width=width, scheme="dark").check(path)
+
+
+def test_a_page_of_another_kind_is_refused(tmp_path):
+    assert "html" in str(CliRunner().invoke(app, ["verify", "--report", str(tmp_path / "x.pdf")]).exception)

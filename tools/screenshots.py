@@ -1,0 +1,43 @@
+"""Screenshots of the visualiser and of a report, at 1280 and 400 pixels, for docs/images. Needs Chromium."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+from typer.testing import CliRunner
+
+from kvcondense.cli import app
+from kvcondense.visualiser import page
+
+
+def main() -> None:
+    """Write visualiser-*.png and report-*.png."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog="Example: python tools/screenshots.py docs/images")
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args().folder
+    with tempfile.TemporaryDirectory() as made, sync_playwright() as p:
+        files = {name: Path(made) / f"{name}.html" for name in ("visualiser", "report")}
+        files["visualiser"].write_text(page(), encoding="utf-8")
+        words = ["verify", "--kind", "csa", "--history", "1000", "--report", str(files["report"])]
+        assert CliRunner().invoke(app, words).exit_code == 0
+        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for name, file in files.items():
+            for width, scheme in ((1280, "light"), (400, "dark")):
+                view = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+                view.goto(file.as_uri())
+                if name == "visualiser":
+                    view.select_option("#chunk", "5")
+                    view.select_option("#drafts", "3")
+                    view.fill("#step", "7")
+                    view.focus("#cache b:last-child")
+                view.screenshot(path=folder / f"{name}-{width}.png", full_page=True)
+                print(folder / f"{name}-{width}.png")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
