@@ -15,7 +15,7 @@ from kvcondense.cli.info import HEADINGS, compressors
 from kvcondense.formats import FORMATS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-COMMANDS = re.findall(r"^kvcondense ((?:verify|info)[^#\n]*)", README, flags=re.MULTILINE)
+COMMANDS = re.findall(r"^kvcondense ((?:verify|info|plan|explain)[^#\n]*)", README, flags=re.MULTILINE)
 
 
 def blocks(language):
@@ -29,7 +29,8 @@ def test_the_example_runs(capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command, tmp_path):
+def test_commands_run(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write a file
     words = [str(write(tmp_path)) if word == "DIR" else word for word in shlex.split(command)]
     assert CliRunner().invoke(app, words).exit_code == 0
 
