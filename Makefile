@@ -3,19 +3,24 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench gpu sanitize ascend lint format clean
+.PHONY: demo test docs bench gpu sanitize ascend lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,transformers,bench,triton]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,transformers,bench,triton]'
 	DEBIAN_FRONTEND=noninteractive sh tools/chromium.sh $(BIN)/python
 	touch $@
 
 demo: $(VENV)/.installed  ## a real compressor on a real text, checked against transformers
-	$(BIN)/python examples/demo.py --out build/demo
+	$(BIN)/python tools/demo.py --out build/demo
 
 test: $(VENV)/.installed  ## the whole test suite
 	$(BIN)/python -m pytest
+
+# Runs every block of code on the pages, then follows every link of the built site.
+docs: $(VENV)/.installed  ## the documentation site, in build/site
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+	$(BIN)/python tools/check_links.py build/site
 
 bench: $(VENV)/.installed  ## timings beside floors and peers
 	mkdir -p build/bench

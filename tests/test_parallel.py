@@ -21,7 +21,6 @@ from kvcondense.errors import RangeError, ShapeError, UnsupportedError
 from kvcondense.parallel import Shards, condense_shard
 
 TESTS = Path(__file__).parent
-EXAMPLE = TESTS.parent / "examples" / "context_parallel.py"
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -78,19 +77,6 @@ def test_bad_input_is_an_error_before_anybody_is_asked():
         condense_shard(spec, torch.zeros(4, spec.projected), weights, None, shards, decode_rank=1)
     with pytest.raises(RangeError, match="start"):
         Shards.agree(-1, 4)
-
-
-def test_the_example_runs(tmp_path):
-    file = tmp_path / "table.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", EXAMPLE]
-    done = subprocess.run(
-        [*command, "--tokens", "700", "--json", file], env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    table = json.loads(file.read_text())
-    assert [line["compressor"] for line in table] == ["CSA", "HCA", "indexer"]
-    assert all(line["equal"] and line["bytes"] < line["all_gather_bytes"] / 2 for line in table)
-    assert "all-gather" in done.stdout
 
 
 def test_the_bench_compares_and_prints(tmp_path, monkeypatch):

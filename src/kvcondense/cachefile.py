@@ -180,7 +180,7 @@ def _stored(cache: PagedCache, n: int) -> dict[str, torch.Tensor]:
 
 
 def _shapes(fmt: CacheFormat, head_dim: int, n: int, page_rows: int) -> dict[str, tuple[list[int], torch.dtype]]:
-    """Shape and dtype of the tensors of :func:`_stored`."""
+    """Shape and dtype of the tensors of ``_stored``."""
     out: dict[str, tuple[list[int], torch.dtype]] = {}
     if _dense(fmt):
         (field,) = fmt.fields(head_dim)

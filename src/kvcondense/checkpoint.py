@@ -41,7 +41,7 @@ class StoredCompressor:
         return sum(t.bytes for t in self.tensors.values())
 
     def load(self, device: torch.device | str = "cpu") -> CompressorWeights:
-        """Its weights; raises CheckpointError as :meth:`CompressorWeights.load` does."""
+        """Its weights; raises CheckpointError as ``CompressorWeights.load`` does."""
         files = {t.name: t.file for t in self.tensors.values()}
         return read_compressor(files, self.spec, self.layer, self.hidden_size, self.part, device)
 

@@ -88,7 +88,7 @@ class ModelConfig:
     def from_json(cls, path: str | Path) -> ModelConfig:
         """Read ``config.json`` of a DeepSeek-V4 or V4.1 model, in DeepSeek's or transformers' spelling.
 
-        Raises a :class:`KvCondenseError` that names the key when one is missing, malformed or contradicts another.
+        Raises a ``KvCondenseError`` that names the key when one is missing, malformed or contradicts another.
         """
         path = Path(path)
         if path.stat().st_size > _MAX_CONFIG_BYTES:

@@ -53,7 +53,7 @@ class Bound:
 
     Returns rows [E, head_dim] fp32 and the latent rows [E, head_dim] ([0, head_dim] unless ``latent``); rows of padding
     entries hold anything. Mutates state and cache as ``condense`` does. A call checks the geometry of its plan, but no
-    values: whoever builds a plan with :meth:`Plan.build` had them checked; tags of a state pool are neither looked at
+    values: whoever builds a plan with ``Plan.build`` had them checked; tags of a state pool are neither looked at
     nor kept, so it must have none.
     """
 

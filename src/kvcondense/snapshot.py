@@ -37,7 +37,7 @@ def save_live(
     ape: torch.Tensor | None = None,
     impl: str | Backend = "auto",
 ) -> bytes:
-    """The state of the one request of ``batch`` (:meth:`RaggedBatch.at`) as bytes.
+    """The state of the one request of ``batch`` (``RaggedBatch.at``) as bytes.
 
     rows [position - live_start(position), state_dim] in the pool's dtype, or, of an online state, acc [3, head_dim]
     with accepted drafts folded by ``impl`` (``ape`` is needed for that without a gate). Raises StateMismatchError if
@@ -67,7 +67,7 @@ def load_live(
     convert: bool = False,
     impl: str | Backend = "auto",
 ) -> None:
-    """Put a payload of :func:`save_live` into ``state``, where the one request of ``batch`` has its slot or pages.
+    """Put a payload of ``save_live`` into ``state``, where the one request of ``batch`` has its slot or pages.
 
     Rows fit rings, pages and online states, where ``impl`` folds them; running values fit online states alone. Rows of
     another dtype are refused unless ``convert``, and raw scores where the pool has biased ones, or the reverse. Mutates
@@ -112,7 +112,7 @@ def settle(
     """(m, l, o) [3, head_dim] of the open window of the one request of ``batch``: drafts before its position accepted.
 
     At a window boundary the window is empty: (-inf, 0, 0). ``impl`` should be the backend that runs the steps, so that
-    its arithmetic folds the drafts, too. Reads the state, writes nothing; raises as :func:`save_live`.
+    its arithmetic folds the drafts, too. Reads the state, writes nothing; raises as ``save_live``.
     """
     _check_online(spec, state, batch)
     assert batch.state_slots is not None

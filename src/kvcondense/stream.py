@@ -47,7 +47,7 @@ class HiddenFile:
     tokens: int
     hidden_size: int
     first_position: int | None
-    """Position of the first token; None if nobody says so, see :meth:`Sequence.feed`."""
+    """Position of the first token; None if nobody says so, see ``Sequence.feed``."""
     batched: bool
 
     @classmethod
@@ -112,7 +112,7 @@ class Sequence:
         """Load the compressors that ``layer`` of a model directory owns; ``rotate`` concerns the indexer's alone.
 
         The indexer's rows are in ``indexer_format``, or in ``format`` if that fits them. ``page_tokens``,
-        ``tensor_scale`` and ``strict``: see :func:`cachefile.empty_cache` and :class:`PagedCache`.
+        ``tensor_scale`` and ``strict``: see ``cachefile.empty_cache`` and ``PagedCache``.
         """
         config_file = checkpoint / "config.json"
         if not config_file.is_file():

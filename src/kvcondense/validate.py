@@ -43,7 +43,7 @@ def _explain(
     dtypes: tuple[torch.dtype, ...],
     device: torch.device | None,
 ) -> None:
-    """Raise the error of a value that :func:`tensor` did not take."""
+    """Raise the error of a value that ``tensor`` did not take."""
     if not isinstance(value, torch.Tensor):
         raise DtypeError(name, "a tensor", type(value).__name__)
     pairs = zip(shape, value.shape, strict=False)
@@ -174,7 +174,7 @@ def separate(name: str, tensors: Sequence[torch.Tensor | None]) -> None:
 
 
 def _fits(value: object, spec: CompressorSpec, device: torch.device) -> bool:
-    """True if this frozen value was found to fit this very spec on this device; :func:`_fitted` remembers it."""
+    """True if this frozen value was found to fit this very spec on this device; ``_fitted`` remembers it."""
     known = vars(value).get("_fits")
     return known is not None and known[0] is spec and known[1] == device
 

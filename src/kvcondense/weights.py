@@ -93,7 +93,7 @@ def read_compressor(
     part: str = "main",
     device: torch.device | str = "cpu",
 ) -> CompressorWeights:
-    """:meth:`CompressorWeights.load` from ``files``, which says in which file each tensor is."""
+    """``CompressorWeights.load`` from ``files``, which says in which file each tensor is."""
     names = find_names(files, spec, layer, part)
     shapes = {
         "wkv": (spec.width, hidden_size),

@@ -118,7 +118,7 @@ def _number(us: float) -> str:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """:func:`chart` to a file."""
+    """``chart`` to a file."""
     import matplotlib as mpl
 
     mpl.use("Agg")

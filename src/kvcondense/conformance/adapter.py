@@ -73,7 +73,7 @@ class Setup:
 
 @runtime_checkable
 class Adapter(Protocol):
-    """An implementation under test. ``batch`` names everything as engines do: see :class:`RaggedBatch`."""
+    """An implementation under test. ``batch`` names everything as engines do: see ``RaggedBatch``."""
 
     capabilities: Capabilities
 
@@ -90,7 +90,7 @@ class Adapter(Protocol):
         ...
 
     def state(self, batch: RaggedBatch) -> torch.Tensor | None:
-        """Live state of the one request of ``batch`` (:meth:`RaggedBatch.at`), any layout; None if not to be had."""
+        """Live state of the one request of ``batch`` (``RaggedBatch.at``), any layout; None if not to be had."""
         ...
 
     def reset(self, slots: list[int]) -> None:
@@ -102,7 +102,7 @@ class Adapter(Protocol):
         ...
 
     def load(self, batch: RaggedBatch, payload: bytes) -> None:
-        """Take over an export (:func:`snapshot.save_live`) for the one request of ``batch``."""
+        """Take over an export (``snapshot.save_live``) for the one request of ``batch``."""
         ...
 
 

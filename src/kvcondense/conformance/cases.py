@@ -74,7 +74,7 @@ class Case:
 
     @classmethod
     def from_json(cls, text: str) -> Case:
-        """The case of :meth:`to_json`; raises CheckpointError for anything else."""
+        """The case of ``to_json``; raises CheckpointError for anything else."""
         try:
             data = json.loads(text)
             ops = tuple(_op(op) for op in data["ops"])

@@ -165,7 +165,7 @@ class CacheFormat:
         return out
 
     def decode(self, stored: dict[str, torch.Tensor], tensor_scale: torch.Tensor | None = None) -> torch.Tensor:
-        """Fields of :meth:`encode` -> rows [E, head_dim] fp32: q * s in fp32. Pad bytes are not looked at."""
+        """Fields of ``encode`` -> rows [E, head_dim] fp32: q * s in fp32. Pad bytes are not looked at."""
         pieces = []
         for part in self.channels:
             codes = stored[part.name]
@@ -177,7 +177,7 @@ class CacheFormat:
     def error_bound(
         self, rows: torch.Tensor, stored: dict[str, torch.Tensor], tensor_scale: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """How far :meth:`decode` may lie from rows [E, head_dim], elementwise, if nothing saturated: half a step.
+        """How far ``decode`` may lie from rows [E, head_dim], elementwise, if nothing saturated: half a step.
 
         The step of a small float grows with the value: relative * |x| + absolute * s. A scale that was itself rounded
         down (e4m3) may also clip the largest values of its block, by as much as it was rounded.

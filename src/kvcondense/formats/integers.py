@@ -23,7 +23,7 @@ class Part:
     """Channels first .. last - 1 of a row, in scale blocks of ``block`` channels.
 
     element: one of this module's names, in ``bits`` bits; mantissa .. ties_to_even describe a small float (nan_code -1:
-    none); largest: fp32 bits of the element's largest value. scale: name of a :class:`Scale`, "" for none; floor: fp32
+    none); largest: fp32 bits of the element's largest value. scale: name of a ``Scale``, "" for none; floor: fp32
     bits of the least amax; floor_exponent: least exponent, for floors on the scale. Row i of a page has its codes at
     byte code_base + code_stride * i, its scales at scale_base + scale_stride * i.
     """

@@ -14,30 +14,30 @@ from kvcondense.layout.snapshot import import_live
 from kvcondense.layout.state import StatePool
 from kvcondense.numerics import FP32_LOWEST
 from kvcondense.rope_table import RopeTable
-from kvcondense.spec import CompressorSpec
+from kvcondense.spec import CompressorSpec, Rounding
 from kvcondense.weights import CompressorWeights
 
 FIRST = 8192
 ROWS = 256
 # Standard deviations of wkv, wgate and ape, and mean and deviation of gamma, as measured on DeepSeek-V4-Flash.
-_SCALES = {
+SCALES = {
     "csa": (0.0245, 0.0388, 0.124, 0.967, 0.193),
     "hca": (0.0246, 0.0316, 0.034, 0.100, 0.055),
     "indexer": (0.0293, 0.0512, 0.153, 0.685, 0.261),
 }
 
 
-def rows(kind: str, seed: int = 0, count: int = ROWS) -> torch.Tensor:
+def rows(kind: str, seed: int = 0, count: int = ROWS, rounding: Rounding = Rounding.REFERENCE) -> torch.Tensor:
     """``count`` bf16-valued rows [count, head_dim] of a Flash compressor, from window 8192 / ratio on.
 
     For x ~ N(0, 1) and weights of deviation sigma, projected channels are normal with deviation sigma * sqrt(D):
     they are drawn at once, without the projection.
     """
-    if kind not in _SCALES:
-        raise UnsupportedError("kind", f"one of {', '.join(_SCALES)}", repr(kind))
-    kv, gate, ape, gamma, spread = _SCALES[kind]
+    if kind not in SCALES:
+        raise UnsupportedError("kind", f"one of {', '.join(SCALES)}", repr(kind))
+    kv, gate, ape, gamma, spread = SCALES[kind]
     config = ModelConfig.FLASH
-    spec: CompressorSpec = getattr(CompressorSpec, kind)(config)
+    spec: CompressorSpec = getattr(CompressorSpec, kind)(config, rounding=rounding)
     gen = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -62,7 +62,7 @@ def rows(kind: str, seed: int = 0, count: int = ROWS) -> torch.Tensor:
 def kinds_of(fmt: CacheFormat) -> list[str]:
     """Kinds of compressor whose rows fit ``fmt``."""
     fitting = []
-    for kind in _SCALES:
+    for kind in SCALES:
         spec = GoldenCase(kind=kind, preset="flash").spec
         try:
             fmt.check(spec.head_dim, spec.rope_dim)

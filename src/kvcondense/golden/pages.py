@@ -77,7 +77,7 @@ def encode_row(name: str, row: torch.Tensor, tensor_scale: float = 1.0) -> tuple
 
 
 def decode_row(name: str, data: bytes, scales: bytes, tensor_scale: float = 1.0) -> np.ndarray:
-    """Bytes of :func:`encode_row` -> the row in fp64, q * s rounded to fp32."""
+    """Bytes of ``encode_row`` -> the row in fp64, q * s rounded to fp32."""
     if name == "fp32":
         return np.frombuffer(data, np.float32).astype(np.float64)
     if name.startswith("bf16"):

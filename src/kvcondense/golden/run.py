@@ -69,7 +69,7 @@ class GoldenOutputs:
 
 
 def run_reference(inputs: GoldenInputs) -> GoldenOutputs:
-    """Decode every row token by token with :class:`DecodeCompressor`."""
+    """Decode every row token by token with ``DecodeCompressor``."""
     spec = inputs.spec
     kv_out = torch.zeros(inputs.x.shape[0], 1, spec.head_dim)
     kv_state, score_state = inputs.kv_state.clone(), inputs.score_state.clone()
@@ -135,7 +135,7 @@ def run_backend(inputs: GoldenInputs, impl: str | Backend) -> GoldenOutputs:
 
 
 def golden_bytes(cache: PagedCache, rows: dict[int, torch.Tensor]) -> torch.Tensor:
-    """All bytes of ``cache`` once :mod:`golden.pages` has written rows [d] to their slots; ``cache`` is left alone."""
+    """All bytes of ``cache`` once ``golden.pages`` has written rows [d] to their slots; ``cache`` is left alone."""
     data, scales = cache.data.clone(), None if cache.scales is None else cache.scales.clone()
     target, name, scale = data.numpy(), cache.format.name, _tensor_scale(cache)
     for slot, row in rows.items():
@@ -178,7 +178,7 @@ def _cache(inputs: GoldenInputs) -> PagedCache:
 
 
 def _read(inputs: GoldenInputs, cache: PagedCache, written: dict[int, torch.Tensor]) -> torch.Tensor:
-    """The cache as :mod:`golden.pages` reads it, [B, maxlen / r, d]; rows that nobody wrote are 0."""
+    """The cache as ``golden.pages`` reads it, [B, maxlen / r, d]; rows that nobody wrote are 0."""
     if inputs.format.name == "bf16":
         return cache.rows
     out = torch.zeros(inputs.kv_cache.shape)
@@ -207,7 +207,7 @@ def _row_dtype(inputs: GoldenInputs) -> torch.dtype:
 
 
 def name_byte(fmt: CacheFormat, head_dim: int, page_rows: int, num_pages: int, byte: int) -> str:
-    """Where byte ``byte`` of :func:`all_bytes` lies."""
+    """Where byte ``byte`` of ``all_bytes`` lies."""
     page, offset = divmod(byte, fmt.page_bytes(head_dim, page_rows))
     if page >= num_pages:
         return "the scales beside the pages"

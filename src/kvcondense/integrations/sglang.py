@@ -59,7 +59,7 @@ def ape(converted: torch.Tensor, overlap: bool) -> torch.Tensor:
 
 
 def to_ape(weight: torch.Tensor, overlap: bool) -> torch.Tensor:
-    """The inverse of :func:`ape`: the checkpoint's ape as SGLang's kernels read it."""
+    """The inverse of ``ape``: the checkpoint's ape as SGLang's kernels read it."""
     if not overlap:
         return weight
     r, n = weight.shape
@@ -92,7 +92,7 @@ def batch(
     """A step: extend_start_loc [R+1] (0 first, the number of tokens last), seq_lens [R] with the step's tokens.
 
     out_cache_loc [T] are the tokens' locations; a window's row is that of its last token, divided by ``ratio``.
-    state_slots: ``req_pool_indices``, or state_block_table: :func:`state_pages`.
+    state_slots: ``req_pool_indices``, or state_block_table: ``state_pages``.
     """
     slots = None if out_cache_loc is None else torch.div(out_cache_loc.to(torch.int64), ratio, rounding_mode="floor")
     return RaggedBatch.build(

@@ -14,7 +14,7 @@ IntTensor = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """Prefill, chunk, decode and verify requests of one step. Build it with :meth:`build`; all fields are int64.
+    """Prefill, chunk, decode and verify requests of one step. Build it with ``build``; all fields are int64.
 
     query_start_loc [R+1]: request q owns tokens query_start_loc[q] .. query_start_loc[q+1]-1; later tokens are padding.
     start_positions [R]: absolute position of each request's first token; -1 if the request is inert.
@@ -133,7 +133,7 @@ def check_fields(target: object, source: object, names: Sequence[str]) -> None:
 
 
 def copy_fields(target: object, source: object, names: Sequence[str]) -> None:
-    """Copy tensors between two objects field by field, in place, after :func:`check_fields`."""
+    """Copy tensors between two objects field by field, in place, after ``check_fields``."""
     check_fields(target, source, names)
     for name in names:
         if getattr(target, name) is not None:

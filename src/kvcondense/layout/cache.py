@@ -147,13 +147,13 @@ class PagedCache:
         return stored
 
     def put(self, slot: torch.Tensor, stored: dict[str, torch.Tensor]) -> None:
-        """Write encoded rows (:meth:`CacheFormat.encode`) to their slots [E], all of them legal."""
+        """Write encoded rows (``CacheFormat.encode``) to their slots [E], all of them legal."""
         page, at = slot // self.page_rows, slot % self.page_rows
         for name, values in stored.items():
             self.field(name)[page, at] = values
 
     def get(self, slot: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encoded rows at the slots [E], field by field, as :meth:`put` takes them."""
+        """Encoded rows at the slots [E], field by field, as ``put`` takes them."""
         page, at = slot // self.page_rows, slot % self.page_rows
         names = [f.name for f in self.format.fields(self.head_dim)]
         if self.scales is not None and self.scales.dim() == 2:

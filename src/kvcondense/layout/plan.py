@@ -149,7 +149,7 @@ class Plan:
         state_layout: Layout | None = None,
         page_rows: int | None = None,
     ) -> Plan:
-        """The padded plan of :meth:`build`, on the batch's device, in fixed shapes and without asking for a value.
+        """The padded plan of ``build``, on the batch's device, in fixed shapes and without asking for a value.
 
         Equal to ``build(...).padded(*capacity(spec, max_tokens, requests, max_draft, state_layout))``, entry for entry.
         Nothing is checked: the caller has checked the metadata on the host, or trusts it. ``max_tokens`` bounds
@@ -210,7 +210,7 @@ class Plan:
     def facts(self, spec: CompressorSpec) -> Facts:
         """The facts of this plan, for a spec of its ratio and overlap. The first call asks for values.
 
-        They are kept, since a plan does not change but through :meth:`copy_`.
+        They are kept, since a plan does not change but through ``copy_``.
         """
         known: Facts | None = vars(self).get("_facts")
         if known is None:
@@ -288,7 +288,7 @@ def _overwrites(
 
 
 def _may_overwrite(spec: CompressorSpec, layout: Layout | None, max_query_len: int) -> bool:
-    """:func:`_overwrites` for every batch whose requests have at most ``max_query_len`` tokens."""
+    """``_overwrites`` for every batch whose requests have at most ``max_query_len`` tokens."""
     if isinstance(layout, RingLayout):
         return max_query_len + spec.window - 1 > layout.ring_rows
     # A page that is read and kept at once was handed out twice; a single token finds its window's pages intact.
@@ -296,7 +296,7 @@ def _may_overwrite(spec: CompressorSpec, layout: Layout | None, max_query_len: i
 
 
 def _spread_static(counts: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """:func:`batch.spread` in a fixed size: owner, running number, and whether there is such an item at all [size]."""
+    """``batch.spread`` in a fixed size: owner, running number, and whether there is such an item at all [size]."""
     item = torch.arange(size, device=counts.device)
     ends = torch.cumsum(counts, 0)
     owner = torch.searchsorted(ends, item, right=True).clamp(max=counts.shape[0] - 1)

@@ -23,7 +23,7 @@ def export_live(spec: CompressorSpec, state: StatePool, batch: RaggedBatch) -> t
 
 
 def import_live(spec: CompressorSpec, state: StatePool, batch: RaggedBatch, rows: torch.Tensor) -> None:
-    """Write rows of :func:`export_live` for the requests of ``batch``; mutates ``state``.
+    """Write rows of ``export_live`` for the requests of ``batch``; mutates ``state``.
 
     Raises ShapeError, DtypeError or RangeError before anything is written: the number of rows follows from the spec
     and the positions alone, and the dtype must be the pool's.

@@ -174,7 +174,7 @@ def _keep_start(spec: CompressorSpec, batch: RaggedBatch) -> torch.Tensor:
 
 
 def live_starts(spec: CompressorSpec, length: torch.Tensor) -> torch.Tensor:
-    """Tensor form of :meth:`CompressorSpec.live_start`."""
+    """Tensor form of ``CompressorSpec.live_start``."""
     return ((length // spec.ratio - (spec.halves - 1)) * spec.ratio).clamp(min=0)
 
 
@@ -182,7 +182,7 @@ def live_starts(spec: CompressorSpec, length: torch.Tensor) -> torch.Tensor:
 class StatePool:
     """State rows of many requests: ``data`` [num_rows, state_dim], fp32 by default, and how to address them.
 
-    Or [blocks, block_rows, state_dim], slots or pages at any stride (:meth:`wrap`).
+    Or [blocks, block_rows, state_dim], slots or pages at any stride (``wrap``).
 
     ``tags`` [num_rows] int64 holds the absolute position stored in each row (-1: nothing). It lets the host check,
     before anything is written, that every row a step reads is the one it means; ``None`` switches the check off. Tags
@@ -251,7 +251,7 @@ class StatePool:
     ) -> StatePool:
         """An engine's own tensor [slots or pages, rows, state_dim], read and written in place; blocks at any stride.
 
-        The other arguments are those of :class:`PagedLayout` and :class:`RingLayout`. There are no tags, since others
+        The other arguments are those of ``PagedLayout`` and ``RingLayout``. There are no tags, since others
         may write these rows, too.
         """
         if not isinstance(rows, torch.Tensor) or rows.dim() != 3:
@@ -296,7 +296,7 @@ class StatePool:
         return self.data if self.data.dim() == 3 else self.data.unflatten(0, (-1, self.layout.block_rows))
 
     def take(self, row: torch.Tensor) -> torch.Tensor:
-        """Rows by number (:meth:`PagedLayout.address`), of any shape: [..., state_dim], a copy."""
+        """Rows by number (``PagedLayout.address``), of any shape: [..., state_dim], a copy."""
         return self.data[row] if self.data.dim() == 2 else self.data[self._split(row)]
 
     def put(self, row: torch.Tensor, values: torch.Tensor) -> None:

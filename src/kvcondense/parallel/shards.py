@@ -91,7 +91,7 @@ def deliver(shards: Shards, wanted: Wanted, own: torch.Tensor, low: int) -> dict
 
 
 def hand_back(shards: Shards, wanted: Wanted, given: dict[int, torch.Tensor], own: torch.Tensor, low: int) -> None:
-    """The reverse of :func:`deliver`: add what was made of delivered rows to ``own`` of the ranks that sent them."""
+    """The reverse of ``deliver``: add what was made of delivered rows to ``own`` of the ranks that sent them."""
     for index, (receiver, a, b) in enumerate(wanted):
         for k, (lo, hi) in shards.pieces(a, b).items():
             if shards.rank not in (k, receiver):

@@ -14,7 +14,7 @@ def fold(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pooled rows [E, d] of the windows of this step, and (m, l, o) [A, 3, d] of the A live requests' open windows.
 
-    rows [T, state_dim] are those of :func:`window.state_rows`. A window starts from the stored (m, l, o) if its request
+    rows [T, state_dim] are those of ``window.state_rows``. A window starts from the stored (m, l, o) if its request
     has folded some of it, goes on with the log as far as this step's first position, then with this step's tokens. The
     open window stops before the drafts. Reads the state, writes nothing.
     """

@@ -23,7 +23,7 @@ def selector(n: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rounding: Ro
     """The same rotation with 0/1 matrices instead of strides, for matrix engines (pypto-lib's PR 270).
 
     even = n E, odd = n O; out = even' E^T + odd' O^T. Each sum has one non-zero term, so it is exact; only the sign of
-    a zero can differ from :func:`pairwise`.
+    a zero can differ from ``pairwise``.
     """
     rope_dim = 2 * cos.shape[-1]
     nope, tail = n[..., : n.shape[-1] - rope_dim], n[..., n.shape[-1] - rope_dim :]

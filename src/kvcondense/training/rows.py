@@ -62,7 +62,7 @@ class _Finish(torch.autograd.Function):
 def by_autograd(
     spec: CompressorSpec, pooled: torch.Tensor, gamma: torch.Tensor, rope: RopeTable | None, position: torch.Tensor
 ) -> torch.Tensor:
-    """:func:`finish` in torch's operations."""
+    """``finish`` in torch's operations."""
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
         return through(x, round_bf16) if spec.rounding is Rounding.REFERENCE else x

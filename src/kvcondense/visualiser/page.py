@@ -13,7 +13,7 @@ from kvcondense.visualiser.trace import Scenario, trace
 
 
 def page(traces: Sequence[dict[str, Any]] = ()) -> str:
-    """The page with these traces (default: :func:`built_in`), as the text of an HTML file."""
+    """The page with these traces (default: ``built_in``), as the text of an HTML file."""
     here = files("kvcondense.visualiser")
     text = (here / "page.html").read_text(encoding="utf-8")
     # "</" would end the script; "<\\/" is the same string to JSON.

@@ -25,7 +25,7 @@ SCALE_PART = Part(
 
 @dataclass(frozen=True, eq=False)
 class Constants:
-    """Compile-time arguments; equal ones are one object (:func:`constants`), so that looking a kernel up is quick.
+    """Compile-time arguments; equal ones are one object (``constants``), so that looking a kernel up is quick.
 
     block: channels of a program, blocks: programs per window, counters: whether the last of them finishes it.
     state_rows: rows of a ring, a page or a draft log; page_tokens: positions that share a page; strides in elements.
@@ -98,7 +98,7 @@ def constants(
     unroll: int = UNROLL,
     splits: int = 0,
 ) -> Constants:
-    """The record for these; ``state`` as :func:`state_key` has it, ``page_rows`` of the cache."""
+    """The record for these; ``state`` as ``state_key`` has it, ``page_rows`` of the cache."""
     # Without counters a launch of its own finishes windows; who writes back an online state then has to be one program.
     block = spec.head_dim if state.kind == "online" and not choice.counters else choice.block
     padded = 1 << (spec.window - 1).bit_length()

@@ -108,7 +108,7 @@ def _ue8m0(code):
 
 @inlined
 def _small_float_codes(x, part):
-    """:func:`small_float` as the part has it."""
+    """``small_float`` as the part has it."""
     return small_float(
         x,
         load_i64(part + 8 * params.BITS),

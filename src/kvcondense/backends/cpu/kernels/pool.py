@@ -121,7 +121,7 @@ def two_pass(table, n, begin, end, work, out):
 
 @kernel
 def _few(table, n, begin, end, out):
-    """:func:`two_pass` for windows of a few tokens: one pass over channels, sums in registers."""
+    """``two_pass`` for windows of a few tokens: one pass over channels, sums in registers."""
     for c in range(begin, end, BYTES):
         m = splat(_MINUS_INFINITY)
         for j in range(n):

@@ -29,7 +29,7 @@ def round_bf16(x):
 
 @inlined
 def _round_scalar(x):
-    """:func:`round_bf16` of one number."""
+    """``round_bf16`` of one number."""
     return simd.first_lane(round_bf16(splat(x)))
 
 

@@ -47,7 +47,7 @@ def candidates(p, q, begin, end, current, table, zero):
     """Fill the table with positions begin .. end - 1 of request q; returns how many of them come from the state.
 
     Positions from ``current`` on read the last channels, earlier ones (the window before, with overlap) the first.
-    Addresses are those of channel 0; entries of rows that are not fp32 are only good for :func:`stage`.
+    Addresses are those of channel 0; entries of rows that are not fp32 are only good for ``stage``.
     """
     spec = load_i64(p + 8 * params.SPEC)
     ratio, width = load_i64(spec + 8 * params.RATIO), load_i64(spec + 8 * params.WIDTH)

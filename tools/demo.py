@@ -6,7 +6,7 @@ command runs on the saved checkpoint and the captured hidden states, in fp32 and
 interrupted and resumed; its rows are compared with those that transformers computed. Last, the cache as an engine
 holds it, in FP8 and MXFP4, compressed directly and converted from bf16.
 
-Run: make demo, or python examples/demo.py --out build/demo
+Run: make demo, or python tools/demo.py --out build/demo
 """
 
 from __future__ import annotations

@@ -1,0 +1,45 @@
+"""The documentation site: every block of code is one that the build runs, and every picture one that a block makes.
+
+``make docs`` runs the blocks; this checks, quickly, that there is none that it would skip.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+FENCE = re.compile(r"^```(?P<language>\w+)(?P<options>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+CODE = ("python", "sh", "bash", "console", "pycon")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_every_block_of_code_is_run(page):
+    text = page.read_text()
+    run = [m for m in FENCE.finditer(text) if 'exec="on"' in m["options"]]
+    shell = "".join(m["code"] for m in run if m["language"] == "sh")
+    for block in FENCE.finditer(text):
+        if block["language"] not in CODE or block in run or any(block.span() == m.span() for m in run):
+            continue
+        if (source := re.fullmatch(r'--8<-- "(examples/(\w+)\.py)"\n', block["code"])) is not None:
+            assert source[1] in shell or f"{source[2]}:make" in shell, f"{page.name} shows {source[1]}, runs it nowhere"
+            continue
+        ci = (ROOT / ".ci" / "run").read_text()
+        commands = re.findall(r"^make \w+", block["code"], re.MULTILINE)
+        assert commands, f"{page.name}: a block that is not run:\n{block[0]}"
+        assert all(re.search(rf"^{command}$", ci, re.MULTILINE) for command in commands)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_every_picture_is_made_by_a_command_on_its_page(page):
+    text = page.read_text()
+    commands = "".join(m["code"] for m in FENCE.finditer(text) if 'exec="on"' in m["options"])
+    for name in re.findall(r"made/([\w.-]+\w)", text):
+        assert f"build/docs/{name}" in commands
+    assert re.findall(r"!\[[^]]*\]\((?!made/)", text) == []
+
+
+def test_pages_are_on_the_map():
+    listed = re.findall(r"(\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == [p.name for p in PAGES]
