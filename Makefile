@@ -19,7 +19,7 @@ test: $(VENV)/.installed  ## the whole test suite
 
 # Runs every block of code on the pages, then follows every link of the built site.
 docs: $(VENV)/.installed  ## the documentation site, in build/site
-	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+	PATH="$(abspath $(BIN)):$$PATH" COLUMNS=80 NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 	$(BIN)/python tools/check_links.py build/site
 
 bench: $(VENV)/.installed  ## timings beside floors and peers

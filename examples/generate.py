@@ -7,32 +7,32 @@ import statistics
 import time
 
 import torch
-import transformers
+from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, DynamicCache
 
 from kvcondense.integrations.transformers import accelerate
 
 CHUNK, STEPS = 512, 32
 
 
-def small_model() -> transformers.DeepseekV4ForCausalLM:
+def small_model() -> DeepseekV4ForCausalLM:
     """Random weights, few and narrow layers; heads and ratios as they are, so that rows have their size."""
-    config = transformers.DeepseekV4Config(
+    config = DeepseekV4Config(
         vocab_size=64, hidden_size=64, moe_intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, hc_mult=2,
         q_lora_rank=16, o_groups=2, o_lora_rank=16, num_experts_per_tok=1, n_routed_experts=2, index_n_heads=2,
         index_topk=16, mlp_layer_types=["moe"] * 3,
         layer_types=["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.DeepseekV4ForCausalLM(config).float().eval()
+    model = DeepseekV4ForCausalLM(config).float().eval()
     for parameter in (p for name, p in model.named_parameters() if name.endswith("position_bias")):
         torch.nn.init.normal_(parameter, std=0.5)
     return model
 
 
 @torch.no_grad()
-def per_token(model: torch.nn.Module, ids: torch.Tensor, contexts: list[int]) -> tuple[list[float], list[int]]:
+def per_token(model: DeepseekV4ForCausalLM, ids: torch.Tensor, contexts: list[int]) -> tuple[list, list]:
     """Median milliseconds of a step that follows each context, and the greedy tokens of all these steps."""
-    cache, done, medians, tokens = transformers.DynamicCache(config=model.config), 0, [], []
+    cache, done, medians, tokens, logits = DynamicCache(config=model.config), 0, [], [], ids
     for context in contexts:
         for begin in range(done, context, CHUNK):
             logits = model(ids[:, begin : min(begin + CHUNK, context)], past_key_values=cache).logits

@@ -37,3 +37,9 @@ def poisoned_empty(monkeypatch):
         return tensor.fill_(-(2**40) if tensor.dtype == torch.int64 else 0xAB)
 
     monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch):
+    """Lines stay whole, wherever the tests run (pytest-xdist tells its workers the terminal's width)."""
+    monkeypatch.delenv("COLUMNS", raising=False)

@@ -104,7 +104,7 @@ def test_a_wrong_way_is_not_timed(monkeypatch):
 def test_the_command_says_what_it_needs():
     result = CliRunner().invoke(app, ["bench", "--backend", "triton", "--fused", "--list"])
     assert result.exit_code == 0
-    assert len(result.output.splitlines()) == len(LAYERS)
+    assert len(result.output.splitlines()) == 1 + len(LAYERS)
     result = CliRunner().invoke(app, ["bench", "--fused"])
     assert isinstance(result.exception, UnsupportedError)
     assert "--backend triton" in str(result.exception)

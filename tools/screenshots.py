@@ -26,7 +26,8 @@ def main() -> None:
         assert CliRunner().invoke(app, words).exit_code == 0
         browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for name, file in files.items():
-            for width, scheme in ((1280, "light"), (400, "dark")):
+            for width in (1280, 400):
+                scheme = "light" if width > 400 else "dark"
                 view = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
                 view.goto(file.as_uri())
                 if name == "visualiser":

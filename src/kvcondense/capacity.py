@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvcondense.config import ModelConfig
-from kvcondense.errors import RangeError, UnsupportedError, require, require_int
+from kvcondense.errors import RangeError, require, require_int, require_known
 from kvcondense.formats import CacheFormat, get_format
 from kvcondense.spec import CompressorSpec
 
@@ -88,8 +88,7 @@ def capacity(
         require_int(name, value, low)
     if context > config.max_positions:
         raise RangeError("context", f"at most {config.max_positions} ({config.name})", context)
-    if state not in STATES:
-        raise UnsupportedError("state", f"one of {', '.join(STATES)}", repr(state))
+    require_known("state", state, STATES)
     main, lines, whole = get_format(format), [], 0
     for spec, layers in compressors(config).items():
         indexer = spec.head_dim == config.index_head_dim

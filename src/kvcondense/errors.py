@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class KvCondenseError(Exception):
     """Base of all errors raised on purpose.
 
     ``argument`` names the offending argument (or file entry), ``expected`` and ``got`` say what was wanted and what
-    was there. Errors are raised before anything is written.
+    was there; ``hint``, if there is one, what to do next. Errors are raised before anything is written.
     """
 
-    def __init__(self, argument: str, expected: str, got: object) -> None:
+    def __init__(self, argument: str, expected: str, got: object, hint: str = "") -> None:
         self.argument = argument
         self.expected = expected
         self.got = str(got)
-        super().__init__(f"{argument}: expected {expected}, got {self.got}")
+        self.hint = hint
+        super().__init__(f"{argument}: expected {expected}, got {self.got}" + (f" ({hint})" if hint else ""))
 
 
 class ShapeError(KvCondenseError):
@@ -54,6 +58,18 @@ def require(name: str, value: object, kind: type | tuple[type, ...]) -> None:
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         raise DtypeError(name, f"a {' or '.join(k.__name__ for k in kinds)}", type(value).__name__)
+
+
+def require_known(
+    name: str, value: str, choices: Iterable[str], hint: str = "", error: type[KvCondenseError] = UnsupportedError
+) -> None:
+    """Raise ``error`` unless ``value`` is one of ``choices``; it asks whether the nearest of them was meant."""
+    known = list(choices)
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), known, 1)
+    hints = [f"did you mean {near[0]}?" if near else "", hint]
+    raise error(name, f"one of {', '.join(known)}", repr(value), "; ".join(h for h in hints if h))
 
 
 def require_int(name: str, value: object, low: int) -> int:

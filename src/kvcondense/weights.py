@@ -165,7 +165,8 @@ def find_names(files: dict[str, Path], spec: CompressorSpec, layer: int, part: s
             if extra:
                 raise CheckpointError(base + extra[0], "no such tensor for this compressor", "an extra tensor")
             return names
-    raise CheckpointError(f"compressor of layer {layer}", f"one of {', '.join(tried)}", "none of them")
+    hint = "kvcondense info --checkpoint DIR lists the compressors that are there"
+    raise CheckpointError(f"compressor of layer {layer}", f"one of {', '.join(tried)}", "none of them", hint)
 
 
 def _read(path: Path, name: str, shape: tuple[int, ...], device: torch.device | str) -> torch.Tensor:

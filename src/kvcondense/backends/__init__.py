@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kvcondense.errors import DtypeError, UnsupportedError
+from kvcondense.errors import DtypeError, UnsupportedError, require_known
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
@@ -99,8 +99,9 @@ def backend_names() -> tuple[str, ...]:
 @functools.cache
 def get_backend(name: str) -> Backend:
     """The backend called ``name``; raises UnsupportedError with the list of names otherwise."""
-    if name not in _MODULES:
-        raise UnsupportedError("impl", f"'auto' or one of {', '.join(_MODULES)}", repr(name))
+    require_known(
+        "impl", name, _MODULES, "'auto' takes the first that can run a step; kvcondense info says which do here"
+    )
     return import_module(_MODULES[name]).BACKEND
 
 

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from kvcondense.cli import aot, bench, compress, conformance, convert, explain, info, plan, tune, verify
+from kvcondense.cli.output import fit, width
 from kvcondense.errors import KvCondenseError
 
 app = typer.Typer(
@@ -34,5 +35,5 @@ def main() -> None:
     try:
         app()
     except (KvCondenseError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(fit(f"error: {error}", width()) + "\n")
         sys.exit(2)

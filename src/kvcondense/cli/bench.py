@@ -21,7 +21,7 @@ from kvcondense.bench.fused import LAYERS, run_layer
 from kvcondense.bench.run import CONTEXTS, context_series, run_case
 from kvcondense.bench.training import CASES as TRAINING_CASES
 from kvcondense.bench.training import run_case as run_training
-from kvcondense.cli import page
+from kvcondense.cli import completion, page
 from kvcondense.cli.output import Output
 from kvcondense.cli.page import ReportFile
 from kvcondense.errors import RangeError, UnsupportedError
@@ -31,8 +31,11 @@ _MOST_BYTES = 16 << 20
 
 
 def bench(
-    backend: Annotated[str, typer.Option(help="Backend to time.")] = "cpu",
-    case: Annotated[list[str] | None, typer.Option(help="Part of a case's name; may be given again.")] = None,
+    backend: Annotated[str, typer.Option(help="Backend to time.", autocompletion=completion.backends)] = "cpu",
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="Part of a case's name; may be given again.", autocompletion=completion.cases),
+    ] = None,
     fused: Annotated[
         bool, typer.Option("--fused", help="Steps from hidden states, fused and not, beside the GEMM alone (GPU).")
     ] = False,
@@ -76,10 +79,8 @@ def bench(
     if training or context_parallel:
         cases = TRAINING_CASES if training else SPLITS
     if list_cases:
-        for c in cases.values():
-            output.say(f"{c.name:<64} {c.bytes:>12} bytes {c.flops:>14} flops")
-        if cases is CASES:
-            output.say(CONTEXTS)
+        rows = [(c.name, c.bytes, c.flops) for c in cases.values()]
+        output.table(("case", "bytes", "flops"), [*rows, (CONTEXTS, "", "")] if cases is CASES else rows)
         return
     chosen = [c for c in cases.values() if not case or any(part in c.name for part in case)]
     context = cases is CASES and (not case or any(part in CONTEXTS for part in case))
@@ -110,7 +111,8 @@ def bench(
         else:
             json_file.write_text(lines, encoding="utf-8")
     for table in report.tables(records):
-        output.say(table)
+        output.say()
+        output.markdown(table)
     if report_file is not None:
         about = {**records[0]["machine"], **{f"{k}, per second": f"{v:.3g}" for k, v in records[0]["rates"].items()}}
         page.write(report_file, "kvcondense bench", about, page.of_timings(records))

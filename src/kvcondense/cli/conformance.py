@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
-from kvcondense.cli import page
+from kvcondense.cli import completion, page
 from kvcondense.cli.output import JsonFile, Output
 from kvcondense.cli.page import ReportFile
 from kvcondense.conformance.adapter import Factory, load_factory
@@ -30,7 +30,8 @@ def conformance(
     adapter: Annotated[
         str,
         typer.Option(
-            help="module:factory, a module with a BACKEND, cpu or reference[:ring|paged|online], or mutant:NAME."
+            help="module:factory, a module with a BACKEND, cpu or reference[:ring|paged|online], or mutant:NAME.",
+            autocompletion=completion.adapters,
         ),
     ] = "reference",
     mutants: Annotated[bool, typer.Option("--mutants", help="Check that every wrong compressor is caught.")] = False,

@@ -9,17 +9,22 @@ from typing import Annotated
 import typer
 
 from kvcondense.capacity import compressors, kind_of
+from kvcondense.cli import completion
 from kvcondense.cli.output import JsonFile, Output
 from kvcondense.config import PRESETS
-from kvcondense.errors import RangeError
+from kvcondense.errors import RangeError, require_known
 from kvcondense.visualiser import Scenario, page, trace
 
 EXAMPLE = "Example: kvcondense explain --kind csa --prompt 22 --chunk 5 --drafts 3 --trace trace.json --page trace.html"
 
 
 def explain(
-    model: Annotated[str, typer.Option(help="Preset: demo, flash, pro or v41.")] = "flash",
-    kind: Annotated[str, typer.Option(help="csa, hca or indexer; of v41: 'ratio 2' or 'ratio 1'.")] = "csa",
+    model: Annotated[
+        str, typer.Option(help="Preset: demo, flash, pro or v41.", autocompletion=completion.models)
+    ] = "flash",
+    kind: Annotated[
+        str, typer.Option(help="csa, hca or indexer; of v41: 'ratio 2' or 'ratio 1'.", autocompletion=completion.kinds)
+    ] = "csa",
     prompt: Annotated[int, typer.Option(help="Tokens before the first decoded one.")] = 22,
     chunk: Annotated[int, typer.Option(help="Tokens of a prefill step.")] = 8,
     drafts: Annotated[int, typer.Option(help="Drafts of a decode step; step i accepts i mod (drafts + 1).")] = 3,
@@ -27,7 +32,9 @@ def explain(
     ring_rows: Annotated[int | None, typer.Option(help="Rows of the state's ring (default: the least).")] = None,
     state_page: Annotated[int | None, typer.Option(help="Rows of a state page, instead of a ring.")] = None,
     page_rows: Annotated[int, typer.Option(help="Rows of a cache page.")] = 4,
-    format: Annotated[str | None, typer.Option(help="Cache format (kvcondense info --formats).")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="Cache format (kvcondense info --formats).", autocompletion=completion.formats)
+    ] = None,
     trace_file: Annotated[Path | None, typer.Option("--trace", metavar="FILE", help="Write the trace as JSON.")] = None,
     page_file: Annotated[
         Path | None, typer.Option("--page", metavar="FILE.html", help="Write the page that plays it.")
@@ -40,12 +47,10 @@ def explain(
     The trace holds nothing but the numbers of the library's plans.
     """
     output = Output(json_file)
-    if model not in PRESETS:
-        raise RangeError("--model", f"one of {', '.join(PRESETS)}", repr(model))
+    require_known("--model", model, PRESETS, error=RangeError)
     config = PRESETS[model]
     specs = {kind_of(config, spec).lower(): spec for spec in compressors(config)}
-    if kind.lower() not in specs:
-        raise RangeError("--kind", f"one of {', '.join(specs)} ({model})", repr(kind))
+    require_known("--kind", kind.lower(), specs, f"these are {model}'s", RangeError)
     spec = specs[kind.lower()]
     if format is None:
         format = "mxfp4_indexer" if spec.head_dim == config.index_head_dim else "fp8_model1"

@@ -15,7 +15,8 @@ from kvcondense import capacity
 from kvcondense.api import explain
 from kvcondense.backends.cpu import native
 from kvcondense.checkpoint import compressors as stored_compressors
-from kvcondense.cli.output import JsonFile, Output
+from kvcondense.cli import completion
+from kvcondense.cli.output import JsonFile, Output, width
 from kvcondense.config import PRESETS
 from kvcondense.errors import UnsupportedError
 from kvcondense.formats import FORMATS, CacheFormat, describe, get_format
@@ -34,7 +35,9 @@ def info(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="With --formats: the generated part of docs/formats.md.")
     ] = False,
-    format: Annotated[str | None, typer.Option(help="Show one cache format: byte map and picture.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="Show one cache format: byte map and picture.", autocompletion=completion.formats)
+    ] = None,
     error: Annotated[
         bool, typer.Option("--error", help="With --format: its error on rows like a trained model's.")
     ] = False,
@@ -92,8 +95,7 @@ def _machine(output: Output) -> dict[str, Any]:
     output.say(f"formats        {len(FORMATS)}: kvcondense info --formats")
     output.say()
     rows = compressors()
-    for row in (dict(zip(HEADINGS, HEADINGS, strict=True)), *rows):
-        output.say(" ".join(f"{row[h]:<{15 if h == 'compressor' else 10}}" for h in HEADINGS).rstrip())
+    _print_table(output, rows)
     return {
         "versions": versions,
         "backends": backends,
@@ -142,7 +144,7 @@ def _formats(output: Output, names: bool, markdown: bool) -> dict[str, Any]:
         for name in FORMATS:
             output.say(name)
     elif markdown:
-        output.say(describe.markdown().rstrip("\n"))
+        output.say(describe.markdown().rstrip("\n"), wrap=False)
     else:
         shown = ("format", "head_dim", "row bytes", "page stride", "what it is")
         _print_table(output, [{h: row[h] for h in shown} for row in rows])
@@ -170,7 +172,8 @@ def _one_format(output: Output, fmt: CacheFormat, head_dim: int, error: bool) ->
     _print_table(output, report["bytes"])
     output.say()
     output.say("a page of 2 rows (the number over a box is its first byte):")
-    for line in describe.picture(fmt, d):
+    columns = (width() or describe.COLUMNS + 2) - 2
+    for line in describe.picture(fmt, d, columns=columns):
         output.say(f"  {line}")
     if error:
         output.say()
@@ -185,9 +188,7 @@ def _one_format(output: Output, fmt: CacheFormat, head_dim: int, error: bool) ->
 
 
 def _print_table(output: Output, rows: list[dict[str, str]]) -> None:
-    widths = {h: max(len(h), *(len(row[h]) for row in rows)) for h in rows[0]}
-    for row in ({h: h for h in rows[0]}, *rows):
-        output.say("  ".join(f"{row[h]:<{w}}" for h, w in widths.items()).rstrip())
+    output.table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def compressors() -> list[dict[str, str]]:

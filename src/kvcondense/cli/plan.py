@@ -12,9 +12,10 @@ import torch
 import typer
 
 from kvcondense.capacity import Capacity, Line, capacity, compressors, exported
+from kvcondense.cli import completion
 from kvcondense.cli.output import JsonFile, Output
 from kvcondense.config import PRESETS, ModelConfig
-from kvcondense.errors import RangeError, UnsupportedError, require_int
+from kvcondense.errors import RangeError, UnsupportedError, require_int, require_known
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import RingLayout
@@ -24,14 +25,26 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="Preset (demo, flash, pro, v41), or a model's config.json.")] = "flash",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Preset (demo, flash, pro, v41), or a model's config.json.", autocompletion=completion.models
+        ),
+    ] = "flash",
     context: Annotated[str, typer.Option(help="Tokens per request: 4096, 128k, 1M (k = 1024).")] = "1M",
     batch: Annotated[int, typer.Option(help="Requests.")] = 1,
     draft: Annotated[int, typer.Option(help="Tokens of a step that may be rejected.")] = 0,
     format: Annotated[
-        str, typer.Option(metavar="MAIN[,INDEXER]", help="Cache formats (kvcondense info --formats).")
+        str,
+        typer.Option(
+            metavar="MAIN[,INDEXER]",
+            help="Cache formats (kvcondense info --formats).",
+            autocompletion=completion.format_pair,
+        ),
     ] = "fp8_model1,mxfp4_indexer",
-    state: Annotated[str, typer.Option(help="ring, or online where windows do not overlap.")] = "ring",
+    state: Annotated[
+        str, typer.Option(help="ring, or online where windows do not overlap.", autocompletion=completion.states)
+    ] = "ring",
     page_tokens: Annotated[int, typer.Option(help="Tokens per cache page.")] = 256,
     memory: Annotated[str | None, typer.Option(help="How many requests fit in this: 80GiB, 141GB, bytes.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw memory against context.")] = None,
@@ -99,11 +112,10 @@ def _state(line: Line, kind: str) -> str:
 
 
 def _model(name: str) -> ModelConfig:
-    if name in PRESETS:
-        return PRESETS[name]
     if Path(name).suffix == ".json" or Path(name).is_file():
         return ModelConfig.from_json(name)
-    raise UnsupportedError("--model", f"one of {', '.join(PRESETS)}, or a config.json", repr(name))
+    require_known("--model", name, PRESETS, "or name a model's config.json")
+    return PRESETS[name]
 
 
 def _amount(name: str, text: str, unit: str) -> int:

@@ -11,7 +11,7 @@ import typer
 from kvcondense.backends.triton import tuning
 from kvcondense.backends.triton.runtime import installed
 from kvcondense.cli.output import JsonFile, Output
-from kvcondense.errors import RangeError, UnsupportedError
+from kvcondense.errors import RangeError, UnsupportedError, require_known
 
 EXAMPLE = "Example: kvcondense tune --out tuning.json --json timings.json"
 
@@ -39,9 +39,8 @@ def tune(
         raise UnsupportedError("tune", "triton and a GPU", "none found")
     from kvcondense.bench import tune as tuner
 
-    wrong = [k for k in kind or () if k not in tuner.KINDS]
-    if wrong:
-        raise RangeError("--kind", f"one of {', '.join(tuner.KINDS)}", wrong[0])
+    for name in kind or ():
+        require_known("--kind", name, tuner.KINDS, error=RangeError)
     output = Output(json_file)
     arch, part, timings = tuner.tune("cuda", kind or list(tuner.KINDS), output.say)
     if not dry_run:

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from kvcondense.backends import Backend, get_backend
-from kvcondense.cli import page
+from kvcondense.cli import completion, page
 from kvcondense.cli.output import JsonFile, Output
 from kvcondense.cli.page import ReportFile
 from kvcondense.conformance.adapter import load_factory
 from kvcondense.conformance.invariants import first_failure
 from kvcondense.conformance.mutants import MUTANTS
-from kvcondense.errors import DtypeError, RangeError
+from kvcondense.errors import DtypeError, RangeError, require_known
 from kvcondense.golden.compare import Comparison
 from kvcondense.golden.inputs import GoldenCase, make_inputs
 from kvcondense.golden.run import compare, run_backend, run_reference
@@ -25,21 +25,33 @@ EXAMPLE = "Example: kvcondense verify --kind csa --history 1000 --start-pos 1000
 
 def verify(
     kind: Annotated[
-        str | None, typer.Option(help="hca (ratio 128; the default), csa (ratio 4, overlapping) or indexer.")
+        str | None,
+        typer.Option(
+            help="hca (ratio 128; the default), csa (ratio 4, overlapping) or indexer.", autocompletion=completion.kinds
+        ),
     ] = None,
     ratio: Annotated[int | None, typer.Option(help="128 for hca, 4 for csa: instead of --kind.")] = None,
-    preset: Annotated[str, typer.Option(help="Constants of the model: demo, flash or pro.")] = "demo",
-    backend: Annotated[str, typer.Option(help="Backend to check, or auto.")] = "reference",
+    preset: Annotated[
+        str, typer.Option(help="Constants of the model: demo, flash or pro.", autocompletion=completion.models)
+    ] = "demo",
+    backend: Annotated[
+        str, typer.Option(help="Backend to check, or auto.", autocompletion=completion.backends)
+    ] = "reference",
     history: Annotated[int, typer.Option(help="Random earlier tokens; 0 is the original's empty state.")] = 1000,
     start_pos: Annotated[
         str | None, typer.Option(help="Position of the decoded token, or one per row: 127 or 127,1000,1003.")
     ] = None,
     rotate: Annotated[bool, typer.Option("--rotate/--no-rotate", help="Hadamard rotation of the row.")] = True,
-    format: Annotated[str, typer.Option(help="Cache format; kvcondense info --formats lists them.")] = "bf16",
+    format: Annotated[
+        str, typer.Option(help="Cache format; kvcondense info --formats lists them.", autocompletion=completion.formats)
+    ] = "bf16",
     batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 4,
     scale: Annotated[float, typer.Option(help="Standard deviation of x (with history).")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
-    mutant: Annotated[str | None, typer.Option(metavar="NAME", help="Check a wrong compressor instead.")] = None,
+    mutant: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Check a wrong compressor instead.", autocompletion=completion.mutants),
+    ] = None,
     list_mutants: Annotated[bool, typer.Option("--list-mutants", help="Print the mutants' names, one a line.")] = False,
     report_file: ReportFile = None,
     json_file: JsonFile = None,
@@ -59,8 +71,8 @@ def verify(
             say(name)
         output.finish({"mutants": {m.name: m.bug for m in MUTANTS.values()}})
         return
-    if mutant is not None and mutant not in MUTANTS:
-        raise RangeError("--mutant", f"one of {', '.join(MUTANTS)}", mutant)
+    if mutant is not None:
+        require_known("--mutant", mutant, MUTANTS, error=RangeError)
     impl: str | Backend = MUTANTS[mutant] if mutant else backend
     if isinstance(impl, str) and impl != "auto":
         get_backend(impl)  # a wrong name is an error before any work

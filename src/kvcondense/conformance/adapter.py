@@ -12,7 +12,7 @@ import torch
 from kvcondense.api import condense
 from kvcondense.backends import Backend, backend_names, get_backend
 from kvcondense.conformance.mutants import MUTANTS
-from kvcondense.errors import KvCondenseError, UnsupportedError
+from kvcondense.errors import KvCondenseError, UnsupportedError, require_known
 from kvcondense.golden.run import CANARY
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
@@ -187,13 +187,13 @@ def load_factory(name: str) -> Factory:
             raise UnsupportedError("--adapter", f"{module}:{' or '.join(KINDS)}", name)
         return lambda: BackendAdapter(get_backend(module), attribute or "ring")
     if module == "mutant":
-        if attribute not in MUTANTS:
-            raise UnsupportedError("--adapter", f"mutant: and one of {', '.join(MUTANTS)}", repr(attribute))
+        require_known("--adapter mutant:NAME", attribute, MUTANTS)
         return lambda: BackendAdapter(MUTANTS[attribute], MUTANTS[attribute].kind)
     try:
         found = import_module(module)
     except ImportError as error:
-        raise UnsupportedError("--adapter", "module:factory that can be imported", f"{name} ({error})") from error
+        hint = "a module outside of the installation needs its folder in PYTHONPATH"
+        raise UnsupportedError("--adapter", "module:factory that can be imported", f"{name} ({error})", hint) from error
     if not attribute:
         backend = getattr(found, "BACKEND", None)
         if backend is None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from kvcondense.errors import DtypeError, UnsupportedError, require
+from kvcondense.errors import DtypeError, require, require_known
 from kvcondense.formats.descriptor import PAD, SCALES, CacheFormat, Channels
 from kvcondense.formats.elements import BF16, E2M1, E2M1_TIES_DOWN, E4M3, FP32, INT8, Element
 from kvcondense.formats.scales import Scale, ScaleRule
@@ -150,8 +150,7 @@ FORMATS: dict[str, CacheFormat] = {f.name: f for f in _ALL}
 def get_format(name: str) -> CacheFormat:
     """The format called ``name``; raises with the list of names otherwise."""
     require("format", name, str)
-    if name not in FORMATS:
-        raise UnsupportedError("format", f"one of {', '.join(FORMATS)}", repr(name))
+    require_known("format", name, FORMATS, "kvcondense info --formats says what they are")
     return FORMATS[name]
 
 

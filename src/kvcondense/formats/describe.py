@@ -7,7 +7,8 @@ from kvcondense.formats.descriptor import PAD, SCALES, CacheFormat, Field
 
 EXAMPLE_DIM = 512
 """Channels in examples of formats that take any head_dim."""
-_WIDTH = 96
+COLUMNS = 96
+"""Characters to a line of a picture."""
 
 
 def byte_map(fmt: CacheFormat, head_dim: int) -> list[dict[str, str]]:
@@ -30,7 +31,7 @@ def stride(fmt: CacheFormat, head_dim: int) -> str:
     return f"{row} P" if fmt.align == 1 else f"ceil({row} P / {fmt.align}) * {fmt.align}"
 
 
-def picture(fmt: CacheFormat, head_dim: int, page_rows: int = 2) -> list[str]:
+def picture(fmt: CacheFormat, head_dim: int, page_rows: int = 2, columns: int = COLUMNS) -> list[str]:
     """A page of a few rows as a strip of boxes, one for each field of each row, with the byte where each begins."""
     page = fmt.page_bytes(head_dim, page_rows)
     boxes = []
@@ -46,7 +47,7 @@ def picture(fmt: CacheFormat, head_dim: int, page_rows: int = 2) -> list[str]:
     lines, top, bottom = [], "", ""
     for begin, label in boxes:
         width = max(len(label), len(str(begin))) + 2
-        if len(bottom) + width + 1 > _WIDTH:
+        if len(bottom) + width + 1 > columns:
             lines += [top, bottom + "|"]
             top = bottom = ""
         top += f"{begin:<{width + 1}}"

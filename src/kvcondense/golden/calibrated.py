@@ -6,7 +6,7 @@ import torch
 
 from kvcondense.api import condense
 from kvcondense.config import ModelConfig
-from kvcondense.errors import UnsupportedError
+from kvcondense.errors import UnsupportedError, require_known
 from kvcondense.formats import CacheFormat
 from kvcondense.golden.inputs import GoldenCase
 from kvcondense.layout.batch import RaggedBatch
@@ -33,8 +33,7 @@ def rows(kind: str, seed: int = 0, count: int = ROWS, rounding: Rounding = Round
     For x ~ N(0, 1) and weights of deviation sigma, projected channels are normal with deviation sigma * sqrt(D):
     they are drawn at once, without the projection.
     """
-    if kind not in SCALES:
-        raise UnsupportedError("kind", f"one of {', '.join(SCALES)}", repr(kind))
+    require_known("kind", kind, SCALES)
     kv, gate, ape, gamma, spread = SCALES[kind]
     config = ModelConfig.FLASH
     spec: CompressorSpec = getattr(CompressorSpec, kind)(config, rounding=rounding)

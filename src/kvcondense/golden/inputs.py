@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kvcondense.config import PRESETS
-from kvcondense.errors import RangeError, UnsupportedError
+from kvcondense.errors import RangeError, require_known
 from kvcondense.formats import CacheFormat, get_format
 from kvcondense.golden.decode import sylvester
 from kvcondense.numerics import FP32_LOWEST
@@ -37,10 +37,8 @@ class GoldenCase:
 
     @property
     def spec(self) -> CompressorSpec:
-        if self.kind not in KINDS:
-            raise UnsupportedError("kind", f"one of {', '.join(KINDS)}", repr(self.kind))
-        if self.preset not in PRESETS:
-            raise UnsupportedError("preset", f"one of {', '.join(PRESETS)}", repr(self.preset))
+        require_known("kind", self.kind, KINDS)
+        require_known("preset", self.preset, PRESETS)
         build = getattr(CompressorSpec, self.kind)
         return build(PRESETS[self.preset], rotate=self.rotate, rounding=self.rounding)
 

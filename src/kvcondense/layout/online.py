@@ -118,6 +118,7 @@ class OnlineState:
                 f"state of request {q}",
                 f"a window folded so that position {int(start[q])} can follow",
                 "nothing that this request wrote" if first[q] < 0 else f"positions {int(first[q])}..{int(last[q])}",
+                "start it at position 0, or load it first: snapshot.load_live",
             )
 
     def tag(

@@ -134,7 +134,8 @@ def _check_ring(name: str, rows: int, spec: CompressorSpec, batch: RaggedBatch) 
     drafts = int(batch.draft_rows[batch.active].max()) if bool(batch.active.any()) else 0
     needed = spec.required_ring_rows(drafts)
     if rows < needed:
-        raise RangeError(name, f"at least {needed} (window {spec.window}, {drafts} draft rows)", rows)
+        hint = "allocate spec.required_ring_rows(draft_rows) rows per request"
+        raise RangeError(name, f"at least {needed} (window {spec.window}, {drafts} draft rows)", rows, hint)
 
 
 def check_slots(batch: RaggedBatch, num_slots: int) -> None:
@@ -357,6 +358,7 @@ class StatePool:
                 f"state of request {int(request[i])}",
                 f"position {int(position[i])} (the request continues at {int(batch.start_positions[request[i]])})",
                 "nothing that this request wrote" if held[i] < 0 else f"position {int(held[i])}",
+                "start it at position 0, or put its rows there first: snapshot.load_live",
             )
 
     def tag(
@@ -408,4 +410,5 @@ class Reads:
                 f"a StatePool (request {int(self.request[0])} continues at "
                 f"{int(batch.start_positions[self.request[0]])} and reads position {int(self.position[0])})",
                 "None",
+                "pass state=, or start at position 0",
             )
