@@ -26,10 +26,11 @@ def pages(tmp_path_factory):
     run(
         "verify", "--kind", "csa", "--history", 40, "--report", folder / "verify.html", "--json", folder / "verify.json"
     )
-    run("verify", "--mutant", "ape-dropped" if "ape-dropped" in run("verify", "--list-mutants") else "overlap-ignored",
-        "--kind", "csa", "--history", 40, "--report", folder / "mutant.html", status=1)  # fmt: skip
+    wrong = ("--mutant", "ape-dropped", "--kind", "csa", "--history", 40)
+    run("verify", *wrong, "--report", folder / "mutant.html", status=1)
     run("bench", "--from", BASELINE, "--report", folder / "bench.html")
     run("conformance", "--adapter", "cpu", "--report", folder / "conformance.html")
+    run("conformance", "--mutants", "--report", folder / "mutants.html", "--json", folder / "mutants.json")
     return folder
 
 
@@ -43,13 +44,23 @@ def test_tables_and_plots_say_what_was_found(pages):
     assert "FAIL" in (pages / "mutant.html").read_text()
     assert "decode 16" in (pages / "bench.html").read_text()
     assert "I1" in (pages / "conformance.html").read_text()
+    caught, text = json.loads((pages / "mutants.json").read_text())["mutants"], (pages / "mutants.html").read_text()
+    for name, by in caught.items():
+        assert f"<td>{name}</td><td>{by}</td>" in text
+    assert text.count('class="good"') == 3  # the correct ones
 
 
 def test_pages_stand_alone_on_a_phone(pages):
     with chromium() as browser:
         for path in sorted(pages.glob("*.html")):
             for width in (1280, 400):
-                Watched(browser, path, width=width, scheme="dark").check(path)
+                view = Watched(browser, path, width=width, scheme="dark")
+                view.check(path)
+                shapes = view.page.eval_on_selector_all(
+                    "figure svg",
+                    "all => all.filter(s => getComputedStyle(s).display != 'none').map(s => s.classList[0])",
+                )
+                assert set(shapes) == {"tall" if width == 400 else "broad"}
 
 
 def test_a_page_of_another_kind_is_refused(tmp_path):

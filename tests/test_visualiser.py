@@ -101,6 +101,13 @@ def test_what_is_shown_is_the_plan(browser, tmp_path):
     view.page.keyboard.press("Home")
     view.page.focus("#cache b")
     assert "nope 0..447, rope 448..575" in view.page.inner_text("#bytes")
+    boxes = view.page.eval_on_selector_all("#strip i", "all => all.map(b => [b.className, b.title, b.style.left])")
+    assert len(boxes) == sum(len(fields) for fields in found["cache"]["row_bytes"])
+    assert [title for mine, title, _ in boxes if mine] == [
+        f"row 0, {name}: bytes {first} to {last - 1} of {found['cache']['page_bytes']}"
+        for name, first, last in found["cache"]["row_bytes"][0]
+    ]
+    assert float(boxes[1][2].rstrip("%")) == pytest.approx(100 * 448 / found["cache"]["page_bytes"], abs=1e-3)
     view.check(path)
 
 

@@ -175,10 +175,8 @@ def main() -> None:
     parser.add_argument("name", choices=DRAWN)
     parser.add_argument("file", type=Path)
     arguments = parser.parse_args()
-    DRAWN[arguments.name]().savefig(
-        arguments.file, metadata={"Date": None} if arguments.file.suffix == ".svg" else None
-    )
-    print(f"{DRAWN[arguments.name].__doc__} Drawn to {arguments.file}.")
+    DRAWN[arguments.name]().savefig(arguments.file)
+    print(f"drawn to {arguments.file}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made, sync_playwright() as p:
         files = {name: Path(made) / f"{name}.html" for name in ("visualiser", "report")}
         files["visualiser"].write_text(page(), encoding="utf-8")
-        words = ["verify", "--kind", "csa", "--history", "1000", "--report", str(files["report"])]
+        words = ["verify", "--kind", "csa", "--history", "1000", "--no-rotate", "--report", str(files["report"])]
         assert CliRunner().invoke(app, words).exit_code == 0
         browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for name, file in files.items():

@@ -126,31 +126,43 @@ def plot(records: Sequence[Record], path: Path) -> None:
     plt.close(drawn)
 
 
-def chart(records: Sequence[Record]) -> Any:
-    """Bars per case, logarithmic, with the floor as a line; below, time per token by context if it was measured."""
+def chart(records: Sequence[Record], *, tall: bool = False) -> Any:
+    """Bars per case, logarithmic, with the floor as a line; below, time per token by context if it was measured.
+
+    tall: bars go to the right, cases below each other, for a narrow page.
+    """
     from matplotlib import pyplot as plt
 
     timed = [r for r in records if r.get("cache") == "warm"]
     cases, runners = (list(dict.fromkeys(r[key] for r in timed)) for key in ("case", "runner"))
     contexts = [r for r in records if "context" in r]
+    heights = [1 + 1.3 * len(cases) if tall else 6, 4][: 1 + bool(contexts)]
     figure, axes = plt.subplots(
-        1 + bool(contexts), 1, figsize=(12, 6 + 4 * bool(contexts)), squeeze=False, layout="constrained"
-    )
+        len(heights), 1, figsize=(4.6 if tall else 12, sum(heights)), squeeze=False, layout="constrained",
+        height_ratios=heights,
+    )  # fmt: skip
     bars = axes[0][0]
     width = 0.8 / max(len(runners), 1)
     for k, name in enumerate(runners):
         of = {r["case"]: r["us"] for r in timed if r["runner"] == name}
         at = [i + (k - (len(runners) - 1) / 2) * width for i, case in enumerate(cases) if case in of]
-        drawn = bars.bar(at, [of[c] for c in cases if c in of], width, label=name)
-        bars.bar_label(drawn, fmt=lambda v: _number(v), fontsize=6, rotation=90, padding=2)
+        drawn = (bars.barh if tall else bars.bar)(at, [of[c] for c in cases if c in of], width, label=name)
+        bars.bar_label(drawn, fmt=lambda v: _number(v), fontsize=6, rotation=0 if tall else 90, padding=2)
     for i, case in enumerate(cases):
         floor = next(r["floor_us"] for r in timed if r["case"] == case)
-        bars.plot([i - 0.45, i + 0.45], [floor, floor], color="black", lw=1, label="floor" if i == 0 else None)
-    bars.set_yscale("log")
-    bars.set_ylim(top=bars.get_ylim()[1] * 3)
-    bars.set_ylabel("microseconds, warm")
-    bars.set_xticks(range(len(cases)), [textwrap.fill(c, 18) for c in cases], fontsize=7)
-    figure.legend(loc="outside upper center", ncols=6, fontsize=8)
+        ends = ([i - 0.45, i + 0.45], [floor, floor])
+        bars.plot(*(ends[::-1] if tall else ends), color="black", lw=1, label="floor" if i == 0 else None)
+    names = [textwrap.fill(c, 18) for c in cases]
+    if tall:
+        bars.invert_yaxis()
+        bars.set(xscale="log", xlabel="microseconds, warm")
+        bars.set_xlim(right=bars.get_xlim()[1] * 5)
+        bars.set_yticks(range(len(cases)), names, fontsize=7)
+    else:
+        bars.set(yscale="log", ylabel="microseconds, warm")
+        bars.set_ylim(top=bars.get_ylim()[1] * 3)
+        bars.set_xticks(range(len(cases)), names, fontsize=7)
+    figure.legend(loc="outside upper center", ncols=2 if tall else 6, fontsize=8)
     if contexts:
         lines = axes[1][0]
         for name in dict.fromkeys(r["runner"] for r in contexts):

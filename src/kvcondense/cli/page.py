@@ -25,8 +25,11 @@ th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align:
 th { background: var(--soft); } td.n { text-align: right; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
 @media (prefers-color-scheme: dark) { :root { --good: #4ac26b; --bad: #ff8a80; } }
-figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
-figure { overflow-x: auto; } figure svg { width: 100%; min-width: 40rem; height: auto; }
+figure { margin: 1rem 0; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
+figure svg { width: 100%; height: auto; } figure svg text { fill: currentColor; } svg.tall { display: none; }
+td.n { white-space: nowrap; }
+@media (max-width: 40rem) { body { font-size: 14px; } th, td { padding: .25rem .35rem; }
+  svg.tall { display: block; } svg.broad { display: none; } }
 """
 _MARKS = {"PASS": "good", "passes": "good", "FAIL": "bad", "SURVIVED": "bad", "WRONGLY CAUGHT": "bad"}
 
@@ -58,7 +61,9 @@ def heading(text: str, below: str = "") -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Numbers to the right; PASS and FAIL in colour."""
+    """Numbers to the right; PASS and FAIL in colour; columns in which nothing stands are left out."""
+    filled = [i for i in range(len(columns)) if any(row[i] != "" for row in rows)]
+    columns, rows = [columns[i] for i in filled], [[row[i] for i in filled] for row in rows]
     head = "".join(f"<th>{_text(c)}</th>" for c in columns)
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>\n" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
@@ -70,33 +75,35 @@ def of_markdown(text: str) -> str:
     return table(lines[0], lines[2:])
 
 
-def figure(draw: Callable[[Any], Any], width: float = 9, height: float = 4) -> str:
-    """What ``draw`` draws on axes, as SVG inside the page."""
-    plt = _pyplot()
-    drawn, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    draw(axes)
-    return _svg(drawn)
+def figure(draw: Callable[[Any, bool], Any], height: float = 4) -> str:
+    """What ``draw(axes, tall)`` draws, as SVG inside the page, and once more in a shape for a phone."""
+
+    def drawn(tall: bool) -> Any:
+        made, axes = _pyplot().subplots(figsize=(4.6 if tall else 9, height), layout="constrained")
+        draw(axes, tall)
+        return made
+
+    return _figure(drawn)
 
 
 def of_timings(records: Sequence[timings.Record]) -> list[str]:
     """Tables and, where there are bars to draw, a chart with floors."""
     parts = [of_markdown(text) for text in timings.tables(records)]
     if any(r.get("cache") == "warm" for r in records):
-        _pyplot()
-        parts.insert(0, _svg(timings.chart(records)))
+        parts.insert(0, _figure(lambda tall: timings.chart(records, tall=tall)))
     return parts
 
 
 def histogram(counts: Mapping[str, Mapping[str, int]]) -> str:
     """Elements by their distance from the reference, {output: {bucket: count}}, in bars side by side."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Any, tall: bool) -> None:
         width = 0.8 / max(len(counts), 1)
         buckets = list(dict.fromkeys(b for found in counts.values() for b in found))
         for k, (name, found) in enumerate(counts.items()):
             at = [i + (k - (len(counts) - 1) / 2) * width for i, b in enumerate(buckets) if found.get(b)]
             axes.bar(at, [found[b] for b in buckets if found.get(b)], width, label=name)
-        axes.set_xticks(range(len(buckets)), buckets)
+        axes.set_xticks(range(len(buckets)), buckets, rotation=60 if tall else 0)
         axes.set(xlabel="ulp from the reference, in the output's type", ylabel="elements", yscale="log")
         axes.legend(fontsize=8)
 
@@ -106,9 +113,10 @@ def histogram(counts: Mapping[str, Mapping[str, int]]) -> str:
 def tally(counts: Mapping[str, int], label: str) -> str:
     """Horizontal bars, the longest first."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Any, tall: bool) -> None:  # noqa: ARG001 - bars to the right suit both shapes
         ordered = sorted(counts.items(), key=lambda item: item[1])
         axes.bar_label(axes.barh([k for k, _ in ordered], [v for _, v in ordered]), padding=3)
+        axes.margins(x=0.15)
         axes.set_xlabel(label)
 
     return figure(draw, height=1 + 0.3 * len(counts))
@@ -127,12 +135,17 @@ def _text(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _svg(drawn: Any) -> str:
-    buffer = io.StringIO()
-    drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    _pyplot().close(drawn)
-    text = buffer.getvalue()
-    return f"<figure>{text[text.index('<svg') :]}</figure>"
+def _figure(draw: Callable[[bool], Any]) -> str:
+    """Both shapes of a picture; the page's style shows one of them. Black is the colour of the page's text."""
+    plt, parts = _pyplot(), []
+    for shape in ("broad", "tall"):
+        plt.rcParams["svg.hashsalt"] = shape  # names inside of one shape do not refer into the hidden one
+        buffer, drawn = io.StringIO(), draw(shape == "tall")
+        drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        plt.close(drawn)
+        text = buffer.getvalue().replace("#000000", "currentColor")
+        parts.append(f'<svg class="{shape}"' + text[text.index("<svg") + 4 :])
+    return f"<figure>{''.join(parts)}</figure>"
 
 
 def _pyplot() -> Any:
@@ -142,7 +155,7 @@ def _pyplot() -> Any:
         raise UnsupportedError("--report", "matplotlib (pip install kvcondense[bench])", "none") from error
     mpl.use("Agg")
     mpl.rcParams["svg.fonttype"] = "none"
-    mpl.rcParams["svg.hashsalt"] = "kvcondense"
+    mpl.rcParams["legend.frameon"] = False
     from matplotlib import pyplot as plt
 
     return plt

@@ -169,9 +169,19 @@ def _draw(config: ModelConfig, options: dict[str, Any], tokens: int, room: int |
     axes.set(xlabel="tokens of context", ylabel="bytes per request", title=f"{config.name}: compressed KV cache")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
+    for axis, unit in ((axes.xaxis, ""), (axes.yaxis, "iB")):
+        axis.set_major_formatter(lambda value, _, unit=unit: _short(int(value), unit))
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _short(value: int, unit: str) -> str:
+    """A power of two as people say it: 128k, 4 MiB."""
+    power = max(0, value.bit_length() - 1) // 10
+    if power == 0:
+        return f"{value} B" if unit else str(value)
+    return f"{value >> 10 * power} {'KMGT'[power - 1]}{unit}" if unit else f"{value >> 10 * power}{'kMGT'[power - 1]}"
 
 
 def _size(nbytes: int) -> str:

@@ -116,6 +116,7 @@ function show() {
     return b;
   }));
   $("bytes").textContent = "";
+  $("strip").replaceChildren();
   const say = (text) => { const li = document.createElement("li"); li.textContent = text; return li; };
   const events = [`${s.tokens} token${s.tokens > 1 ? "s" : ""} from position ${s.start}` + (s.drafts ? `, ${s.drafts} of them drafts, ${s.accepted} accepted: goes on at ${sure + s.accepted}` : "")];
   if (s.reads.length) events.push(`reads ${s.reads.length} rows of the state, positions ${s.reads[0][0]} to ${s.reads.at(-1)[0]}`);
@@ -133,8 +134,17 @@ function show() {
     : "Checked: every row that is read was kept, every window that ends is emitted once, nothing is overwritten too early.";
 }
 
+// The bytes of one row: in words, and as places in its page, drawn to scale.
 function bytes(w) {
   const page = Math.floor(w.slot / trace.cache.page_rows), row = w.slot % trace.cache.page_rows;
+  $("strip").replaceChildren(...trace.cache.row_bytes.flatMap((fields, of) => fields.map(([name, first, last]) => {
+    const box = document.createElement("i");
+    box.style.left = `${100 * first / trace.cache.page_bytes}%`;
+    box.style.width = `${100 * (last - first) / trace.cache.page_bytes}%`;
+    box.className = of === row ? "mine" : "";
+    box.title = `row ${of}, ${name}: bytes ${first} to ${last - 1} of ${trace.cache.page_bytes}`;
+    return box;
+  })));
   const fields = trace.cache.row_bytes[row].map(([name, first, last]) => `${name} ${first}..${last - 1}`).join(", ");
   $("bytes").textContent = `window ${w.index}, RoPE at position ${w.rope}: page ${page}, row ${row}; bytes of the page: ${fields}`;
 }
