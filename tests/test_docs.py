@@ -1,12 +1,14 @@
 """The documentation site: every block of code is one that the build runs, and every picture one that a block makes.
 
-``make docs`` runs the blocks; this checks, quickly, that there is none that it would skip.
+``make docs`` runs the blocks; this checks, quickly, that there is none that it would skip, and looks at what was built.
 """
 
 import re
 from pathlib import Path
 
 import pytest
+
+from browser import Watched, chromium
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -43,3 +45,17 @@ def test_every_picture_is_made_by_a_command_on_its_page(page):
 def test_pages_are_on_the_map():
     listed = re.findall(r"(\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == [p.name for p in PAGES]
+
+
+def test_built_pages_fetch_nothing_and_fit_a_phone():
+    built = sorted(p for page in PAGES if (p := ROOT / "build" / "site" / f"{page.stem}.html").exists())
+    if not built:
+        pytest.skip("make docs has not run")
+    with chromium() as browser:
+        for path in built:
+            for width, scheme in ((1280, "light"), (400, "dark")):
+                view = Watched(browser, path, width=width, scheme=scheme)
+                assert view.complaints == []
+                assert all(url.startswith(("file:", "data:", "blob:")) for url in view.requests), path
+                assert view.page.evaluate("document.documentElement.scrollWidth") <= width
+                view.page.close()
