@@ -2,7 +2,7 @@
 
     python examples/compress_text.py --text README.md
 
-The embedding and the weights are random; a checkpoint's are loaded by kvcondense.weights.load_compressor.
+The embedding and the weights are random; a checkpoint's are loaded by CompressorWeights.load.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Rectangle
 
 import kvcondense as kc
+from kvcondense.conformance.mutants import MUTANTS
 from kvcondense.formats import FORMATS
 from kvcondense.golden import calibrated
 from kvcondense.numerics import ulp_distance
@@ -72,10 +73,8 @@ def ring() -> Any:
     figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
     held: dict[int, int] = {}
     for n, step in enumerate(steps):
-        read, sure = (
-            {row for _, row in step["reads"]},
-            step["start"] + step["tokens"] - step["drafts"] + step["accepted"],
-        )
+        read = {row for _, row in step["reads"]}
+        sure = step["start"] + step["tokens"] - step["drafts"] + step["accepted"]
         kept = {row: p for p, row in step["keeps"]}
         for row in range(rows):
             position = kept.get(row, held.get(row))
@@ -107,7 +106,7 @@ def positions() -> Any:
     others = {
         "rotated at w": _rotated(row, right, index),
         "rotated at the last position": _rotated(row, right, index * ratio + ratio - 1),
-        "half-split pairs": _half_split(row, right, index * ratio),
+        "half-split pairs": _rotated(row, right, index * ratio, MUTANTS["half-split-pairs"].stages.rope),
         "no YaRN": _rotated(row, kc.RopeTable.build(replace(FLASH, yarn=None), length), index * ratio),
     }
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
@@ -154,19 +153,13 @@ def formats() -> Any:
     return figure
 
 
-def _rotated(row: torch.Tensor, table: kc.RopeTable, position: torch.Tensor) -> torch.Tensor:
-    return rope.pairwise(row, *table.rows(position), Rounding.FUSED)[:, 448:]
+def _rotated(
+    row: torch.Tensor, table: kc.RopeTable, position: torch.Tensor, rotate: Callable[..., torch.Tensor] = rope.pairwise
+) -> torch.Tensor:
+    return rotate(row, *table.rows(position), Rounding.FUSED)[:, 448:]
 
 
-def _half_split(row: torch.Tensor, table: kc.RopeTable, position: torch.Tensor) -> torch.Tensor:
-    cos, sin = table.rows(position)
-    a, b = row[:, 448:480], row[:, 480:]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=1)
-
-
-DRAWN: dict[str, Callable[[], Any]] = {
-    f.__name__: f for f in (windows, weights, ring, positions, profiles, formats)
-}  # fmt: skip
+DRAWN: dict[str, Callable[[], Any]] = {f.__name__: f for f in (windows, weights, ring, positions, profiles, formats)}
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kvcondense.api import store
-from kvcondense.errors import CheckpointError, UnsupportedError, require_int
+from kvcondense.errors import CheckpointError, require_int, require_known
 from kvcondense.formats import FORMATS, CacheFormat, get_format
 from kvcondense.layout.cache import PagedCache
 from kvcondense.spec import CompressorSpec, Rounding
@@ -114,8 +114,7 @@ class CacheFile:
         """
         parts = dict(self.parts)
         for name, target in formats.items():
-            if name not in parts:
-                raise UnsupportedError("part", f"one of {', '.join(parts)}", repr(name))
+            require_known("part", name, parts)
             part = parts[name]
             fmt, n = get_format(target), part.spec.visible_rows(self.position)
             cache = empty_cache(part.spec, fmt, n, page_tokens=page_tokens, tensor_scale=tensor_scale, strict=strict)
@@ -248,8 +247,7 @@ def _spec(label: str, about: dict[str, Any]) -> CompressorSpec:
 
 def _format(label: str, about: dict[str, Any]) -> CacheFormat:
     name = _entry(label, about, "format", str)
-    if name not in FORMATS:
-        raise CheckpointError(f"{label} format", f"one of {', '.join(FORMATS)}", repr(name))
+    require_known(f"{label} format", name, FORMATS, error=CheckpointError)
     return FORMATS[name]
 
 

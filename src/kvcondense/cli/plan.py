@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,8 @@ from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import RingLayout
 
 EXAMPLE = "Example: kvcondense plan --model flash --context 1M --batch 64 --memory 80GiB --plot memory.png"
+_BYTES = ((" GiB", 1 << 30), (" MiB", 1 << 20), (" KiB", 1 << 10))
+_TOKENS = (("M", 1 << 20), ("k", 1 << 10))
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -169,23 +172,18 @@ def _draw(config: ModelConfig, options: dict[str, Any], tokens: int, room: int |
     axes.set(xlabel="tokens of context", ylabel="bytes per request", title=f"{config.name}: compressed KV cache")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    for axis, unit in ((axes.xaxis, ""), (axes.yaxis, "iB")):
-        axis.set_major_formatter(lambda value, _, unit=unit: _short(int(value), unit))
+    for axis, units in ((axes.xaxis, _TOKENS), (axes.yaxis, _BYTES)):
+        axis.set_major_formatter(lambda value, _, units=units: _short(int(value), units))
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _short(value: int, unit: str) -> str:
-    """A power of two as people say it: 128k, 4 MiB."""
-    power = max(0, value.bit_length() - 1) // 10
-    if power == 0:
-        return f"{value} B" if unit else str(value)
-    return f"{value >> 10 * power} {'KMGT'[power - 1]}{unit}" if unit else f"{value >> 10 * power}{'kMGT'[power - 1]}"
+def _short(value: int, units: Sequence[tuple[str, int]]) -> str:
+    """A power of two as people say it: 128k tokens, 4 MiB."""
+    return next((f"{value // scale}{unit}" for unit, scale in units if value >= scale), str(value))
 
 
 def _size(nbytes: int) -> str:
-    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if nbytes >= scale:
-            return f"{nbytes} B ({nbytes / scale:.2f} {unit})"
-    return f"{nbytes} B"
+    near = next((f" ({nbytes / scale:.2f}{unit})" for unit, scale in _BYTES if nbytes >= scale), "")
+    return f"{nbytes} B{near}"

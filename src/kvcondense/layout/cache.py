@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeError, ShapeError, UnsupportedError
+from kvcondense.errors import (
+    DeviceError,
+    DtypeError,
+    KvCondenseError,
+    RangeError,
+    ShapeError,
+    UnsupportedError,
+    require_known,
+)
 from kvcondense.formats import CacheFormat, format_of_dtype, get_format
 from kvcondense.formats.descriptor import SCALES, check_tensor_scale
 
@@ -128,8 +136,7 @@ class PagedCache:
         if name == SCALES and self.scales is not None and self.scales.dim() == 2:
             return self.scales[:, :, None]
         fields = {f.name: f for f in self.format.fields(self.head_dim)}
-        if name not in fields:
-            raise RangeError("field", f"one of {', '.join(fields)}", repr(name))
+        require_known("field", name, fields, error=RangeError)
         f = fields[name]
         begin = f.base * self.page_rows
         section = self.data[:, begin : begin + f.stride * self.page_rows].unflatten(1, (self.page_rows, f.stride))
