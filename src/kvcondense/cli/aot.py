@@ -26,7 +26,7 @@ def aot(
     arch: Annotated[
         list[str] | None, typer.Option(help="Architecture, sm_NN or gfx9NN; may be given again. Default: all five.")
     ] = None,
-    variant: Annotated[list[str] | None, typer.Option(help="Part of a variant's name; may be given again.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="A variant's name or a part of it; may be given again.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Processes that compile. Default: one per processor.")] = None,
     list_variants: Annotated[bool, typer.Option("--list", help="Print the variants' names and compile none.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="One line per architecture only.")] = False,
@@ -39,7 +39,10 @@ def aot(
     instructions of the matrix units (wgmma alone on sm_90). Exit status 1 if one does not compile or spills registers.
     """
     output = Output(json_file)
-    chosen = [v for v in variants() if not variant or any(part in v.name for part in variant)]
+    names = [v.name for v in variants()]
+    wanted = [part for part in variant or () if part in names]  # a whole name is not a part of others
+    wanted += [name for name in names if any(part in name for part in variant or () if part not in names)]
+    chosen = [v for v in variants() if not variant or v.name in wanted]
     if not chosen:
         raise RangeError("--variant", "part of a name that --list prints", variant)
     if list_variants:

@@ -82,10 +82,11 @@ def _compile(variant: Variant, launch: Launch, arch: str) -> Compiled:
 
 
 def _reason(error: BaseException) -> str:
-    """The first of its errors."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"[-2000:]
+    """Its kind, and the first of its errors."""
+    first = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    return f"{type(error).__name__}: {first}"[-2000:]
 
 
 def global_loads(ptx: str) -> dict[str, int]:
