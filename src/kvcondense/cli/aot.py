@@ -26,7 +26,7 @@ def aot(
     arch: Annotated[
         list[str] | None, typer.Option(help="Architecture, sm_NN or gfx9NN; may be given again. Default: all five.")
     ] = None,
-    variant: Annotated[list[str] | None, typer.Option(help="A variant's name or a part of it; may be given again.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="A name, or a part of names; may be given again.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Processes that compile. Default: one per processor.")] = None,
     list_variants: Annotated[bool, typer.Option("--list", help="Print the variants' names and compile none.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="One line per architecture only.")] = False,
