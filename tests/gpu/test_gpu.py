@@ -14,8 +14,8 @@ from kvcondense.bench.cases import FORMAT, Case, make_inputs
 from kvcondense.bench.runners import EmptyLaunch, Kvcondense
 from kvcondense.config import ModelConfig
 from kvcondense.formats import FORMATS
+from kvcondense.layout.addresses import PagedLayout
 from kvcondense.layout.plan import Plan
-from kvcondense.layout.state import PagedLayout
 from kvcondense.numerics import compute_dtype
 from kvcondense.rope_table import RopeTable
 from kvcondense.weights import CompressorWeights

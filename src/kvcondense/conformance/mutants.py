@@ -17,10 +17,11 @@ from kvcondense.formats import CacheFormat, Channels
 from kvcondense.formats.descriptor import PAD
 from kvcondense.formats.elements import E2M1, E2M1_TIES_DOWN, Element
 from kvcondense.formats.scales import ScaleRule
+from kvcondense.layout.addresses import RingLayout, live_starts
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import KEEP_FIELDS, Plan
-from kvcondense.layout.state import RingLayout, StatePool, live_starts
+from kvcondense.layout.state import StatePool
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec, Rounding
 from kvcondense.stages import norm, pool, rope, store, window
