@@ -12,6 +12,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed  ## a real compressor on a real text, checked against transformers
+	@echo "About half a minute on two cores; first, torch and transformers are imported ..."
 	$(BIN)/python tools/demo.py --out build/demo
 
 test: $(VENV)/.installed  ## the whole test suite
