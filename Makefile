@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs bench gpu sanitize ascend lint format clean
+.PHONY: demo test test-all docs bench gpu sanitize ascend lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -12,10 +12,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed  ## a real compressor on a real text, checked against transformers
+	@echo "About half a minute on two cores; first, torch and transformers are imported ..."
 	$(BIN)/python tools/demo.py --out build/demo
 
 test: $(VENV)/.installed  ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed  ## the same with four times as many examples of each property
+	$(BIN)/python -m pytest --hypothesis-profile exhaustive
 
 # Runs every block of code on the pages, then follows every link of the built site.
 docs: $(VENV)/.installed  ## the documentation site, in build/site

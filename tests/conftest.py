@@ -11,15 +11,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-settings.register_profile(
-    "kvcondense",
-    deadline=None,
-    derandomize=True,
-    max_examples=60,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+import interpreter
+
+for profile, examples in (("kvcondense", 25), ("exhaustive", 100)):  # make test, make test-all
+    settings.register_profile(
+        profile,
+        deadline=None,
+        derandomize=True,
+        max_examples=examples,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
 settings.load_profile("kvcondense")
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.patch_once()
 torch.set_num_threads(1)  # two workers on two cores; thread counts have a test of their own
 
 
