@@ -113,7 +113,7 @@ def host_clock(monkeypatch):
 
     monkeypatch.setattr(device, "capture", Graph)
     monkeypatch.setattr(device, "elapsed", elapsed)
-    monkeypatch.setattr(device, "_home", lambda: "cpu")
+    monkeypatch.setattr(device, "home", lambda: "cpu")
     monkeypatch.setattr(device, "_cache_bytes", lambda: 1 << 20)
     monkeypatch.setattr(device, "_FLUSH_BYTES", 1 << 12)
     return now
