@@ -7,7 +7,6 @@ import torch
 
 from kvcondense import OnlineState, PagedCache, RaggedBatch, StatePool, condense, ops
 from kvcondense.backends.triton import TritonBackend, tuning
-from kvcondense.backends.triton.runtime import why_no_device
 from kvcondense.backends.triton.variants import Variant, specs, variants
 from kvcondense.bench import device, measure, run, tune
 from kvcondense.bench.cases import FORMAT, Case, make_inputs
@@ -21,10 +20,6 @@ from kvcondense.rope_table import RopeTable
 from kvcondense.weights import CompressorWeights
 
 DEVICE = "cuda"
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or why_no_device(torch.device(DEVICE)) is not None,
-    reason="needs a GPU, and to run by itself (make gpu)",
-)
 PROMPT, STEPS = 300, 140
 
 
@@ -111,9 +106,10 @@ def test_variants_equal_the_reference_and_their_own_splits(variant):
         assert torch.equal(data, cache.data)
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("kind", ["hca", "csa", "indexer"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_small_cases_under_a_sanitizer(kind, batch):
+def test_small_unfused_cases(kind, batch):
     form = "mxfp4_indexer" if kind == "indexer" else FORMAT
     for case in (Case("", kind, 260, batch, 0, format=form), Case("", kind, 1, batch, 255, format=form)):
         inputs = make_inputs(case, DEVICE)
