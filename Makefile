@@ -34,7 +34,8 @@ bench: $(VENV)/.installed  ## timings beside floors and peers
 	$(BIN)/kvcondense bench --json build/bench/cpu.jsonl --plot build/bench/cpu.png
 
 gpu: $(READY)  ## what only a GPU can show: the kernels compiled and run, graphs, the chip's cast
-	$(RUN) -m pytest tests/gpu -n $(JOBS) $(QUIET)
+	$(RUN) -m pytest tests/gpu -n $(JOBS) -m "not alone" $(QUIET)
+	$(RUN) -m pytest tests/gpu -n 0 -m alone $(QUIET)
 
 # Freed memory goes back to the driver, so that reads of it are seen. One worker: the sanitizer follows one process.
 sanitize: $(READY)  ## memcheck and racecheck of small cases by compute-sanitizer (CUDA toolkit)

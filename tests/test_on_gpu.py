@@ -238,6 +238,15 @@ def test_killed_at_any_moment_it_leaves_what_had_ended(tmp_path, number):
     assert {s["status"] for s in found[len(done) + 1 :]} == {NOT_REACHED}
 
 
+@pytest.mark.parametrize(("code", "count"), [("sys.exit(2)", 0), ("open(sys.argv[1], 'a').write('{}\\n')", 2)])
+def test_a_file_that_a_step_refuses_gives_it_no_records(tmp_path, code, count):
+    (tmp_path / "bench.jsonl").write_text('{"case": "of another machine"}\n')
+    planned = step(tmp_path, "timings", code, records="bench.jsonl")
+    command = [*planned.command, str(tmp_path / "bench.jsonl")]
+    found, _ = run(tmp_path, [Step(**{**vars(planned), "command": command})])
+    assert len(found.steps[0]["records"]) == count
+
+
 def test_another_stages_steps_are_kept(tmp_path):
     run(tmp_path, [step(tmp_path, "one", "record(n=1)")])
     planned = [step(tmp_path, "two", "record(n=2)")]

@@ -164,6 +164,7 @@ def test_the_chips_cast_is_used_only_where_it_is_exact():
     assert tune.cast_is_exact(DEVICE) or not part["hardware_cast"]
 
 
+@pytest.mark.alone
 def test_the_clock_is_plausible():
     inputs = make_inputs(Case("", "csa", 1, 16, 1000), DEVICE)
     empty, bare = EmptyLaunch(inputs), Kvcondense(inputs, "triton", bare=True)

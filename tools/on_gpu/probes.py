@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import multiprocessing
@@ -132,10 +133,19 @@ def _check(task: tuple[str, str, bool]) -> Record:
         from on_gpu import stand_in as stand
 
         stand.apply()
+    import torch
+
+    from kvcondense.bench.cases import make_inputs
+
+    torch.set_num_threads(1)
     try:
         return _CHECKS[what](name)
     except Exception as error:  # whatever a compiler or a driver raises is the finding
         return {what: name, "right": False, "raised": f"{type(error).__name__}: {error}"[:2000]}
+    finally:  # the device's memory is everybody's
+        make_inputs.cache_clear()
+        with contextlib.suppress(Exception):
+            torch.cuda.empty_cache()
 
 
 def _check_form(name: str) -> Record:

@@ -111,6 +111,7 @@ def _one(step: Step, out: Path, deadline: float, results: Results, index: int) -
     """Run one step to its end or its deadline; its status."""
     log, records = out / "log.txt", out / step.records
     at = [p.stat().st_size if p.exists() else 0 for p in (log, records)]
+    was = _identity(records)
     if step.records != "records.jsonl":
         at[1] = 0  # a file of the step's own, which it goes on with
     begun, status = time.monotonic(), KILLED
@@ -126,7 +127,7 @@ def _one(step: Step, out: Path, deadline: float, results: Results, index: int) -
             status = TIMED_OUT
         finally:
             _end(child)
-            found = _lines(records, at[1])
+            found = _lines(records, at[1]) if _identity(records) != was else []  # a refused file is none of its own
             results.put(
                 index, status=status, seconds=round(time.monotonic() - begun, 1), exit=child.returncode,
                 figure=_figure(step, found), tail=_tail(log, at[0]), records=found,
@@ -155,6 +156,15 @@ def _environment(step: Step) -> dict[str, str]:
     paths = [str(ROOT / "src"), str(ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     return {**os.environ, **settings, **step.environment}
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Of a file's content: it changes when the file is written or replaced."""
+    try:
+        of = path.stat()
+    except OSError:
+        return ()
+    return of.st_ino, of.st_mtime_ns, of.st_size
 
 
 def _lines(path: Path, offset: int) -> list[Record]:

@@ -72,8 +72,9 @@ def _first(asked: Asked) -> list[Step]:
         asked.probe("machine", "what this is", 20, _machine, vital=True),
         asked.probe("rates", "bandwidths and the GEMM's rate", 25, _rates),
         asked.probe("barrier", "the grid barrier alone", 35, _barrier),
-        asked.probe("forms", "a row of every form, and the cases to come, beside the reference", 170, _forms),
-        asked.tests("tests", "tests/gpu", 110, ("-n", workers)),
+        asked.probe("forms", "a row of every form, and the cases to come, beside the reference", 165, _forms),
+        asked.tests("tests", "tests/gpu", 100, ("-n", workers, "-m", "not alone")),
+        asked.tests("alone", "tests that need the GPU to themselves", 15, ("-n", "0", "-m", "alone")),
         asked.command("timings", "steps from kv_score", 90, [*bench, *timings.options(cases)], "bench.jsonl"),
         asked.command(
             "from x",
