@@ -1,13 +1,11 @@
 """What only a GPU can show, by ``make gpu``: compiled kernels beside the reference, graphs, the chip's own cast."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from kvcondense import OnlineState, PagedCache, RaggedBatch, StatePool, condense, ops
 from kvcondense.backends.triton import TritonBackend, tuning
-from kvcondense.backends.triton.variants import Variant, specs, variants
+from kvcondense.backends.triton.variants import Variant, variants
 from kvcondense.bench import device, measure, run, tune
 from kvcondense.bench.cases import FORMAT, Case, make_inputs
 from kvcondense.bench.runners import EmptyLaunch, Kvcondense
@@ -25,7 +23,7 @@ PROMPT, STEPS = 300, 140
 
 def layer(variant):
     """(spec, weights, rope, state, cache, kv_score of two requests [2, PROMPT + STEPS, projected])."""
-    spec = replace(specs()[variant.kind], rounding=variant.rounding)
+    spec = variant.compressor
     gen = torch.Generator(DEVICE).manual_seed(1)
 
     def random(*shape):
@@ -85,7 +83,7 @@ def play(variant, impl, chunks):
     return torch.cat(rows, dim=1), None if cache is None else cache.data.clone()
 
 
-@pytest.mark.parametrize("variant", [v for v in variants() if v.kernel == "step"], ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", [v for v in variants() if v.form == "step"], ids=lambda v: v.name)
 def test_variants_equal_the_reference_and_their_own_splits(variant):
     """Rows within rounding of the reference's; any split gives the same bits; a cache holds its rows' bytes."""
     whole = (PROMPT + STEPS,)

@@ -11,14 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcondense.backends.triton.kernels.decode import grid_barrier
+from kvcondense.backends.triton.kernels.arrive import grid_barrier
+from kvcondense.backends.triton.runtime import next_launch
 
 WARPS = 4
 
 
-@triton.jit
-def barrier_kernel(counters, seen, late, ROUNDS: tl.constexpr):  # noqa: ANN001, ANN201, N803
-    """Adds to ``late`` how often a program passed a barrier before its neighbour's store of that round was visible.
+@triton.jit(do_not_specialize=["launch"])
+def barrier_kernel(counters, launch, seen, late, ROUNDS: tl.constexpr):  # noqa: ANN001, ANN201, N803
+    """Adds to ``late`` how often a program passed a barrier before its neighbour's store of that round was visible, or
+    found a barrier's counters unclean.
 
     Two barriers a round, with counters of their own: nobody begins a round while another still looks at the last one.
     """
@@ -27,15 +29,16 @@ def barrier_kernel(counters, seen, late, ROUNDS: tl.constexpr):  # noqa: ANN001,
     missing = 0
     for i in range(ROUNDS):
         tl.store(seen + program, i + 1)
-        grid_barrier(counters + 4 * i)
-        missing += (tl.load(seen + neighbour, cache_modifier=".cg") != i + 1).to(tl.int32)
-        grid_barrier(counters + 4 * i + 2)
+        clean = grid_barrier(counters + 4 * i, launch)
+        missing += (clean == 0).to(tl.int32) + (tl.load(seen + neighbour, cache_modifier=".cg") != i + 1).to(tl.int32)
+        clean = grid_barrier(counters + 4 * i + 2, launch)
+        missing += (clean == 0).to(tl.int32)
     tl.atomic_add(late, missing)
 
 
 def counters_for(rounds: int, device: str) -> torch.Tensor:
     """What the barriers of ``rounds`` count with; a launch leaves it as it found it."""
-    return torch.zeros(4 * rounds, dtype=torch.int32, device=device)
+    return torch.zeros(4 * rounds, dtype=torch.int64, device=device)
 
 
 def launcher(programs: int, rounds: int, device: str) -> tuple[Any, torch.Tensor]:
@@ -46,4 +49,4 @@ def launcher(programs: int, rounds: int, device: str) -> tuple[Any, torch.Tensor
     if device != "cpu":
         options["launch_cooperative_grid"] = True
     kernel: Any = barrier_kernel
-    return lambda: kernel[(programs,)](counters, seen, late, ROUNDS=rounds, **options), late
+    return lambda: kernel[(programs,)](counters, next_launch(), seen, late, ROUNDS=rounds, **options), late

@@ -11,7 +11,7 @@ import torch
 from kvcondense.api import condense
 from kvcondense.backends import Step, get_backend
 from kvcondense.backends.triton import TritonBackend, decode, tuning
-from kvcondense.backends.triton.variants import Variant, specs, variants
+from kvcondense.backends.triton.variants import Variant, variants
 from kvcondense.bench.records import Record
 from kvcondense.bench.run import CLOSE, off
 from kvcondense.bench.runners import plain_gemm
@@ -28,7 +28,7 @@ from kvcondense.weights import CompressorWeights
 _HIDDEN, _PAGE_ROWS, _STATE_ROWS, _TENSOR_SCALE = 1024, 64, 32, 0.02
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COUNTS = (3, 1, 16)
-"""Requests of a step, a row each: Triton compiles apart for 1, for multiples of 16, and for other numbers."""
+"""Requests of a step, a row each: 1 and multiples of 16 are compiled apart unless a kernel forbids it."""
 
 
 @dataclass(frozen=True)
@@ -45,27 +45,25 @@ class Form:
 
 def forms() -> list[Form]:
     """Every variant with three requests; one of each compressor and kernel with the other numbers, too."""
-    found = [Form(v, COUNTS[0]) for v in variants() if v.kernel != "keep" and _finishes_a_row(v)]  # "pool" keeps, too
+    found = [Form(v, COUNTS[0]) for v in variants() if _finishes_a_row(v)]
     rings = [f.variant for f in found if f.variant.state == "ring" and f.variant.state_type == "fp32"]
-    plain = {(v.kind, v.kernel): v for v in reversed(rings)}  # the first of each
+    plain = {(v.kind, v.form): v for v in reversed(rings)}  # the first of each
     return found + [Form(v, n) for n in COUNTS[1:] for v in plain.values()]
 
 
 def _finishes_a_row(v: Variant) -> bool:
     """False where a step of few tokens, without a state, ends no window."""
-    return (
-        bool(v.state) or v.kernel not in ("decode", "together") or COUNTS[0] * specs()[v.kind].window <= decode.TOKENS
-    )
+    return bool(v.state) or v.form not in ("decode", "together") or COUNTS[0] * v.compressor.window <= decode.TOKENS
 
 
 def check(form: Form, device: str) -> Record:
     """The largest difference of a row from the reference's, in its RMS, and whether the cache holds the rows' bytes."""
     start = time.perf_counter()
     parts = [form.variant]
-    if form.variant.kernel == "together":
-        parts.append(replace(form.variant, kind="indexer", format="mxfp4_indexer"))
+    if form.variant.form == "together":
+        parts.append(form.variant.beside or replace(form.variant, kind="indexer", format="mxfp4_indexer"))
     jobs = [_Job(v, form.requests, device) for v in parts]
-    if form.variant.kernel == "project":
+    if form.variant.form == "project":
         worst, same = jobs[0].project(), True
     else:
         expected = [job.expected() for job in jobs]
@@ -80,15 +78,13 @@ def check(form: Form, device: str) -> Record:
 def _run(variant: Variant, steps: list[Step], jobs: list[_Job]) -> None:
     backend: Any = get_backend("triton")
     ws = [job.weights.w for job in jobs]
-    if variant.kernel in ("decode", "together"):
+    if variant.form in ("decode", "together"):
         backend.run_fused("one launch", steps, jobs[0].x, ws)
-    elif variant.kernel == "pool":
+    elif variant.form == "tiles":
         backend.run_fused("tiles", steps, jobs[0].x, ws)
     else:
-        spec = jobs[0].spec
-        choice = tuning.choose(steps[0].rows.device, spec, variant.rows)
-        counters = choice.counters and variant.kernel != "finish"  # where nobody counts, a second launch finishes rows
-        TritonBackend(choice=replace(choice, counters=counters)).run(steps[0])
+        choice = tuning.choose(steps[0].rows.device, jobs[0].spec, variant.rows)
+        TritonBackend(choice=choice).run(steps[0])
 
 
 class _Job:
@@ -96,7 +92,7 @@ class _Job:
 
     def __init__(self, variant: Variant, requests: int, device: str) -> None:
         self.variant, self.requests, self.device = variant, requests, device
-        spec = self.spec = replace(specs()[variant.kind], rounding=variant.rounding)
+        spec = self.spec = variant.compressor
         gen = torch.Generator(device).manual_seed(1)
 
         def random(*shape: int) -> torch.Tensor:
@@ -107,7 +103,7 @@ class _Job:
             ape=0.1 * random(spec.ratio, spec.width) if spec.has_ape else None,
             w=(random(spec.projected, _HIDDEN) / _HIDDEN**0.5).bfloat16(),
         )
-        tiles = variant.kernel == "pool"
+        tiles = variant.form == "tiles"
         self.start = 0 if not variant.state else spec.window + (0 if tiles else spec.ratio - 1)
         self.new = spec.window if not variant.state else 2 * spec.ratio if tiles else 1
         self.rope = RopeTable.build(ModelConfig.FLASH, self.start + self.new + spec.ratio, device=device)

@@ -1,4 +1,4 @@
-"""The ``kvcondense`` command: verify, conformance, compress, convert, plan, explain, bench, tune, aot, info."""
+"""The ``kvcondense`` command: verify, conformance, compress, convert, plan, explain, bench, tune, aot, warm, info."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from kvcondense.cli import aot, bench, compress, conformance, convert, explain, info, plan, tune, verify
+from kvcondense.cli import aot, bench, compress, conformance, convert, explain, info, plan, tune, verify, warm
 from kvcondense.cli.output import fit, width
 from kvcondense.errors import KvCondenseError
 
@@ -27,6 +27,7 @@ app.command("explain", epilog=explain.EXAMPLE)(explain.explain)
 app.command("bench", epilog=bench.EXAMPLE)(bench.bench)
 app.command("tune", epilog=tune.EXAMPLE)(tune.tune)
 app.command("aot", epilog=aot.EXAMPLE)(aot.aot)
+app.command("warm", epilog=warm.EXAMPLE)(warm.warm)
 app.command("info", epilog=info.EXAMPLE)(info.info)
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from kvcondense.backends.triton import aot as compiler
+from kvcondense.backends.triton.launches import target as architecture
 from kvcondense.backends.triton.variants import variants
 from kvcondense.cli.output import JsonFile, Output
 from kvcondense.errors import RangeError, UnsupportedError
@@ -25,7 +26,7 @@ def aot(
     arch: Annotated[
         list[str] | None, typer.Option(help="Architecture, sm_NN or gfx9NN; may be given again. Default: all five.")
     ] = None,
-    variant: Annotated[list[str] | None, typer.Option(help="Part of a variant's name; may be given again.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="A name, or a part of names; may be given again.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Processes that compile. Default: one per processor.")] = None,
     list_variants: Annotated[bool, typer.Option("--list", help="Print the variants' names and compile none.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="One line per architecture only.")] = False,
@@ -38,32 +39,31 @@ def aot(
     instructions of the matrix units (wgmma alone on sm_90). Exit status 1 if one does not compile or spills registers.
     """
     output = Output(json_file)
-    chosen = [v for v in variants() if not variant or any(part in v.name for part in variant)]
+    names = [v.name for v in variants()]
+    wanted = [part for part in variant or () if part in names]  # a whole name is not a part of others
+    wanted += [name for name in names if any(part in name for part in variant or () if part not in names)]
+    chosen = [v for v in variants() if not variant or v.name in wanted]
     if not chosen:
         raise RangeError("--variant", "part of a name that --list prints", variant)
     if list_variants:
         for v in chosen:
             output.say(v.name)
         return
-    if find_spec("triton") is None:
-        raise UnsupportedError("aot", "triton (pip install kvcondense[triton])", "not installed")
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        raise UnsupportedError("TRITON_INTERPRET", "unset: the interpreter does not compile", "1")
-    if jobs is not None and jobs < 1:
-        raise RangeError("--jobs", "at least 1", jobs)
+    check_compiler("aot", jobs)
     targets = tuple(dict.fromkeys(arch or compiler.ARCHITECTURES))
     for target in targets:
-        compiler.target(target)  # a wrong name is an error before any work
+        architecture(target)  # a wrong name is an error before any work
     count = len(chosen)
     output.say(f"triton {version('triton')}: {count} variants x {len(targets)} architectures")
     results: list[compiler.Compiled] = []
-    with _workers(jobs or os.cpu_count() or 1) as work:
+    with workers(jobs or os.cpu_count() or 1) as work:
         for target in targets:
             found = []
-            for number, one in enumerate(work(compiler.compile_variant, chosen, [target] * count), 1):
-                found.append(one)
-                if not quiet or one.error or one.spills:
-                    output.say(f"[{number}/{count}] {_line(one)}")
+            for number, kernels in enumerate(work(compiler.compile_variant, chosen, [target] * count), 1):
+                found += kernels
+                for one in kernels:
+                    if not quiet or one.error or one.spills:
+                        output.say(f"[{number}/{count}] {_line(one)}")
             results += found
             output.say(_summary(target, found))
     bad = [r for r in results if r.error or r.spills]
@@ -80,8 +80,18 @@ def aot(
     raise typer.Exit(1 if bad else 0)
 
 
+def check_compiler(command: str, jobs: int | None) -> None:
+    """Raise unless Triton can compile here, in this many processes."""
+    if find_spec("triton") is None:
+        raise UnsupportedError(command, "triton (pip install kvcondense[triton])", "not installed")
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise UnsupportedError("TRITON_INTERPRET", "unset: the interpreter does not compile", "1")
+    if jobs is not None and jobs < 1:
+        raise RangeError("--jobs", "at least 1", jobs)
+
+
 @contextlib.contextmanager
-def _workers(jobs: int) -> Iterator[Callable[..., Iterable[compiler.Compiled]]]:
+def workers(jobs: int) -> Iterator[Callable[..., Iterable[list[compiler.Compiled]]]]:
     """``map`` over this many processes; one job needs no process."""
     if jobs == 1:
         yield map
@@ -92,10 +102,10 @@ def _workers(jobs: int) -> Iterator[Callable[..., Iterable[compiler.Compiled]]]:
 
 def _line(r: compiler.Compiled) -> str:
     if r.error is not None:
-        return f"{r.arch:<7} {r.variant:<60} FAILED {r.error}"
+        return f"{r.arch:<7} {r.variant:<52} {r.kernel:<19} FAILED {r.error}"
     numbers = f"{_number(r.registers):>4} registers {_number(r.spills):>3} spilled {_number(r.shared):>6} B shared"
     matrix = f", {r.matrix} matrix" if r.matrix else ""
-    return f"{r.arch:<7} {r.variant:<60} {numbers}  {r.num_warps} warps x {r.block} channels{matrix}"
+    return f"{r.arch:<7} {r.variant:<52} {r.kernel:<19} {numbers}  {r.num_warps} warps x {r.block} channels{matrix}"
 
 
 def _summary(arch: str, results: Iterable[compiler.Compiled]) -> str:

@@ -14,6 +14,7 @@ import kvcondense
 from kvcondense import capacity
 from kvcondense.api import explain
 from kvcondense.backends.cpu import native
+from kvcondense.backends.triton import fences
 from kvcondense.checkpoint import compressors as stored_compressors
 from kvcondense.cli import completion
 from kvcondense.cli.output import JsonFile, Output, width
@@ -88,6 +89,9 @@ def _machine(output: Output) -> dict[str, Any]:
         output.say(f"{name:<14} {number}")
     for name, reason in backends.items():
         output.say(f"backend {name:<6} {'can run' if reason is None else reason}")
+    fence = _fence(versions["triton"])
+    if fence is not None:
+        output.say(f"triton {versions['triton']:<7} {fence}")
     kernels = _kernels(backends["cpu"])
     for kernel in kernels:
         state = "compiled" if kernel["cached"] else "not compiled yet"
@@ -99,10 +103,20 @@ def _machine(output: Output) -> dict[str, Any]:
     return {
         "versions": versions,
         "backends": backends,
+        "proxy_fence": fence,
         "kernels": kernels,
         "formats": list(FORMATS),
         "compressors": rows,
     }
+
+
+def _fence(triton: str) -> str | None:
+    """What is done about a fence that the installed Triton leaves out; None without Triton."""
+    if triton == "not installed":
+        return None
+    if fences.omitted():
+        return "omits the fence between copies and matrix units: kernels that project are compiled with it added"
+    return "fences what copies write for the matrix units"
 
 
 def _checkpoint(output: Output, directory: Path) -> dict[str, Any]:

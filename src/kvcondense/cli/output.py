@@ -7,10 +7,10 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -18,6 +18,7 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE ('-': standard output).")
 ]
 _HANG, _GAP = 6, 2
+_Item = TypeVar("_Item")
 
 
 def width() -> int | None:
@@ -64,6 +65,17 @@ class Output:
             return
         head, _, *rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.strip().splitlines()]
         self.table(head, rows)
+
+    def track(self, items: Iterable[_Item], total: int, what: str) -> Iterator[_Item]:
+        """The items, behind a bar that says how far they are; in a pipe, where nothing moves, without one."""
+        stream = sys.stderr if self.to_stdout else sys.stdout
+        if not stream.isatty():
+            yield from items
+            return
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(items, what, total, console=Console(file=stream), transient=True)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write ``result`` where --json said, if it said so."""

@@ -61,7 +61,7 @@ def plan(
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise UnsupportedError("--plot", "a file that ends in .png, .svg or .pdf", plot)
     require_int("--batch", batch, 1)
-    config = _model(model)
+    config = model_of(model)
     main, _, indexer = format.partition(",")
     options: dict[str, Any] = {
         "format": main, "indexer_format": indexer or "mxfp4_indexer", "draft": draft, "state": state,
@@ -114,7 +114,8 @@ def _state(line: Line, kind: str) -> str:
     return f"ring of {line.ring_rows} rows: {_size(line.ring)}"
 
 
-def _model(name: str) -> ModelConfig:
+def model_of(name: str) -> ModelConfig:
+    """A preset, or what a config.json says; raises for any other name."""
     if Path(name).suffix == ".json" or Path(name).is_file():
         return ModelConfig.from_json(name)
     require_known("--model", name, PRESETS, "or name a model's config.json")

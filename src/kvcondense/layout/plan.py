@@ -59,8 +59,8 @@ class Plan:
     keep_token, keep_request, keep_position, keep_row [K]: token t at position p of request q goes to a state row.
     Entries of -1 in window_request or keep_token are padding and stand at the end. overwrites: a kept row may take the
     place of a stored row that a window of this step reads, so that rows must be kept after all windows were read.
-    counters [E + 4] int32, zero: scratch of backends, which leave it zero: windows, then barriers. One stream at a time
-    may use a plan.
+    counters [E + 4] int64, zero: scratch of backends, which leave it zero: windows, then barriers. One stream at a time
+    may use a plan; rows of steps that meet on one are NaN.
     """
 
     ratio: int
@@ -205,6 +205,7 @@ class Plan:
         check_fields(self, other, names)
         self.batch.copy_(other.batch)
         copy_fields(self, other, names)
+        self.counters.zero_()  # whatever a step that was broken off has left
         vars(self).pop("_facts", None)
 
     def facts(self, spec: CompressorSpec) -> Facts:
@@ -269,7 +270,7 @@ def _work(
 
 
 def _counters(windows: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(windows.shape[0] + _BARRIERS, dtype=torch.int32, device=windows.device)
+    return torch.zeros(windows.shape[0] + _BARRIERS, dtype=torch.int64, device=windows.device)
 
 
 def _overwrites(

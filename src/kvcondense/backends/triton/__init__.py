@@ -17,9 +17,11 @@ from kvcondense.backends.triton import decode, fused, tuning
 from kvcondense.backends.triton.constants import UNROLL, Constants, constants, state_key
 from kvcondense.backends.triton.runtime import (
     cache_operands,
+    clean_counters,
     fp32,
     installed,
     interpreted,
+    next_launch,
     on_device,
     rope_operands,
     state_table,
@@ -75,7 +77,7 @@ class TritonBackend:
         elif step.plan.overwrites and not isinstance(step.state, OnlineState):
             # A kept row takes the place of one that a window of this step still reads.
             _run(step, self.choice, cache=step.cache, keeps=False)
-            _run(step, self.choice, windows=False, cache=None)
+            _run(step, self.choice, cache=step.cache, windows=False)
         else:
             _run(step, self.choice, cache=step.cache)
 
@@ -153,7 +155,7 @@ def _run(
     if count == 0 and kept == 0:
         return
     if choice is None:
-        choice = tuning.choose(step.kv_score.device, spec, count)
+        choice = tuning.choose(step.kv_score.device, spec, plan.num_windows)
     form = None if cache is None else cache.format
     c = constants(
         spec,
@@ -162,7 +164,7 @@ def _run(
         0 if cache is None else cache.page_rows,
         step.latent is not None,
         choice,
-        unroll=1 if step.kv_score.device.type == "cpu" else UNROLL,
+        unroll=1 if interpreted() else UNROLL,
     )
     launch(step, cache, c, count, kept, choice.num_warps)
 
@@ -173,6 +175,7 @@ def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept:
     from kvcondense.backends.triton.kernels.online import online_kernel
 
     plan, state, batch = step.plan, step.state, step.plan.batch
+    number = next_launch()
     kv_score = step.kv_score if step.kv_score.stride(1) == 1 else step.kv_score.contiguous()
     ape, gamma = None if step.ape is None else fp32(step.ape), fp32(step.gamma)
     cos, sin = rope_operands(step)
@@ -183,19 +186,18 @@ def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept:
     stored = (cache_data, scales, counters)
     programs = count * c.blocks
     options: dict[str, Any] = {"c": c, "num_warps": num_warps, "enable_fp_fusion": False}
-    with on_device(kv_score.device):
+    with on_device(kv_score.device), clean_counters([plan]):
         if isinstance(state, OnlineState):
             online_kernel[(programs + kept,)](
                 *head, batch.draft_rows, batch.state_slots, state.acc, state.folded, state.log, *windows, *stored,
-                programs, kv_score.stride(0), page_stride, scales_stride, **options,
+                programs, kv_score.stride(0), page_stride, scales_stride, number, **options,
             )  # fmt: skip
             return
         table, stride = state_table(batch, state)
         data = None if state is None else state.data
         condense_kernel[(programs + kept,)](
             *head, table, data, *windows, plan.keep_token, plan.keep_position, plan.keep_row, *stored,
-            programs, kv_score.stride(0), stride, page_stride, scales_stride,
-            **options,
+            programs, kv_score.stride(0), stride, page_stride, scales_stride, number, **options,
         )  # fmt: skip
         if count and c.blocks > 1 and not c.counters:
             finish_kernel[(count,)](*head[2:7], *windows, cache_data, scales, page_stride, scales_stride, **options)

@@ -9,14 +9,13 @@ import re
 import subprocess
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kvcondense.backends.triton import tuning
-from kvcondense.backends.triton.tuning import Choice
-from kvcondense.backends.triton.variants import STRIDE, Variant, arguments
-from kvcondense.errors import UnsupportedError
+from kvcondense.backends.triton.launches import Launch
+from kvcondense.backends.triton.variants import Variant, launches
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 
@@ -25,7 +24,8 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 class Compiled:
     """What came of a variant. error: the compiler's, else None; spills in bytes of a thread's memory.
 
-    matrix: instructions of the matrix units (of warp groups, on sm_90) in the assembly.
+    matrix: instructions of the matrix units (of warp groups, on sm_90) in the assembly; fences: those between copies
+    and matrix units; loads: from global memory, by bits for a thread (both on NVIDIA).
     """
 
     variant: str
@@ -38,6 +38,8 @@ class Compiled:
     spills: int | None = None
     shared: int | None = None
     matrix: int | None = None
+    fences: int | None = None
+    loads: dict[str, int] = field(default_factory=dict)
     error: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -45,24 +47,26 @@ class Compiled:
         return asdict(self)
 
 
-def compile_variant(variant: Variant, arch: str) -> Compiled:
-    """Compile for ``arch`` (sm_NN or gfxNNN); a failure is reported, not raised."""
-    import triton
-    from triton.compiler import ASTSource
+def compile_variant(variant: Variant, arch: str) -> list[Compiled]:
+    """Compile each kernel that the variant's step launches for ``arch`` (sm_NN or gfxNNN).
 
-    kernel, choice, signature, constexprs, attrs = _signature(variant, arch)
-    head = Compiled(variant.name, arch, kernel.__name__, choice.block, choice.num_warps, 0.0)
+    A failure is reported, not raised.
+    """
     start = time.perf_counter()
     try:
-        source = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-        options = {"num_warps": choice.num_warps, **tuning.product_options(arch if variant.multiplies else "")}
-        built = triton.compile(source, target=target(arch), options=options)
-    except Exception as error:  # whatever a compiler raises is the finding, and the first of its errors the reason
-        reason: BaseException = error
-        while reason.__cause__ is not None:
-            reason = reason.__cause__
-        text = f"{type(error).__name__}: {reason}"[-2000:]
-        return replace(head, seconds=time.perf_counter() - start, error=text)
+        asked = launches(variant, arch)
+    except Exception as error:
+        return [Compiled(variant.name, arch, "", 0, 0, time.perf_counter() - start, error=_reason(error))]
+    return [_compile(variant, launch, arch) for launch in asked]
+
+
+def _compile(variant: Variant, launch: Launch, arch: str) -> Compiled:
+    head = Compiled(variant.name, arch, launch.name, launch.constants.block, launch.options["num_warps"], 0.0)
+    start = time.perf_counter()
+    try:
+        built = launch.compile(arch)
+    except Exception as error:  # whatever a compiler raises is the finding
+        return replace(head, seconds=time.perf_counter() - start, error=_reason(error))
     seconds = time.perf_counter() - start
     registers, spills = _amd_usage(built) if arch.startswith("gfx") else _nvidia_usage(built)
     return replace(
@@ -72,7 +76,25 @@ def compile_variant(variant: Variant, arch: str) -> Compiled:
         spills=spills,
         shared=built.metadata.shared,
         matrix=matrix_instructions(built, arch),
+        fences=None if arch.startswith("gfx") else len(re.findall(r"fence\.proxy\.async", built.asm["ptx"])),
+        loads={} if arch.startswith("gfx") else global_loads(built.asm["ptx"]),
     )
+
+
+def _reason(error: BaseException) -> str:
+    """Its kind, and the first of its errors."""
+    first = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    return f"{type(error).__name__}: {first}"[-2000:]
+
+
+def global_loads(ptx: str) -> dict[str, int]:
+    """Instructions that load from global memory, by the bits that a thread gets from each."""
+    found: Counter[str] = Counter()
+    for vector, bits in re.findall(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)\b", ptx):
+        found[str(int(vector or 1) * int(bits))] += 1
+    return dict(found)
 
 
 def matrix_instructions(built: Any, arch: str) -> int:
@@ -81,43 +103,6 @@ def matrix_instructions(built: Any, arch: str) -> int:
         return len(re.findall(r"\bv_mfma_", built.asm["amdgcn"]))
     words = r"wgmma\.mma_async" if arch == "sm_90" else r"tcgen05\.mma|mma\.sync"
     return len(re.findall(words, built.asm["ptx"]))
-
-
-def target(arch: str) -> Any:
-    """Triton's name for an architecture; raises UnsupportedError for one that it does not compile for."""
-    from triton.backends.compiler import GPUTarget
-
-    if re.fullmatch(r"sm_\d+", arch):
-        return GPUTarget("cuda", int(arch[3:]), 32)
-    if re.fullmatch(r"gfx9\w+", arch):
-        return GPUTarget("hip", arch, 64)
-    raise UnsupportedError("arch", f"{', '.join(ARCHITECTURES)}, or another sm_NN or gfx9NN", repr(arch))
-
-
-def _signature(variant: Variant, arch: str) -> tuple[Any, Choice, dict[str, Any], dict[Any, Any], dict[Any, Any]]:
-    """(kernel, tiling, type of each argument, values of those that are compile-time, alignment)."""
-    kernel, choice, types, values = arguments(variant, arch)
-    signature: dict[str, Any] = {}
-    constexprs: dict[Any, Any] = {}
-    attrs: dict[Any, Any] = {}
-
-    def one(path: tuple[int, ...], name: str, given: Any) -> Any:
-        if isinstance(given, tuple):
-            return tuple(one((*path, i), f"{name}_{i}", g) for i, g in enumerate(given))
-        if given is None:
-            constexprs[path] = None
-            return "constexpr"
-        if given.startswith("*") or given == STRIDE:
-            attrs[path] = [["tt.divisibility", 16]]
-        return "i32" if given == STRIDE else given
-
-    for index, name in enumerate(kernel.arg_names):
-        if name in values:
-            signature[name] = "constexpr"
-            constexprs[(index,)] = values[name]
-        else:
-            signature[name] = one((index,), name, types[name])
-    return kernel, choice, signature, constexprs, attrs
 
 
 def _nvidia_usage(built: Any) -> tuple[int | None, int | None]:

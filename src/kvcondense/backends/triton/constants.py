@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from kvcondense.layout.online import OnlineState
 from kvcondense.layout.state import PagedLayout, StatePool
 from kvcondense.spec import CompressorSpec, Rounding
 
+_MULTIPLE = 16
 UNROLL = 4
 """Tokens that an online fold reads ahead."""
 SCALE_PART = Part(
@@ -28,7 +30,8 @@ class Constants:
     """Compile-time arguments; equal ones are one object (``constants``), so that looking a kernel up is quick.
 
     block: channels of a program, blocks: programs per window, counters: whether the last of them finishes it.
-    state_rows: rows of a ring, a page or a draft log; page_tokens: positions that share a page; strides in elements.
+    state_rows: rows of a ring, a page or a draft log; page_tokens: positions that share a page; strides in elements,
+    state_multiple: a power of two that divides them, so that rows begin where 16 bytes do.
     window_padded, window_levels: the window as a power of two, and its logarithm; ratio_levels: the ratio's. splits:
     partial sums that make a value of kv_score; 0: it is one.
     """
@@ -60,6 +63,7 @@ class Constants:
     page_tokens: int
     state_stride: int
     state_page_stride: int
+    state_multiple: int
     raw_scores: bool
     latent: bool
     has_cache: bool
@@ -130,6 +134,7 @@ def constants(
         page_tokens=state.page_tokens,
         state_stride=state.stride,
         state_page_stride=state.page_stride,
+        state_multiple=math.gcd(state.stride, state.page_stride, _MULTIPLE),
         raw_scores=state.raw_scores,
         latent=latent,
         has_cache=form is not None,

@@ -15,8 +15,18 @@ import torch
 from kvcondense.backends import Step
 from kvcondense.backends.triton import tuning
 from kvcondense.backends.triton.constants import Constants, constants, state_key
+from kvcondense.backends.triton.fences import proxy_fence
 from kvcondense.backends.triton.fused import DEPTH, why_not_project
-from kvcondense.backends.triton.runtime import cache_operands, fp32, on_device, rope_operands, state_table
+from kvcondense.backends.triton.runtime import (
+    cache_operands,
+    clean_counters,
+    fp32,
+    interpreted,
+    next_launch,
+    on_device,
+    rope_operands,
+    state_table,
+)
 from kvcondense.backends.triton.tuning import Choice
 from kvcondense.layout.online import OnlineState
 
@@ -27,9 +37,8 @@ WARPS = 4
 _SPLITS = 8
 _TILE = 1024
 """Elements of a pooled tile, [window, channels]."""
-ARGUMENTS = ("own", "layer", "windows", "keeps", "stored")
-"""Tuples of the kernel's arguments that belong to one compressor."""
-NONE = (None,) * 4, (None,) * 6, (None,) * 5, (None,) * 4, (None,) * 9
+_NONE = (None,) * 4, (None,) * 6, (None,) * 4, (None,) * 3, (None,) * 8, 0, 0, 0
+"""A compressor's arguments where there is none."""
 
 
 def why_not(step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
@@ -82,7 +91,7 @@ def _launch(jobs: Sequence[tuple[Step, tuple[Any, ...], Constants]], x: torch.Te
 
     two = len(jobs) > 1
     block = block_of([c.projected for _, _, c in jobs])
-    shape = {"M": TOKENS, "B": block, "K": DEPTH, "WIDE": x.device.type == "cpu", "TWO": two}
+    shape = {"M": TOKENS, "B": block, "K": DEPTH, "WIDE": interpreted(), "TWO": two}
     ordered = any(step.plan.overwrites for step, _, _ in jobs)
     products = sum(c.projected // block * c.splits for _, _, c in jobs)
     others = sum(step.plan.num_windows * c.blocks + step.plan.keep_token.shape[0] for step, _, c in jobs)
@@ -90,26 +99,29 @@ def _launch(jobs: Sequence[tuple[Step, tuple[Any, ...], Constants]], x: torch.Te
     options = tuning.product_options(tuning.architecture(x.device))
     if whole:
         options = {**options, "launch_cooperative_grid": True}
-    second = jobs[1][1] if two else NONE
-    with on_device(x.device):
+    second, number = jobs[1][1] if two else _NONE, next_launch()
+    plans = [step.plan for step, _, _ in jobs]
+    with on_device(x.device), proxy_fence(), clean_counters(plans):
         for phase in (kernels.ALL,) if whole else (kernels.STREAM, kernels.WINDOWS, kernels.KEEPS):
             launch: dict[str, Any] = {
-                "c": jobs[0][2], "c_2": jobs[1][2] if two else None, "ORDERED": ordered, "PHASE": phase.value,
-                "num_warps": WARPS, **shape, **options,
+                "c": jobs[0][2], "c_2": jobs[1][2] if two else None, "PHASE": phase.value, "num_warps": WARPS,
+                **shape, **options,
             }  # fmt: skip
             kernels.decode_kernel[(min(max(products, others), programs),)](
-                x, x.shape[0], x.shape[1], x.stride(0), *jobs[0][1], *second, **launch
+                x, x.shape[0], x.shape[1], x.stride(0), number, int(ordered), *jobs[0][1], *second, **launch
             )
 
 
-@functools.cache
 def _programs(device: torch.device) -> tuple[bool, int]:
     """Whether programs may wait for one another, and how many fit on the device at once."""
     each = tuning.decode_programs(device)
     assert each is not None
-    if device.type == "cpu":
-        return False, each
-    return True, each * torch.cuda.get_device_properties(device).multi_processor_count
+    return not interpreted(), each * _processors(device)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _arguments(step: Step, x: torch.Tensor, w: torch.Tensor) -> tuple[tuple[Any, ...], Constants]:
@@ -131,8 +143,8 @@ def _arguments(step: Step, x: torch.Tensor, w: torch.Tensor) -> tuple[tuple[Any,
         (w, partials, w.stride(0), partials.stride(0)),
         (None if step.ape is None else fp32(step.ape), fp32(step.gamma), *rope_operands(step),
          batch.query_start_loc, batch.start_positions),
-        (plan.window_request, plan.window_index, plan.window_slot, plan.counters, plan.num_windows),
-        (plan.keep_token, plan.keep_position, plan.keep_row, plan.keep_token.shape[0] if data is not None else 0),
-        (step.rows, step.latent, table, data, stored, scales, stride,
-         page_stride, scales_stride),
+        (plan.window_request, plan.window_index, plan.window_slot, plan.counters),
+        (plan.keep_token, plan.keep_position, plan.keep_row),
+        (step.rows, step.latent, table, data, stored, scales, page_stride, scales_stride),
+        plan.num_windows, plan.keep_token.shape[0] if data is not None else 0, stride,
     ), c  # fmt: skip

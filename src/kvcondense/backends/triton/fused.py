@@ -13,9 +13,11 @@ import torch
 from kvcondense.backends import Step
 from kvcondense.backends.triton import tuning
 from kvcondense.backends.triton.constants import Constants, constants, state_key
+from kvcondense.backends.triton.fences import proxy_fence
 from kvcondense.backends.triton.runtime import (
     cache_operands,
     fp32,
+    interpreted,
     on_device,
     rope_operands,
     state_table,
@@ -84,7 +86,7 @@ def project(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     block = next(b for b in (_BLOCK, 32, _LEAST) if w.shape[0] % b == 0)
     c = constants(spec, state_key(None), None, 0, False, Choice(block, _WARPS, counters=False))
     launch: dict[str, Any] = {"M": TILE, **_products(x, c)}
-    with on_device(x.device):
+    with on_device(x.device), proxy_fence():
         fused.project_kernel[(-(-x.shape[0] // TILE) * c.blocks,)](
             x, w, out, x.shape[0], x.shape[1], x.stride(0), w.stride(0), out.stride(0), **launch,
         )  # fmt: skip
@@ -92,8 +94,8 @@ def project(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def _products(x: torch.Tensor, c: Constants) -> dict[str, Any]:
-    wide, options = x.device.type == "cpu", tuning.product_options(tuning.architecture(x.device))
-    return {"c": c, "K": DEPTH, "WIDE": wide, "num_warps": _WARPS, **options}
+    options = tuning.product_options(tuning.architecture(x.device))
+    return {"c": c, "K": DEPTH, "WIDE": interpreted(), "num_warps": _WARPS, **options}
 
 
 def choice(spec: CompressorSpec) -> Choice:
@@ -117,7 +119,7 @@ def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
     ape, data = None if step.ape is None else fp32(step.ape), None if state is None else state.data
     hidden, windows, keeps = x.shape[1], plan.num_windows, plan.keep_token.shape[0]
     group = TILE // spec.ratio
-    with on_device(x.device):
+    with on_device(x.device), proxy_fence():
         if windows:
             table, stride = state_table(batch, state)
             fused.project_pool_kernel[(-(-windows // group) * c.blocks,)](

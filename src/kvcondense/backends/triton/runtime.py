@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,6 +17,7 @@ from kvcondense.backends import Step
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.online import OnlineState
+from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import PagedLayout, StatePool
 
 _DEVICES = ("cuda", "npu")
@@ -39,6 +42,7 @@ def installed() -> bool:
         return False
 
 
+@functools.cache
 def interpreted() -> bool:
     """True if Triton runs kernels in its interpreter."""
     import triton
@@ -63,6 +67,26 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
+
+
+_launches = itertools.count(1)
+
+
+def next_launch() -> int:
+    """A number for a launch, in [1, 2^31): another one than those of all launches that may still run."""
+    return next(_launches) % (2**31 - 1) + 1
+
+
+@contextlib.contextmanager
+def clean_counters(plans: Iterable[Plan]) -> Iterator[None]:
+    """Counters are zero again after launches that were broken off, as under the interpreter."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # of a device that takes no more work
+            for plan in plans:
+                plan.counters.zero_()
+        raise
 
 
 def fp32(t: torch.Tensor) -> torch.Tensor:

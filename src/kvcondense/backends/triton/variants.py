@@ -1,7 +1,7 @@
-"""What the backend can launch for DeepSeek-V4's compressors, and what every such kernel is compiled for.
+"""What the backend can launch for DeepSeek-V4's compressors: every such step, made small, and what it launches.
 
-``variants`` has every entry of the tuning table, every state, every cache format, every type of tokens; ``arguments``
-the types of a kernel's arguments.
+``variants`` has every entry of the tuning table, every state, every cache format, every type of tokens; ``launches``
+takes the step of one, so that what is compiled ahead is what a step asks for.
 """
 
 from __future__ import annotations
@@ -11,27 +11,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kvcondense.backends.triton import decode, fused, tuning
-from kvcondense.backends.triton.constants import Constants, StateKey, constants
-from kvcondense.backends.triton.tuning import Choice
+import torch
+
+from kvcondense.backends import Step
+from kvcondense.backends.triton import TritonBackend, decode, fused, tuning
+from kvcondense.backends.triton.launches import Launch, recorded
 from kvcondense.config import ModelConfig
 from kvcondense.errors import UnsupportedError
 from kvcondense.formats import FORMATS
+from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.online import OnlineState
+from kvcondense.layout.plan import Plan
+from kvcondense.layout.state import StatePool
+from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec, Rounding
 
-STRIDE = "stride"
-"""Type of an i32 that is a multiple of 16."""
-_PAGE_ROWS = 64
 _MAIN = {"csa": "fp8_model1", "hca": "fp8_model1", "indexer": "mxfp4_indexer", "r2": "fp4_v41", "r1": "fp4_v41"}
-_RING = {"csa": 16, "indexer": 16, "hca": 136, "r2": 8, "r1": 8}
-_HIDDEN = 4096
+_HIDDEN, _TOKENS, _STATE_PAGE, _LOG_ROWS = 4096, 2, 32, 8
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel: which compressor, kind of state, types of tokens and state ("" for none), format and rows.
+    """One step: which compressor, kind of state, types of tokens and state ("" for none), format and rows.
 
-    kernel: "step", one that projects (pool, keep, project, decode, together: with the indexer's step), or "finish".
+    form: "step", or from hidden states: "tiles", "decode", "together" (decode with the indexer's step) or "project",
+    which is no step. drafts: of a step, which rings have rows for; page_rows: of the cache. spec, beside: the
+    compressor if it is not the one of that kind in ``specs``, and the variant whose step shares the launch.
     """
 
     kind: str
@@ -42,19 +49,27 @@ class Variant:
     rows: int = 16
     latent: bool = False
     rounding: Rounding = Rounding.REFERENCE
-    kernel: str = "step"
+    form: str = "step"
+    drafts: int = 2
+    page_rows: int = 64
+    spec: CompressorSpec | None = None
+    beside: Variant | None = None
+
+    @property
+    def compressor(self) -> CompressorSpec:
+        """The spec, with the variant's rounding."""
+        return replace(self.spec or specs()[self.kind], rounding=self.rounding)
 
     @property
     def multiplies(self) -> bool:
-        """True for kernels that project."""
-        return self.kernel not in ("step", "finish")
+        """True if its kernels project."""
+        return self.form != "step"
 
     @property
     def name(self) -> str:
         """Short and unique."""
-        if self.kernel != "step":
-            words = (self.kind, self.kernel, self.state or "stateless", self.state_type, self.format or "rows")
-            return "-".join(words)
+        if self.multiplies:
+            return "-".join((self.kind, self.form, self.state or "stateless", self.state_type, self.format or "rows"))
         extra = ("latent",) * self.latent + (self.rounding.value,) * (self.rounding is Rounding.FUSED)
         return "-".join((self.kind, self.state or "stateless", self.tokens, self.state_type, f"{self.rows}rows",
                          self.format or "rows", *extra))  # fmt: skip
@@ -82,9 +97,10 @@ def variants() -> tuple[Variant, ...]:
 def _variants() -> Iterator[Variant]:
     kinds = specs()
     for kind, spec in kinds.items():
+        main = _MAIN[kind]
         for rows in _row_classes(spec):
             for state in ("ring", "paged", "") + (() if spec.overlap else ("online",)):
-                yield Variant(kind, state, format=_MAIN[kind], rows=rows)
+                yield Variant(kind, state, format=main, rows=rows)
         for form in FORMATS.values():
             if _fits(form, spec):
                 yield Variant(kind, format=form.name)
@@ -93,13 +109,38 @@ def _variants() -> Iterator[Variant]:
             yield Variant(kind, tokens=tokens, state_type="bf16", format="bf16")
         yield Variant(kind)
         for state, state_type in (("", "fp32"), ("ring", "fp32"), ("ring", "bf16"), ("paged", "fp32")):
-            for kernel in ("pool", "keep", "decode", "together"):
-                if kernel != "together" or kind == "csa":
-                    form = "" if kernel in ("pool", "keep") else _MAIN[kind]
-                    if kernel != "keep" or state:
-                        yield Variant(kind, state, "bf16", state_type, form, kernel=kernel)
-        yield Variant(kind, "", "bf16", kernel="project")
-        yield Variant(kind, "", format=_MAIN[kind], kernel="finish")
+            for form in ("tiles", "decode"):
+                yield Variant(kind, state, "bf16", state_type, main, form=form)
+            if kind == "csa":
+                beside = Variant("indexer", state, "bf16", state_type, _MAIN["indexer"])
+                yield Variant(kind, state, "bf16", state_type, main, form="together", beside=beside)
+        yield Variant(kind, "", "bf16", form="project")
+
+
+def of_model(
+    compressors: dict[str, CompressorSpec], formats: tuple[str, str], state: str, drafts: int, page_tokens: int
+) -> list[Variant]:
+    """Steps of a model: unfused, in tiles, and in one launch, a CSA layer's two compressors together as well as alone.
+
+    compressors: by a name in which the indexer's is "indexer"; formats: of main rows and of indexer keys; state: ring,
+    paged, or online where windows do not overlap; page_tokens: of a page of the cache.
+    """
+    found, indexer = [], None
+    for kind in sorted(compressors, key=lambda name: name != "indexer"):
+        spec, form = compressors[kind], formats[kind == "indexer"]
+        rows = max(1, page_tokens // spec.ratio)
+        held = "ring" if state == "online" and spec.overlap else state
+        one = Variant(kind, held, format=form, drafts=drafts, page_rows=rows, spec=spec)
+        found += [replace(one, rows=most) for most in _row_classes(spec)]
+        small = replace(one, tokens="bf16", form="decode")
+        if held != "online":
+            found += [replace(small, form="tiles"), small]
+        if kind == "indexer":
+            indexer = small
+        elif indexer is not None and spec.ratio == indexer.compressor.ratio and held != "online":
+            found.append(replace(small, form="together", beside=indexer))
+        found.append(replace(small, state="", format="", form="project"))
+    return found
 
 
 def _fits(form: Any, spec: CompressorSpec) -> bool:
@@ -119,91 +160,66 @@ def _row_classes(spec: CompressorSpec) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def arguments(variant: Variant, arch: str) -> tuple[Any, Choice, dict[str, Any], dict[str, Any]]:
-    """(kernel, tiling, type of each run-time argument with None for one that is absent, compile-time values)."""
-    if variant.kernel in ("decode", "together"):
-        return _decode(variant)
-    from kvcondense.backends.triton.kernels import fused as products
-    from kvcondense.backends.triton.kernels.condense import condense_kernel, finish_kernel
-    from kvcondense.backends.triton.kernels.online import online_kernel
-
-    spec = replace(specs()[variant.kind], rounding=variant.rounding)
-    choice, values = tuning.choose_for(arch, spec.ratio, spec.window, spec.head_dim, variant.rows), {}
-    if variant.kernel != "step":
-        choice = fused.choice(spec)
-    if variant.kernel in ("pool", "keep", "project"):
-        tile = {"G": fused.TILE // spec.ratio} if variant.kernel == "pool" else {"M": fused.TILE}
-        values = {**tile, "K": fused.DEPTH, "WIDE": False}
-    c = _constants(variant, spec, choice)
-    kernel = {
-        "step": online_kernel if c.online else condense_kernel,
-        "pool": products.project_pool_kernel,
-        "keep": products.project_keep_kernel,
-        "project": products.project_kernel,
-        "finish": finish_kernel,
-    }[variant.kernel]
-    return kernel, choice, _types(kernel.arg_names, variant, c), {"c": c, **values}
-
-
-def _constants(variant: Variant, spec: CompressorSpec, choice: Choice, splits: int = 0) -> Constants:
-    rows = {"ring": _RING[variant.kind], "paged": 32, "online": 8, "": 0}[variant.state]
-    bf16 = variant.state_type == "bf16" and variant.state != ""
-    state = StateKey(variant.state, rows, bf16, spec.state_dim, spec.state_dim * rows, rows)
-    form = FORMATS[variant.format] if variant.format else None
-    return constants(spec, state, form, _PAGE_ROWS, variant.latent, choice, splits=splits)
-
-
-def _types(names: list[str], variant: Variant, c: Constants) -> dict[str, Any]:
-    types: dict[str, Any] = {"kv_score": f"*{variant.tokens}", "state": f"*{variant.state_type}", "cache": "*u8"}
-    types |= dict.fromkeys(("ape", "gamma", "cos", "sin", "rows", "latent", "acc", "log", "scales"), "*fp32")
-    types |= {"counters": "*i32", "x": "*bf16", "w": "*bf16", "hidden": STRIDE}
-    types |= dict.fromkeys(("window_programs", "windows", "keeps", "tokens"), "i32")
-    if variant.kernel == "project":
-        types["kv_score"] = "*fp32"
-    absent = {
-        "ape": not c.has_ape,
-        "latent": not c.latent,
-        "state": not c.has_state,
-        "state_table": not c.has_state,
-        "cache": not c.has_cache,
-        "scales": c.rows_map is None or not (c.rows_map.scales_outside or variant.format == "fp8_tensor"),
-        "counters": c.blocks == 1 or not c.counters,
-    }
-    found = {}
-    for name in names:
-        found[name] = None if absent.get(name) else STRIDE if name.endswith("_stride") else types.get(name, "*i64")
+def launches(variant: Variant, arch: str) -> list[Launch]:
+    """What a step of this variant launches on a device of architecture ``arch``; nothing runs."""
+    with recorded(arch) as found:
+        _launch(variant, arch)
     return found
 
 
-def _decode(variant: Variant) -> tuple[Any, Choice, dict[str, Any], dict[str, Any]]:
-    """The same for a launch that does whole steps; the second compressor's arguments end in _2."""
-    from kvcondense.backends.triton.kernels import decode as kernels
-
-    two = variant.kernel == "together"
-    other = replace(variant, kind="indexer", format=_MAIN["indexer"])
-    both = [_decode_one(v) for v in (variant, other)[: 1 + two]]
-    types: dict[str, Any] = {"x": "*bf16", "tokens": "i32", "hidden": STRIDE, "x_stride": STRIDE}
-    for suffix, given in zip(("", "_2"), [t for t, _ in both] + [decode.NONE] * (not two), strict=True):
-        types |= {name + suffix: t for name, t in zip(decode.ARGUMENTS, given, strict=True)}
-    block = decode.block_of([c.projected for _, c in both])
-    values = {
-        "c": both[0][1], "c_2": both[1][1] if two else None, "TWO": two, "ORDERED": variant.state == "paged",
-        "PHASE": kernels.ALL.value, "M": decode.TOKENS, "B": block, "K": decode.DEPTH, "WIDE": False,
-    }  # fmt: skip
-    return kernels.decode_kernel, Choice(block, decode.WARPS), types, values
+def _launch(variant: Variant, arch: str) -> None:
+    spec = variant.compressor
+    choice = tuning.choose_for(arch, spec.ratio, spec.window, spec.head_dim, variant.rows)
+    x = torch.zeros(_TOKENS, _HIDDEN, dtype=torch.bfloat16)
+    if variant.form == "project":
+        fused.project(x, _weight(spec))
+    elif variant.form == "tiles":
+        fused.run(_step(variant), x, _weight(spec))
+    elif variant.form == "step":
+        TritonBackend(choice=choice).run(_step(variant))
+    else:
+        steps = [_step(v) for v in (variant, variant.beside) if v is not None]
+        decode.run(steps, x, [_weight(step.spec) for step in steps])
 
 
-def _decode_one(variant: Variant) -> tuple[tuple[Any, ...], Constants]:
-    spec = specs()[variant.kind]
-    c = _constants(variant, spec, decode.choice(spec.window, spec.head_dim), decode.splits(_HIDDEN))
-    names = ("ape", "gamma", "state_table", "state", "cache", "scales", "counters")
-    ape, gamma, table, state, cache, scales, _ = _types(list(names), variant, c).values()
-    table_cos = "*fp32" if c.rope_dim else None
-    whole = "*i64"
-    return (
-        ("*bf16", "*fp32", STRIDE, STRIDE),
-        (ape, gamma, table_cos, table_cos, whole, whole),
-        (whole, whole, whole, "*i32", "i32"),
-        (whole, whole, whole, "i32"),
-        ("*fp32", None, table, state, cache, scales, STRIDE, STRIDE, STRIDE),
-    ), c
+def _weight(spec: CompressorSpec) -> torch.Tensor:
+    return torch.zeros(spec.projected, _HIDDEN, dtype=torch.bfloat16)
+
+
+def _step(variant: Variant) -> Step:
+    """One request brings the token that ends its third window, and the next one."""
+    spec = variant.compressor
+    state: StatePool | OnlineState | None = None
+    dtype = _TYPES[variant.state_type]
+    if variant.state == "online":
+        state = OnlineState.allocate(spec, 1, _LOG_ROWS)
+    elif variant.state == "paged":
+        state = StatePool.paged(spec, 3 * spec.ratio // _STATE_PAGE + 1, _STATE_PAGE, dtype=dtype)
+    elif variant.state:
+        state = StatePool.ring(spec, 1, spec.required_ring_rows(variant.drafts), dtype=dtype)
+    cache = None
+    if variant.format:
+        scale = 1.0 if FORMATS[variant.format].tensor_scale else None
+        cache = PagedCache.allocate(spec.head_dim, 1, variant.page_rows, format=variant.format, tensor_scale=scale)
+    paged = variant.state == "paged"
+    batch = RaggedBatch.build(
+        [0, _TOKENS],
+        start_positions=[3 * spec.ratio - 1],
+        slot_mapping=[0, 1],
+        state_slots=None if state is None or paged else [0],
+        state_block_table=torch.arange(3 * spec.ratio // _STATE_PAGE + 1)[None] if paged else None,
+    )
+    plan = Plan.build(spec, batch, state_layout=None if state is None else state.layout, page_rows=variant.page_rows)
+    rows = torch.zeros(plan.num_windows, spec.head_dim)
+    return Step(
+        spec=spec,
+        plan=plan,
+        kv_score=torch.zeros(_TOKENS, spec.projected, dtype=_TYPES[variant.tokens]),
+        ape=torch.zeros(spec.ratio, spec.width) if spec.has_ape else None,
+        gamma=torch.zeros(spec.head_dim),
+        rope=RopeTable(torch.zeros(1, spec.rope_dim // 2), torch.zeros(1, spec.rope_dim // 2)),
+        state=state,
+        cache=cache,
+        rows=rows,
+        latent=torch.zeros_like(rows) if variant.latent else None,
+    )

@@ -9,21 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvcondense.backends.triton.kernels.arrive import last_of
 from kvcondense.backends.triton.kernels.bits import bf16_bits
 from kvcondense.backends.triton.kernels.encode import put
 from kvcondense.backends.triton.kernels.pool import pool, row_offset, summed
 from kvcondense.backends.triton.kernels.row import hadamard, rms_norm, rope
-
-
-@triton.jit
-def last_block(counters, e, c: tl.constexpr):
-    """True in the program that arrives last of those of window e; what they all stored before is visible there."""
-    BLOCKS: tl.constexpr = c.value.blocks
-    tl.debug_barrier()
-    last = tl.atomic_add(counters + e, 1) == BLOCKS - 1
-    if last:
-        tl.store(counters + e, 0)  # for the next launch
-    return last
 
 
 @triton.jit
@@ -52,9 +42,12 @@ def finish(pooled, e, index, gamma, cos, sin, rows, latent, window_slot, cache, 
 
 
 @triton.jit
-def keep(k, kv_score, ape, keep_token, keep_position, keep_row, state, kv_stride, split_stride,
+def keep(k, kv_score, ape, keep_token, keep_position, keep_row, state, kv_stride, split_stride, sound,
          c: tl.constexpr):  # fmt: skip
-    """Row k of those to keep: [kv | score + ape], or raw scores, of its token to its state row; skips padding (-1)."""
+    """Row k of those to keep: [kv | score + ape], or raw scores, of its token to its state row; skips padding (-1).
+
+    NaN, unless kv_score is ``sound``.
+    """
     R: tl.constexpr = c.value.ratio
     N: tl.constexpr = c.value.width
     GATE: tl.constexpr = c.value.has_gate
@@ -65,12 +58,12 @@ def keep(k, kv_score, ape, keep_token, keep_position, keep_row, state, kv_stride
         channel = tl.arange(0, N)
         source = kv_score + token * kv_stride + channel
         target = state + row_offset(tl.load(keep_row + k), c) + channel
-        store_as_state(target, summed(source, None, None, split_stride, c), c)
+        store_as_state(target, tl.where(sound, summed(source, None, None, split_stride, c), float("nan")), c)
         if GATE:
             z = summed(source + N, None, None, split_stride, c)
             if APE and not RAW:
                 z += tl.load(ape + (tl.load(keep_position + k) % R) * N + channel)
-            store_as_state(target + N, z, c)
+            store_as_state(target + N, tl.where(sound, z, float("nan")), c)
 
 
 @triton.jit
@@ -87,9 +80,12 @@ def store_as_state(target, x, c: tl.constexpr):
 def window_task(
     task, kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions, state_table, state,
     window_request, window_index, window_slot, cache, scales, counters,
-    kv_stride, split_stride, table_stride, page_stride, scales_stride, c: tl.constexpr,
+    kv_stride, split_stride, table_stride, page_stride, scales_stride, launch, sound, c: tl.constexpr,
 ):  # fmt: skip
-    """Pool a block of channels of window ``task // blocks``; whoever pools the last one finishes the row."""
+    """Pool a block of channels of window ``task // blocks``; whoever pools the last one finishes the row.
+
+    The row is NaN unless kv_score is ``sound`` and the window's counter counts this launch alone.
+    """
     BLOCKS: tl.constexpr = c.value.blocks
     BLOCK: tl.constexpr = c.value.block
     D: tl.constexpr = c.value.head_dim
@@ -101,34 +97,38 @@ def window_task(
         channel = (task % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
         pooled = pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, state_table, state,
                       kv_stride, split_stride, table_stride, c)  # fmt: skip
+        pooled = tl.where(sound, pooled, float("nan"))
         if BLOCKS == 1:
             finish(pooled, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
                    page_stride, scales_stride, c)  # fmt: skip
         else:
             tl.store(rows + e.to(tl.int64) * D + channel, pooled)
             if COUNTERS:  # else finish_kernel follows
-                if last_block(counters, e, c):
+                last = last_of(counters + e, launch, BLOCKS)
+                if last != 0:
                     whole = tl.load(rows + e.to(tl.int64) * D + tl.arange(0, D), cache_modifier=".cg")
+                    whole = tl.where(last > 0, whole, float("nan"))
                     finish(whole, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
                            page_stride, scales_stride, c)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window_programs", "table_stride", "launch"])
 def condense_kernel(
     kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions, state_table, state,
     window_request, window_index, window_slot, keep_token, keep_position, keep_row, cache, scales, counters,
-    window_programs, kv_stride, table_stride, page_stride, scales_stride, c: tl.constexpr,
+    window_programs, kv_stride, table_stride, page_stride, scales_stride, launch, c: tl.constexpr,
 ):  # fmt: skip
     """The first ``window_programs`` programs pool and finish windows, the others keep rows."""
     STATE: tl.constexpr = c.value.has_state
     program = tl.program_id(0)
+    sound = tl.full((), 1, tl.int1)
     if program < window_programs:
         window_task(program, kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions,
                     state_table, state, window_request, window_index, window_slot, cache, scales, counters,
-                    kv_stride, 0, table_stride, page_stride, scales_stride, c)  # fmt: skip
+                    kv_stride, 0, table_stride, page_stride, scales_stride, launch, sound, c)  # fmt: skip
     elif STATE:
         keep(program - window_programs, kv_score, ape, keep_token, keep_position, keep_row, state,
-             kv_stride, 0, c)  # fmt: skip
+             kv_stride, 0, sound, c)  # fmt: skip
 
 
 @triton.jit

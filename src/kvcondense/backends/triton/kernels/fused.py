@@ -14,11 +14,17 @@ from kvcondense.backends.triton.kernels.pool import as_stored, biases, row_offse
 
 
 @triton.jit
-def operand(t, WIDE: tl.constexpr):
-    """bf16 values as the product takes them: the interpreter multiplies their bits, unless they are fp32."""
+def product(a, b, total, WIDE: tl.constexpr):
+    """total + a [M, K] @ b [K, N] of bf16 values, in fp32.
+
+    WIDE: for the interpreter, whose own product is a BLAS's: on bits of bf16, and, in fp32, with an order of sums that
+    depends on a row's place in the tile (OpenBLAS's AVX2 kernels). Here every row is summed alike.
+    """
     if WIDE:
-        t = t.to(tl.float32)
-    return t
+        total += tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
+    else:
+        total = tl.dot(a, b, total)
+    return total
 
 
 @triton.jit
@@ -34,10 +40,10 @@ def project_tile(x, w, token, live, column, hidden, x_stride, w_stride,
     kv = tl.zeros([M, BLOCK], tl.float32)
     z = tl.zeros([M, BLOCK], tl.float32)
     for i in range(0, hidden, K):
-        a = operand(tl.load(source + i, mask=live[:, None], other=0.0), WIDE)
-        kv = tl.dot(a, operand(tl.load(weight + i), WIDE), kv)
+        a = tl.load(source + i, mask=live[:, None], other=0.0)
+        kv = product(a, tl.load(weight + i), kv, WIDE)
         if GATE:
-            z = tl.dot(a, operand(tl.load(weight + N * w_stride + i), WIDE), z)
+            z = product(a, tl.load(weight + N * w_stride + i), z, WIDE)
     return kv, z
 
 
@@ -78,7 +84,7 @@ def tokens_sum(t, G: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, LEVELS:
     return tl.reshape(t, (G, BLOCK))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["windows", "table_stride"])
 def project_pool_kernel(
     x, w, ape, query_start_loc, start_positions, state_table, state, window_request, window_index, rows,
     windows, hidden, x_stride, w_stride, table_stride,
@@ -136,7 +142,7 @@ def project_pool_kernel(
     tl.store(rows + g[:, None].to(tl.int64) * D + channel[None, :], pooled, mask=there[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def project_kernel(
     x, w, kv_score, tokens, hidden, x_stride, w_stride, out_stride,
     c: tl.constexpr, M: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
@@ -157,7 +163,7 @@ def project_kernel(
         tl.store(target + N, z, mask=live[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keeps"])
 def project_keep_kernel(
     x, w, ape, keep_token, keep_position, keep_row, state, keeps, hidden, x_stride, w_stride,
     c: tl.constexpr, M: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvcondense.backends.triton.kernels.condense import finish, last_block
+from kvcondense.backends.triton.kernels.arrive import last_of
+from kvcondense.backends.triton.kernels.condense import finish
 from kvcondense.backends.triton.kernels.pool import state_row
 
 
@@ -104,11 +105,11 @@ def open_window(q, slot, start, end, first_token, folded, draft_rows, kv_score, 
     return committed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window_programs", "launch"])
 def online_kernel(
     kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions, draft_rows, state_table,
     acc, folded, log, window_request, window_index, window_slot, cache, scales, counters,
-    window_programs, kv_stride, page_stride, scales_stride, c: tl.constexpr,
+    window_programs, kv_stride, page_stride, scales_stride, launch, c: tl.constexpr,
 ):  # fmt: skip
     """The first ``window_programs`` programs fold and finish windows, the others the requests that complete none."""
     BLOCKS: tl.constexpr = c.value.blocks
@@ -135,16 +136,17 @@ def online_kernel(
             if owner:
                 committed = open_window(q, slot, start, end, first - start, before, draft_rows, kv_score, ape,
                                         state_table, acc, log, channel, kv_stride, c)  # fmt: skip
-            last = owner | True
+            last = tl.full((), 1, tl.int64)
             if BLOCKS > 1:
                 tl.store(rows + e.to(tl.int64) * D + channel, pooled)
-                last = last_block(counters, e, c)
-            if last:
+                last = last_of(counters + e, launch, BLOCKS)
+            if last != 0:
                 if owner:
                     tl.store(folded + slot, committed)
                 whole = pooled
                 if BLOCKS > 1:
                     whole = tl.load(rows + e.to(tl.int64) * D + tl.arange(0, D), cache_modifier=".cg")
+                    whole = tl.where(last > 0, whole, float("nan"))
                 finish(whole, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
                        page_stride, scales_stride, c)  # fmt: skip
     else:

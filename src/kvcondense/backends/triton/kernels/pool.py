@@ -16,12 +16,15 @@ def state_row(position, live, q, state_table, table_stride, c: tl.constexpr):
     ROWS: tl.constexpr = c.value.state_rows
     STRIDE: tl.constexpr = c.value.state_stride
     PAGE_STRIDE: tl.constexpr = c.value.state_page_stride
+    MULTIPLE: tl.constexpr = c.value.state_multiple
     p = tl.where(live, position, 0).to(tl.int32)
     if PAGED:
         page = tl.load(state_table + q * table_stride + p // TOKENS)  # where not live, that of position 0
     else:
         page = tl.load(state_table + q)
-    return tl.where(live, page * PAGE_STRIDE + p % ROWS * STRIDE, 0)
+    row = tl.where(live, page * PAGE_STRIDE + p % ROWS * STRIDE, 0)
+    # tl.where hides from the compiler what rows are multiples of, and with it loads of 16 bytes.
+    return tl.multiple_of(row, [MULTIPLE])
 
 
 @triton.jit
