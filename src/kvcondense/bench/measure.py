@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
 import platform
 import statistics
 import subprocess
@@ -152,13 +153,24 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The commit of the sources, "+" if they were changed since; "unknown" outside a checkout."""
-    here = Path(__file__).parent
+    """The commit of the sources; "+" and their digest if they were changed since; the digest alone if git is not asked.
+
+    So two runs of the same name are runs of the same sources.
+    """
+    package = Path(__file__).parent.parent
     try:
         name = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+            ["git", "rev-parse", "--short", "HEAD"], cwd=package, capture_output=True, text=True, check=True
         )
-        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "."], cwd=here.parent, check=False)
+        changed = subprocess.run(["git", "status", "--porcelain", "."], cwd=package, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name.stdout.strip() + ("+" if changed.returncode else "")
+        return f"sources {_digest(package)}"
+    return name.stdout.strip() + (f"+{_digest(package)}" if changed.stdout else "")
+
+
+def _digest(package: Path) -> str:
+    """Of all that the package's results can depend on."""
+    found = hashlib.sha256()
+    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".json")):
+        found.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return found.hexdigest()[:8]
