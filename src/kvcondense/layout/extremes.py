@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,19 +45,28 @@ class Extremes:
     dense: bool
 
 
-def sound(
-    spec: CompressorSpec, batch: RaggedBatch, layout: Layout | None, max_tokens: int, max_draft: int,
-    max_positions: int | None,
-) -> torch.Tensor:  # fmt: skip
-    """Requests [R] whose metadata stays inside what a static plan was made for; asks for no value.
+@dataclass(frozen=True)
+class Bounds:
+    """What the steps of a static plan have at most: tokens, of one request, draft rows, positions (None: any)."""
 
-    What ``RaggedBatch.build`` and ``Plan.build`` raise for on the host makes a request inert here.
+    tokens: int
+    query_len: int
+    draft: int
+    positions: int | None
+
+
+def sound(spec: CompressorSpec, batch: RaggedBatch, layout: Layout | None, bounds: Bounds) -> RaggedBatch:
+    """The batch with all requests inert whose metadata leaves its bounds; asks for no value.
+
+    They are those that ``RaggedBatch.build`` and ``Plan.build`` raise for on the host.
     """
-    first, last = batch.query_start_loc[:-1], batch.query_start_loc[1:]
-    start, count, drafts = batch.start_positions, last - first, batch.draft_rows
-    most = torch.iinfo(torch.int32).max if max_positions is None else max_positions
-    good = (first >= 0) & (count > 0) & (last <= max_tokens) & (start >= 0) & (start <= most - count)
-    good &= (drafts >= 0) & (drafts <= count) & (drafts <= max_draft)
+    given = batch.query_start_loc
+    offsets = given.clamp(0, bounds.tokens).cummax(0).values
+    same = offsets == given
+    start, count, drafts = batch.start_positions, offsets.diff(), batch.draft_rows
+    most = torch.iinfo(torch.int32).max if bounds.positions is None else bounds.positions
+    good = same[:-1] & same[1:] & (count > 0) & (count <= bounds.query_len) & (start >= 0) & (start <= most - count)
+    good &= (drafts >= 0) & (drafts <= count) & (drafts <= bounds.draft)
     if isinstance(layout, RingLayout | OnlineLayout):
         assert batch.state_slots is not None
         slot = batch.state_slots
@@ -66,8 +75,13 @@ def sound(
         owners = torch.zeros(layout.num_slots + 1, dtype=torch.int64, device=slot.device)
         good &= owners.index_add(0, where, torch.ones_like(where))[where] == 1
     elif isinstance(layout, PagedLayout):
-        good &= ~_lacks_pages(spec, batch, layout, good)
-    return good
+        good &= ~_lacks_pages(spec, replace(batch, query_start_loc=offsets), layout, good)
+    return replace(
+        batch,
+        query_start_loc=offsets,
+        start_positions=torch.where(good, start, -1),
+        draft_rows=torch.where(good, drafts, 0),
+    )
 
 
 def _lacks_pages(spec: CompressorSpec, batch: RaggedBatch, layout: PagedLayout, live: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from kvcondense.errors import KvCondenseError, RangeError, ShapeError, require
 from kvcondense.layout.addresses import PagedLayout, RingLayout, live_starts
 from kvcondense.layout.batch import RaggedBatch, check_fields, copy_fields, spread
-from kvcondense.layout.extremes import Extremes, Layout, Slots, sound
+from kvcondense.layout.extremes import Bounds, Extremes, Layout, Slots, sound
 from kvcondense.layout.online import OnlineLayout
 from kvcondense.layout.state import Reads
 from kvcondense.spec import CompressorSpec
@@ -85,6 +85,7 @@ class Plan:
         if state_layout is not None:
             state_layout.check(batch, spec)
         start, first, windows, low, keep = _work(spec, batch, state_layout)
+        _check_table(batch, first, windows, page_rows)
         request, offset = spread(windows)
         window = first[request] + offset
         last_token = batch.query_start_loc[request] + (window + 1) * spec.ratio - 1 - start[request]
@@ -159,8 +160,7 @@ class Plan:
         given, longest = batch, max_tokens if max_query_len is None else max_query_len
         if state_layout is not None:
             state_layout.check_drafts(spec, max_draft)
-        good = sound(spec, batch, state_layout, max_tokens, max_draft, max_positions) & (batch.lengths <= longest)
-        batch = replace(batch, start_positions=torch.where(good, batch.start_positions, -1))
+        batch = sound(spec, batch, state_layout, Bounds(max_tokens, longest, max_draft, max_positions))
         start, first, ending, low, keep = _work(spec, batch, state_layout)
         request, offset, live = _spread_static(ending, windows)
         window = first[request] + offset
@@ -337,17 +337,25 @@ def _slots(
         return batch.slot_mapping[last_token]
     if batch.block_table is None:
         return torch.full_like(window, -1)
-    if page_rows is None:
-        raise KvCondenseError("page_rows", "the cache's page size (block_table is given)", "None")
+    assert page_rows is not None
     table, page = batch.block_table, window // page_rows
-    if bool((page >= table.shape[1]).any()):
-        raise ShapeError("block_table", f"at least {int(page.max()) + 1} pages", f"{table.shape[1]}")
     entry = table[request, page]
     wrong = (entry < 0) | (entry > _MOST // page_rows - 1)  # no product of it leaves int64
     if bool(wrong.any()):
         i = int(wrong.nonzero()[0, 0])
         raise RangeError(f"block_table[{int(request[i])}, {int(page[i])}]", "a page of the cache", int(entry[i]))
     return entry * page_rows + window % page_rows
+
+
+def _check_table(batch: RaggedBatch, first: torch.Tensor, windows: torch.Tensor, page_rows: int | None) -> None:
+    """Raise unless the block table has a column for every window; before anything is made for each window."""
+    if batch.slot_mapping is not None or batch.block_table is None:
+        return
+    if page_rows is None:
+        raise KvCondenseError("page_rows", "the cache's page size (block_table is given)", "None")
+    last = torch.where(windows > 0, (first + windows - 1) // page_rows, -1)
+    if bool((last >= batch.block_table.shape[1]).any()):
+        raise ShapeError("block_table", f"at least {int(last.max()) + 1} pages", f"{batch.block_table.shape[1]}")
 
 
 def _slots_static(
