@@ -28,7 +28,7 @@ torch.cuda.is_available = lambda: True
 @pytest.fixture
 def tree(tmp_path):
     """A project with these conftests, a test that says what Triton will do, and a plugin that feigns a GPU."""
-    for name in ("conftest.py", "gpu/conftest.py"):
+    for name in ("conftest.py", "interpreter.py", "gpu/conftest.py"):
         (tmp_path / "tests" / name).parent.mkdir(exist_ok=True, parents=True)
         shutil.copy(TESTS / name, tmp_path / "tests" / name)
     (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = tests\n")

@@ -24,7 +24,9 @@ def tensor(
     dtypes: tuple[torch.dtype, ...],
     device: torch.device | None = None,
 ) -> None:
-    """Raise unless ``value`` is a tensor of ``shape`` (None: any size), one of ``dtypes``, on ``device``."""
+    """Raise unless ``value`` is a tensor of ``shape`` (None: any size), one of ``dtypes``, on ``device``, that holds its
+    values itself.
+    """
     if isinstance(value, torch.Tensor) and value.dtype in dtypes and device in (None, value.device):
         sizes = value.shape
         if len(sizes) == len(shape):
@@ -32,6 +34,7 @@ def tensor(
                 if wanted is not None and wanted != size:
                     break
             else:
+                check_plain(name, value)
                 return
     _explain(name, value, shape, dtypes, device)
 
@@ -63,7 +66,6 @@ def projection(spec: CompressorSpec, x: torch.Tensor, weights: CompressorWeights
         raise KvCondenseError("weights.w", f"a tensor [{spec.projected}, D]", "None")
     tensor("weights.w", weights.w, (spec.projected, None), WEIGHT_DTYPES)
     tensor("x", x, (None, weights.w.shape[1]), WEIGHT_DTYPES, weights.w.device)
-    check_plain("x", x)
 
 
 def tokens(spec: CompressorSpec, name: str, t: torch.Tensor, device: torch.device) -> None:
@@ -71,7 +73,6 @@ def tokens(spec: CompressorSpec, name: str, t: torch.Tensor, device: torch.devic
     tensor(name, t, (None, spec.projected), WEIGHT_DTYPES)
     if t.device.type == "meta" or t.device != device:
         raise DeviceError(name, f"device {device} as the batch", t.device)
-    check_plain(name, t)
     no_gradients(name, t)
 
 
@@ -185,7 +186,6 @@ def _weights(spec: CompressorSpec, weights: CompressorWeights, device: torch.dev
     if _fits(weights, spec, device):
         return
     for name, t in _read(weights, None).items():
-        check_plain(name, t)
         if t.is_meta:
             raise DeviceError(name, "a device that holds values", t.device)
     exact = (torch.float32, torch.float64)
