@@ -24,9 +24,7 @@ def tensor(
     dtypes: tuple[torch.dtype, ...],
     device: torch.device | None = None,
 ) -> None:
-    """Raise unless ``value`` is a tensor of ``shape`` (None: any size), one of ``dtypes``, on ``device``, that holds its
-    values itself.
-    """
+    """Raise unless ``value`` is a plain tensor of ``shape`` (None: any size), one of ``dtypes``, on ``device``."""
     if isinstance(value, torch.Tensor) and value.dtype in dtypes and device in (None, value.device):
         sizes = value.shape
         if len(sizes) == len(shape):
