@@ -71,8 +71,10 @@ def condense(
     the default builds it. Mutates ``state`` and ``cache``. Raises a KvCondenseError before anything is written.
     """
     bound = _bound(spec, weights, rope, batch, plan, state, cache, latent, impl)
-    validate.tensor("kv_score", kv_score, (None, spec.projected), validate.WEIGHT_DTYPES)
-    return bound.condense(kv_score, plan or _planned(bound, batch, kv_score.shape[0], "kv_score"))
+    if plan is None:
+        validate.tensor("kv_score", kv_score, (None, spec.projected), validate.WEIGHT_DTYPES)
+        plan = _planned(bound, batch, kv_score.shape[0], "kv_score")
+    return bound.condense(kv_score, plan)
 
 
 def store(rows: torch.Tensor, slot_mapping: torch.Tensor, cache: PagedCache) -> None:

@@ -7,8 +7,9 @@ runs one backend, and says what the rows hold.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from kvcondense.backends import Backend, Step, fused_form, select, select_projec
 from kvcondense.errors import require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
-from kvcondense.layout.memory import check_apart
+from kvcondense.layout.memory import check_apart, span
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
@@ -47,6 +48,28 @@ class CondensedRows:
     latent: torch.Tensor | None = None
 
 
+@dataclass
+class _Checked:
+    """What ``bind`` has found out of a combination of objects; kept with its weights, which hold the others weakly.
+
+    spans: first and last address of each tensor that steps write; sizes: positions of the RoPE table and rows of the
+    cache; backends: the choice for each type of tokens.
+    """
+
+    fixed: tuple[Any, ...]
+    state: Callable[[], object]
+    cache: Callable[[], object]
+    places: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    sizes: tuple[int | None, int | None]
+    backends: dict[torch.dtype, Backend] = field(default_factory=dict)
+
+    def covers(self, fixed: tuple[Any, ...], state: object, cache: object, places: tuple[int, ...]) -> bool:
+        """True if these are the very objects, with their memory where it was."""
+        same = all(a is b for a, b in zip(self.fixed, fixed, strict=True))
+        return same and self.state() is state and self.cache() is cache and self.places == places
+
+
 @dataclass(frozen=True, eq=False)
 class Bound:
     """One compressor with its weights, RoPE table, state and cache, all shared with the caller; made by ``bind``."""
@@ -58,6 +81,7 @@ class Bound:
     cache: PagedCache | None
     latent: bool
     impl: str | Backend
+    checked: _Checked
 
     def plan(self, batch: RaggedBatch) -> Plan:
         """The plan of a batch for this compressor, and for all that have its ratio, layout and pages."""
@@ -68,7 +92,7 @@ class Bound:
     def condense(self, kv_score: torch.Tensor, plan: Plan) -> CondensedRows:
         """A step from kv_score [T, projected]. Mutates state and cache; raises before anything is written."""
         step = self.step(kv_score, plan)
-        backend = select(self.impl, step)
+        backend = self.backend(step)
         return _run([step], lambda: backend.run(step))[0]
 
     def compress(self, x: torch.Tensor, plan: Plan) -> CondensedRows:
@@ -79,17 +103,17 @@ class Bound:
         """The step that kv_score, called ``name``, and a plan make, admitted."""
         validate.tokens(self.spec, name, kv_score, plan.batch.query_start_loc.device)
         self.admit(plan, kv_score.shape[0], name)
-        if self.state is not None or self.cache is not None:
-            check_apart(self._written, {name: kv_score})
-        facts = plan.facts(self.spec)
+        first, last = span(kv_score)
+        for begin, end in self.checked.spans:
+            if begin < last and first < end:
+                check_apart(self._written, {name: kv_score})
         if self.state is None:
-            facts.reads.check_none(plan.batch)
-        else:
-            self.state.check_continues(self.spec, plan.batch, facts.reads)
+            plan.facts(self.spec).reads.check_none(plan.batch)
+        elif self.state.tags is not None:
+            self.state.check_continues(self.spec, plan.batch, plan.facts(self.spec).reads)
         # Backends leave rows of padding entries alone.
-        make = torch.empty if plan.extremes.dense else torch.zeros
-        shape = (plan.num_windows, self.spec.head_dim)
-        dtype, device = compute_dtype(kv_score.dtype), kv_score.device
+        make = kv_score.new_empty if plan.extremes.dense else kv_score.new_zeros
+        shape, dtype = (plan.num_windows, self.spec.head_dim), compute_dtype(kv_score.dtype)
         return Step(
             spec=self.spec,
             plan=plan,
@@ -99,9 +123,18 @@ class Bound:
             rope=self.rope,
             state=self.state,
             cache=self.cache,
-            rows=make(shape, dtype=dtype, device=device),
-            latent=make(shape, dtype=dtype, device=device) if self.latent else None,
+            rows=make(shape, dtype=dtype),
+            latent=make(shape, dtype=dtype) if self.latent else None,
         )
+
+    def backend(self, step: Step) -> Backend:
+        """The backend for a step; one that was named, or is the table's choice, is asked once for a type of tokens."""
+        if not isinstance(self.impl, str):
+            return select(self.impl, step)
+        chosen = self.checked.backends.get(step.kv_score.dtype)
+        if chosen is None:
+            chosen = self.checked.backends[step.kv_score.dtype] = select(self.impl, step)
+        return chosen
 
     def admit(self, plan: Plan, rows: int, name: str = "kv_score") -> None:
         """Raise unless every address that the plan's step forms, with this many tokens, lies in the buffers bound here.
@@ -110,8 +143,7 @@ class Bound:
         """
         validate.geometry(self.spec, plan, self.state, self.cache)
         validate.admitted(plan, rows, self.rope, self.cache, name)
-        plan.admitted_to(rows, None if self.rope is None else self.rope.cos.shape[0],
-                         None if self.cache is None else self.cache.num_rows)  # fmt: skip
+        plan.admitted_to(rows, *self.checked.sizes)
 
     def unprojected(self, x: torch.Tensor) -> torch.Tensor:
         """kv_score's shape and type without its memory: what a step is checked with before anything is projected."""
@@ -153,8 +185,23 @@ def bind(
         require("state", state, (StatePool, OnlineState))
     if cache is not None:
         require("cache", cache, PagedCache)
-    validate.layer(spec, weights, rope, state, cache, weights.norm.device)
-    return Bound(spec, weights, rope, state, cache, latent, impl)
+    known: _Checked | None = vars(weights).get("_bound")
+    fixed, written = (spec, rope, impl), _written(state, cache)
+    places = tuple([t.data_ptr() for t in written])
+    if known is None or not known.covers(fixed, state, cache, places):
+        validate.layer(spec, weights, rope, state, cache, weights.norm.device)
+        spans = tuple(span(t) for t in written)
+        sizes = (None if rope is None else rope.cos.shape[0], None if cache is None else cache.num_rows)
+        known = vars(weights)["_bound"] = _Checked(fixed, _weakly(state), _weakly(cache), places, spans, sizes)
+    return Bound(spec, weights, rope, state, cache, latent, impl, known)
+
+
+def _written(state: StatePool | OnlineState | None, cache: PagedCache | None) -> list[torch.Tensor]:
+    return [t for owner in (state, cache) if owner is not None for t in owner.tensors.values()]
+
+
+def _weakly(owner: object) -> Callable[[], object]:
+    return (lambda: None) if owner is None else weakref.ref(owner)
 
 
 def compress_together(bounds: Sequence[Bound], x: torch.Tensor, plans: Sequence[Plan]) -> tuple[CondensedRows, ...]:
@@ -166,7 +213,7 @@ def compress_together(bounds: Sequence[Bound], x: torch.Tensor, plans: Sequence[
     steps, ways = [], []
     for bound, plan in zip(bounds, plans, strict=True):
         steps.append(bound.step(bound.unprojected(x), plan, "x"))
-        backend: Any = select(bound.impl, steps[-1])
+        backend: Any = bound.backend(steps[-1])
         ways.append((backend, fused_form(backend, steps[-1], x, bound.w)))
     if len(bounds) > 1:
         check_apart({f"{name} of job {i}": t for i, b in enumerate(bounds) for name, t in b._written.items()}, {"x": x})

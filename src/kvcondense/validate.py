@@ -68,10 +68,13 @@ def projection(spec: CompressorSpec, x: torch.Tensor, weights: CompressorWeights
 
 def tokens(spec: CompressorSpec, name: str, t: torch.Tensor, device: torch.device) -> None:
     """Check kv_score [T, projected] of a step."""
-    tensor(name, t, (None, spec.projected), WEIGHT_DTYPES)
-    if t.device.type == "meta" or t.device != device:
+    plain = isinstance(t, torch.Tensor) and t.layout is torch.strided and not t.is_neg() and t.dtype in WEIGHT_DTYPES
+    if not plain or t.dim() != 2 or t.shape[1] != spec.projected:
+        tensor(name, t, (None, spec.projected), WEIGHT_DTYPES)  # says what is wrong
+    if t.device != device or t.is_meta:
         raise DeviceError(name, f"device {device} as the batch", t.device)
-    no_gradients(name, t)
+    if t.requires_grad:
+        no_gradients(name, t)
 
 
 def enough(name: str, rows: int, batch: RaggedBatch) -> None:
@@ -142,7 +145,8 @@ def geometry(spec: CompressorSpec, plan: Plan, state: StatePool | OnlineState | 
             f"a plan for ratio {spec.ratio}, overlap {spec.overlap}",
             f"one for ratio {plan.ratio}, overlap {plan.overlap}",
         )
-    if plan.state_layout != (None if state is None else state.layout):
+    layout = None if state is None else state.layout
+    if plan.state_layout is not layout and plan.state_layout != layout:
         raise KvCondenseError("plan", "a plan for the layout of this state", f"{plan.state_layout}")
     if cache is None:
         return
@@ -169,20 +173,8 @@ def _read(weights: CompressorWeights, rope: RopeTable | None) -> dict[str, torch
     return {name: t for name, t in found.items() if t is not None}
 
 
-def _fits(value: object, spec: CompressorSpec, device: torch.device) -> bool:
-    """True if this frozen value was found to fit this very spec on this device; ``_fitted`` remembers it."""
-    known = vars(value).get("_fits")
-    return known is not None and known[0] is spec and known[1] == device
-
-
-def _fitted(value: object, spec: CompressorSpec, device: torch.device) -> None:
-    vars(value)["_fits"] = (spec, device)
-
-
 def _weights(spec: CompressorSpec, weights: CompressorWeights, device: torch.device) -> None:
     require("weights", weights, CompressorWeights)
-    if _fits(weights, spec, device):
-        return
     for name, t in _read(weights, None).items():
         if t.is_meta:
             raise DeviceError(name, "a device that holds values", t.device)
@@ -194,7 +186,6 @@ def _weights(spec: CompressorSpec, weights: CompressorWeights, device: torch.dev
         tensor("weights.ape", weights.ape, (spec.ratio, spec.width), exact, device)
     elif weights.ape is not None:
         raise KvCondenseError("weights.ape", "None (the spec has no ape)", "a tensor")
-    _fitted(weights, spec, device)
 
 
 def _rope(spec: CompressorSpec, rope: RopeTable | None, device: torch.device) -> None:
@@ -205,7 +196,5 @@ def _rope(spec: CompressorSpec, rope: RopeTable | None, device: torch.device) ->
     if rope is None:
         raise KvCondenseError("rope", f"a RopeTable (rope_dim is {spec.rope_dim})", "None")
     require("rope", rope, RopeTable)
-    if not _fits(rope, spec, device):
-        for name, table in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
-            tensor(name, table, (None, spec.rope_dim // 2), (torch.float32, torch.float64), device)
-        _fitted(rope, spec, device)
+    for name, table in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
+        tensor(name, table, (None, spec.rope_dim // 2), (torch.float32, torch.float64), device)

@@ -33,13 +33,13 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether they may share a byte. Tensors that lie side by side in blocks of one stride, as in an engine, do not."""
     if a.device != b.device or not a.numel() or not b.numel():
         return False
-    first, other = _span(a), _span(b)
+    first, other = span(a), span(b)
     if first[1] <= other[0] or other[1] <= first[0]:
         return False
     step = a.stride(0) * a.element_size() if a.dim() else 0
     if a.dim() < 2 or b.dim() < 2 or step == 0 or step != b.stride(0) * b.element_size():
         return True
-    lengths = [end - begin for begin, end in (_span(a[0]), _span(b[0]))]
+    lengths = [end - begin for begin, end in (span(a[0]), span(b[0]))]
     offset = (other[0] - first[0]) % step
     return offset < lengths[0] or offset + lengths[1] > step
 
@@ -56,8 +56,10 @@ def check_apart(written: Mapping[str, torch.Tensor], read: Mapping[str, torch.Te
                 raise KvCondenseError(other, f"memory that no step writes ({name} is written)", f"memory of {name}")
 
 
-def _span(t: torch.Tensor) -> tuple[int, int]:
+def span(t: torch.Tensor) -> tuple[int, int]:
     """Address of its first byte, and of the first behind its last."""
     start = t.data_ptr()
+    if t.is_contiguous():
+        return start, start + t.numel() * t.element_size()
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     return start, start + (last + 1) * t.element_size()

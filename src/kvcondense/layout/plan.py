@@ -213,11 +213,13 @@ class Plan:
 
     def admitted_to(self, tokens: int, positions: int | None, cache_rows: int | None) -> None:
         """Remember the least sizes that a step with this plan was admitted to: rows of tokens, RoPE table and cache."""
-        sizes = (tokens, positions, cache_rows)
-        known = vars(self).get("_admitted", sizes)
-        if known is sizes or known != sizes:
+        sizes, memory = (tokens, positions, cache_rows), self.__dict__
+        known = memory.get("_admitted")
+        if known is None:
+            memory["_admitted"] = sizes
+        elif known != sizes:
             least = tuple(b if a is None else a if b is None else min(a, b) for a, b in zip(known, sizes, strict=True))
-            vars(self)["_admitted"] = least
+            memory["_admitted"] = least
 
     def _check_admitted(self, new: Extremes) -> None:
         """Raise RangeError if buffers that this plan was used with, as by a graph, are too small for another one."""
