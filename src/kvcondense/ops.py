@@ -15,12 +15,13 @@ from kvcondense import validate
 from kvcondense.backends import Backend, Step, select
 from kvcondense.bound import Bound
 from kvcondense.bound import bind as bound_to
-from kvcondense.errors import KvCondenseError
+from kvcondense.errors import KvCondenseError, ShapeError
 from kvcondense.formats import CacheFormat
 from kvcondense.layout.addresses import PagedLayout
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.extremes import Extremes, Layout
+from kvcondense.layout.memory import check_apart
 from kvcondense.layout.online import OnlineLayout, OnlineState
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
@@ -66,7 +67,8 @@ class Operator:
 
     def __call__(self, kv_score: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         bound, state, cache = self.bound, self.bound.state, self.bound.cache
-        validate.tensor("kv_score", kv_score, (None, bound.spec.projected), validate.WEIGHT_DTYPES)
+        if kv_score.dim() != 2 or kv_score.shape[1] != bound.spec.projected:
+            raise ShapeError("kv_score", f"shape [any, {bound.spec.projected}]", list(kv_score.shape))
         bound.admit(plan, kv_score.shape[0])
         none = plan.batch.query_start_loc[:0]  # a list of tensors has no place for None
         layer = [bound.weights.norm, none, none, none]
@@ -123,6 +125,8 @@ def _condense(
     An empty tensor stands for one that is not there.
     """
     static = _statics[key]
+    validate.tokens(static.spec, "kv_score", kv_score, plan[0].device)
+    check_apart({f"memory of the state or cache ({i})": t for i, t in enumerate(memory)}, {"kv_score": kv_score})
     rows, before_rope = _outputs(kv_score, plan, key, latent)
     step = _step(static, kv_score, layer, plan, list(memory), overwrites)
     step = replace(step, rows=rows, latent=before_rope if latent else None)
