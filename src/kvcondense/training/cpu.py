@@ -118,14 +118,12 @@ def zero_unread(spec: CompressorSpec, d_tokens: torch.Tensor, plan: Plan) -> Non
     """Zero the gradients of what no window reads: tokens behind a document's last window, and, with overlap, the first
     channels of the last window's tokens.
     """
-    starts = plan.batch.query_start_loc.tolist()
-    for begin, end in pairwise(starts):
+    for begin, end in pairwise(plan.batch.query_start_loc.tolist()):
         last = begin + (end - begin) // spec.ratio * spec.ratio
         d_tokens[last:end] = 0
         if spec.overlap:
             by_half = d_tokens[max(last - spec.ratio, begin) : last].unflatten(1, (-1, spec.halves, spec.head_dim))
             by_half[:, :, 0] = 0
-    d_tokens[starts[-1] :] = 0
 
 
 def _strip(spec: CompressorSpec) -> int:
