@@ -2,8 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# `make gpu PY=python3`: an interpreter that has torch, Triton and pytest; nothing is installed, sources are used as they
+# lie here. JOBS: pytest's workers.
+PY ?=
+JOBS ?= 8
+READY := $(if $(PY),,$(VENV)/.installed)
+RUN := $(if $(PY),env PYTHONPATH=src $(PY),$(BIN)/python)
+QUIET := -p no:benchmark -W default  # whatever else is installed there, and what it warns of
 
-.PHONY: demo test docs bench gpu sanitize ascend lint format clean
+.PHONY: demo test test-all docs bench gpu sanitize ascend lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -12,10 +19,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed  ## a real compressor on a real text, checked against transformers
+	@echo "About half a minute on two cores; first, torch and transformers are imported ..."
 	$(BIN)/python tools/demo.py --out build/demo
 
 test: $(VENV)/.installed  ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed  ## the same with four times as many examples of each property
+	$(BIN)/python -m pytest --hypothesis-profile exhaustive
 
 # Runs every block of code on the pages, then follows every link of the built site.
 docs: $(VENV)/.installed  ## the documentation site, in build/site
@@ -26,12 +37,16 @@ bench: $(VENV)/.installed  ## timings beside floors and peers
 	mkdir -p build/bench
 	$(BIN)/kvcondense bench --json build/bench/cpu.jsonl --plot build/bench/cpu.png
 
-gpu: $(VENV)/.installed  ## what only a GPU can show: the kernels compiled and run, graphs, the chip's cast
-	$(BIN)/python -m pytest tests/gpu -n 0 -rs
+gpu: $(READY)  ## what only a GPU can show: the kernels compiled and run, graphs, the chip's cast
+	$(RUN) -m pytest tests/gpu -n $(JOBS) -m "not alone" $(QUIET)
+	$(RUN) -m pytest tests/gpu -n 0 -m alone $(QUIET)
 
-sanitize: $(VENV)/.installed  ## the same on small cases under compute-sanitizer (CUDA toolkit)
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest tests/gpu -n 0 -k small
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest tests/gpu -n 0 -k small
+# Freed memory goes back to the driver, so that reads of it are seen. One worker: the sanitizer follows one process.
+sanitize: $(READY)  ## memcheck and racecheck of small cases by compute-sanitizer (CUDA toolkit)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(RUN) -m pytest tests/gpu -n 0 -m sanitizer $(QUIET)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --error-exitcode 1 \
+		$(RUN) -m pytest tests/gpu -n 0 -m sanitizer $(QUIET)
 
 # triton-ascend installs under the name triton, hence the environment of its own. Needs mlir-19-tools, libmlir-19 and
 # clang-19 (Debian); no NPU.

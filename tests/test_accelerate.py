@@ -101,7 +101,9 @@ def test_caches_are_reset_selected_and_repeated(model):
         cache.batch_repeat_interleave(2)
         token = torch.tensor([[7], [7], [9], [9]])
         logits = model(token, past_key_values=cache).logits
-        assert torch.equal(logits[::2], logits[1::2])
+        assert close(logits[::2], logits[1::2])  # a library's GEMM may give equal rows of a batch other last bits
+        rows = cache.layers[1].kvcondense["compressor"].visible
+        assert torch.equal(rows[::2], rows[1::2])
         cache.batch_select_indices(torch.tensor([3, 0]))
         last = model(token[:2], past_key_values=cache).logits
         sequence = torch.cat([prompt[[1, 0]], torch.tensor([[9], [7]]), token[:2]], dim=1)

@@ -22,9 +22,12 @@ ARROWS = {
     "layout": {"layout", "formats", "spec", "errors"},
     "stages": {"layout", "spec", "numerics", "errors"},
     "backends": {"backends", "stages", "rope_table", "layout", "formats", "spec", "config", "errors"},
-    "ops": {"validate", "backends", "layout", "rope_table", "weights", "formats", "spec", "numerics", "errors"},
+    "ops": {
+        "bound", "validate", "backends", "layout", "rope_table", "weights", "formats", "spec", "numerics", "errors",
+    },
+    "bound": {"validate", "backends", "layout", "rope_table", "weights", "spec", "numerics", "errors"},
     "validate": {"layout", "rope_table", "weights", "spec", "errors"},
-    "api": {"validate", "backends", "stages", "rope_table", "layout", "weights", "spec", "numerics", "errors"},
+    "api": {"bound", "validate", "backends", "stages", "rope_table", "layout", "weights", "spec", "numerics", "errors"},
     "golden": {
         "golden", "api", "backends", "layout", "stages", "rope_table", "weights", "formats", "spec", "config",
         "numerics", "errors",
@@ -47,8 +50,8 @@ ARROWS = {
     "capacity": {"formats", "spec", "config", "errors"},
     "module": {"training", "parallel", "layout", "rope_table", "weights", "spec", "numerics", "errors"},
     "training": {
-        "training", "api", "validate", "backends", "stages", "layout", "rope_table", "weights", "formats", "spec",
-        "numerics", "errors",
+        "training", "api", "bound", "validate", "backends", "stages", "layout", "rope_table", "weights", "formats",
+        "spec", "numerics", "errors",
     },
     "bench": {
         "bench", "parallel", "training", "api", "backends", "layout", "rope_table", "weights", "formats", "spec",
@@ -149,6 +152,6 @@ def test_functions_take_at_most_ten_parameters(path):
         return
     for node in ast.walk(ast.parse(path.read_text())):
         # What is compiled for a GPU takes its operands one by one.
-        if isinstance(node, ast.FunctionDef) and "triton.jit" not in map(ast.unparse, node.decorator_list):
+        if isinstance(node, ast.FunctionDef) and not any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             assert len([a for a in arguments if a.arg not in ("self", "cls")]) <= 10, f"{path}: {node.name}"

@@ -78,6 +78,22 @@ def test_wrong_rows_are_not_timed(monkeypatch):
     assert all(r["us"] > 0 and r["floor_us"] > 0 and r["rounds"] >= 5 for r in records if "us" in r)
 
 
+def test_a_peer_that_raises_is_recorded_and_nobody_else_suffers(monkeypatch):
+    class Broken:
+        name = "broken"
+
+        def __init__(self, _):
+            raise TypeError("no such argument")
+
+    monkeypatch.setattr(peers, "installed", lambda: [Broken])
+    monkeypatch.setattr(peers, "takes", lambda *_: True)
+    found = list(run.run_case(PREFILL, "cpu", RATES, print))
+    assert [r for r in found if "raised" in r] == [
+        {"case": PREFILL.name, "runner": "broken", "raised": "TypeError: no such argument"}
+    ]
+    assert {r["runner"] for r in found if "us" in r} == {"cpu", "cpu, checked", "cpu, bare", "reference"}
+
+
 def test_ways_to_project_are_timed_side_by_side(monkeypatch):
     monkeypatch.setattr(peers, "installed", list)
     before = torch.get_float32_matmul_precision()
@@ -112,7 +128,8 @@ def test_the_command_measures_prints_and_draws(tmp_path, monkeypatch):
     records = [json.loads(line) for line in lines.read_text().splitlines()]
     assert records[0]["rates"]["memory"] == 1e9
     assert records[0]["machine"]["threads"] == torch.get_num_threads()
-    assert {r["case"] for r in records[1:]} == {"tiny prefill"}
+    assert {r["case"] for r in records[1:-1]} == {"tiny prefill"}
+    assert records[-1] == {"complete": "tiny prefill"}
     assert picture.stat().st_size > 10_000
     assert "| tiny prefill |" in result.output
 

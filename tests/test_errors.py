@@ -20,8 +20,8 @@ from kvcondense import (
     project,
     store,
 )
+from kvcondense.layout.addresses import RingLayout
 from kvcondense.layout.snapshot import export_live, import_live
-from kvcondense.layout.state import RingLayout
 from machine import SPECS, rope, tokens, weights
 
 SPEC = SPECS["csa"]

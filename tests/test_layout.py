@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcondense import KvCondenseError, PagedCache, Plan, RaggedBatch, StatePool, condense
+from kvcondense.layout.addresses import PagedLayout, RingLayout
 from kvcondense.layout.snapshot import export_live, import_live
-from kvcondense.layout.state import PagedLayout, RingLayout
 from machine import SPECS, Machine, rope, same, tokens, weights
 
 

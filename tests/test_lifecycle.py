@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from kvcondense import KvCondenseError, OnlineState, RaggedBatch, StatePool
-from kvcondense.layout.state import RingLayout
+from kvcondense.layout.addresses import RingLayout
 from kvcondense.snapshot import load_live, save_live
 from machine import PAIRS, SPECS, STATES, Machine, same, tokens
 

@@ -34,6 +34,7 @@ def bound(kind, impl, form="bf16", latent=False):
 
 
 def memory(layer):
+    layer = layer.bound
     state = layer.state
     held = [] if state is None else [state.acc[[0, 2]], state.folded[[0, 2]]] if layer.spec.ratio == 8 else [state.data]
     return [*held, layer.cache.data]

@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvcondense import CompressorSpec, CompressorWeights, KvCondenseError, PagedCache, Plan, RaggedBatch, condense
 from kvcondense.errors import RangeError, ShapeError
+from kvcondense.layout.addresses import PagedLayout, RingLayout
 from kvcondense.layout.online import OnlineLayout
 from kvcondense.layout.plan import KEEP_FIELDS, WINDOW_FIELDS
-from kvcondense.layout.state import PagedLayout, RingLayout
 from machine import PAIRS, SPECS
 
 MAX_TOKENS, MAX_DRAFT, PAGE = 60, 3, 3
@@ -124,10 +124,17 @@ def test_what_checks_remember_is_forgotten_with_the_values():
     used = plan(0, 3)
     assert used.facts(spec) is used.facts(spec)
     condense(spec, x, weights, None, used.batch, plan=used, cache=cache)
-    used.copy_(plan(0, 4))
-    assert used.facts(spec).slots.highest == 4
+    with pytest.raises(RangeError, match="slot_mapping: expected at most 4, as what this plan is used with, got 5"):
+        used.copy_(plan(0, 4))
+    assert used.window_slot.tolist() == [3]
+    facts = used.facts(spec)
+    used.copy_(plan(0, 2))
+    assert used.extremes.slots.highest == 2
+    assert used.facts(spec) is not facts
+    condense(spec, x, weights, None, used.batch, plan=used, cache=cache)
+    beyond = plan(0, 4)
     with pytest.raises(RangeError, match="below 4, got 4"):
-        condense(spec, x, weights, None, used.batch, plan=used, cache=cache)
+        condense(spec, x, weights, None, beyond.batch, plan=beyond, cache=cache)
     wide = replace(spec, head_dim=32)
     with pytest.raises(ShapeError, match=r"weights\.norm"):
         condense(wide, torch.randn(4, 64), weights, None, RaggedBatch.build([0, 4], start_positions=[0]))

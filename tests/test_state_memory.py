@@ -5,10 +5,10 @@ import torch
 
 from kvcondense import RaggedBatch, StatePool, condense
 from kvcondense.errors import KvCondenseError, RangeError, ShapeError
+from kvcondense.layout.addresses import PagedLayout, RingLayout
 from kvcondense.layout.plan import Plan
-from kvcondense.layout.state import PagedLayout, RingLayout
 from kvcondense.snapshot import load_live, save_live
-from machine import PATTERN, SPECS, Machine, same, tokens
+from machine import PATTERN, SPECS, Machine, rope, same, tokens
 
 GAP = 48
 """Elements between blocks that are nobody's."""
@@ -137,4 +137,4 @@ def test_what_does_not_fit_is_refused():
     pool = StatePool.wrap(torch.zeros(4, 8, spec.state_dim), paged=True, page_tokens=16)
     batch = RaggedBatch.build([0, 4], start_positions=[0], draft_rows=4, state_block_table=[[0]])
     with pytest.raises(RangeError, match="state page_rows"):
-        condense(spec, tokens(spec, 4), machine("csa", None, "auto")[0].weights, None, batch, state=pool)
+        condense(spec, tokens(spec, 4), machine("csa", None, "auto")[0].weights, rope(spec, 8), batch, state=pool)

@@ -9,11 +9,13 @@ from typer.testing import CliRunner
 
 from kvcondense.backends.triton import TritonBackend, tuning
 from kvcondense.backends.triton.tuning import Choice
-from kvcondense.bench import device, tune
+from kvcondense.bench import device, records, tune
 from kvcondense.bench.cases import Case
+from kvcondense.bench.records import Log
 from kvcondense.cli import app
 from kvcondense.errors import KvCondenseError, UnsupportedError
 
+FACTS = {"device": "a GPU", "toolkit": "CUDA 0", "triton": "0", "commit": "abc"}
 TINY = ((16, 2, 1, 127), (None, 1, 128, 0))
 
 
@@ -31,7 +33,8 @@ def clocked(monkeypatch):
         return [[1e-6 * (1 + abs(c.block - 64) + abs(c.num_warps - 8))] for c in seen[-len(works) :]]
 
     monkeypatch.setattr(device, "interleaved", interleaved)
-    monkeypatch.setattr(device, "machine", lambda _: {"device": "a GPU", "toolkit": "CUDA 0", "triton": "0"})
+    monkeypatch.setattr(device, "machine", lambda: {k: v for k, v in FACTS.items() if k != "commit"})
+    monkeypatch.setattr(device, "home", lambda: "cpu")
     monkeypatch.setattr(tune, "cast_is_exact", lambda _: False)  # the interpreter's cast is nobody's
     monkeypatch.setattr(tune, "CLASSES", TINY)
     monkeypatch.setattr(tune, "_LEAST_BLOCK", 64)
@@ -49,19 +52,83 @@ def test_candidates_hold_the_tables_choice_and_no_idle_or_spilling_tile():
         assert 2 <= c.block * 128 / (32 * c.num_warps) <= 64
 
 
-def test_the_fastest_tiling_is_kept_and_other_entries_stay(clocked):
+def tuned(log, kinds=("hca",), **limits):
     said = []
-    arch, part, timings = tune.tune("cpu", ["hca"], said.append)
+    tune.tune(log, False, list(kinds), said.append, tune.Limits(**limits))
+    return said
+
+
+def fresh(path=None, kept=()):
+    return Log(path, {"machine": FACTS}, kept)
+
+
+def test_the_fastest_tiling_is_kept_and_other_entries_stay(clocked):
+    log = fresh()
+    said = tuned(log)
+    arch, part = tune.part_of(log, False, FACTS)
     assert arch == "any"
     assert [e for e in part["entries"] if e[0] == 128] == [[128, 512, 16, 64, 8], [128, 512, None, 64, 8]]
     old = [e for e in tuning.table()["any"]["entries"] if e[0] != 128]
     assert [e for e in part["entries"] if e[0] != 128] == old
-    assert part["source"].startswith("measured on a GPU, CUDA 0, triton 0, commit ")
+    assert part["source"] == "hca: measured on a GPU, CUDA 0, triton 0, commit abc"
+    timings = [r for r in log.records if "us" in r]
     assert len(timings) == len(clocked)
-    assert all(t.seconds for t in timings)
-    assert len(said) == 1 + len(TINY)
+    assert all(r["us"] for r in timings)
+    assert len(said) == len(TINY)
     content = {**tuning.table(), arch: part}
     assert json.loads(tuning.dump(content)) == content
+
+
+def test_a_class_that_is_in_the_file_is_not_timed_again(clocked, tmp_path):
+    """As if the run had been killed in the second class."""
+    path = tmp_path / "t.jsonl"
+    whole = fresh(path)
+    tuned(whole)
+    lines = path.read_text().splitlines(keepends=True)
+    count = len(clocked)
+    path.write_text("".join(lines[:-4]) + lines[-4][:9])
+    head, kept = records.resumed(path, FACTS, "kvcondense tune")
+    assert head == {"machine": FACTS}
+    assert kept[-1] == {"complete": "hca, at most 16 rows"}
+    again = fresh(path, kept)
+    said = tuned(again)
+    assert said[0] == "hca, at most 16 rows: in the file already"
+    assert count < len(clocked) < 2 * count
+    assert tune.part_of(again, False, FACTS) == tune.part_of(whole, False, FACTS)
+    assert [r.get("block") for r in records.read(path, "", "")] == [r.get("block") for r in whole.records]
+
+
+def test_a_budget_begins_no_class_that_would_end_later(clocked, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
+    real = tune.time_class
+
+    def slow(*arguments):
+        now[0] += 60
+        return real(*arguments)
+
+    monkeypatch.setattr(tune, "time_class", slow)
+    log = fresh()
+    assert "not timed, 40 s are left" in tuned(log, seconds=100)[1]
+    assert log.complete == {"hca, at most 16 rows"}
+    assert tune.part_of(log, False, FACTS) == ("any", None)
+    assert clocked
+
+
+def test_a_tiling_that_cannot_be_compiled_is_left_out(clocked, monkeypatch):
+    real = TritonBackend.run
+
+    def run(self, step):
+        if self.choice is not None and self.choice.num_warps == 16:
+            raise RuntimeError("out of resources")
+        real(self, step)
+
+    monkeypatch.setattr(TritonBackend, "run", run)
+    timed = tune.time_class("hca", TINY[0], "cpu", False)
+    assert {t.choice.num_warps for t in timed if t.error} == {16}
+    assert {t.error for t in timed} == {None, "RuntimeError: out of resources"}
+    assert [tune.Timed.from_dict(t.as_dict()).error for t in timed] == [t.error for t in timed]
+    assert clocked
 
 
 def test_a_tiling_with_other_bits_is_left_out(clocked, monkeypatch):

@@ -10,7 +10,7 @@ from browser import Watched, chromium
 from kvcondense import CompressorSpec, ModelConfig, Plan, RaggedBatch
 from kvcondense.cli import app
 from kvcondense.errors import RangeError
-from kvcondense.layout.state import RingLayout
+from kvcondense.layout.addresses import RingLayout
 from kvcondense.visualiser import Scenario, page, trace
 from kvcondense.visualiser.page import built_in
 

@@ -1,52 +1,27 @@
-"""The functions users call: project, condense, store, compress, explain. Validate, plan, pick a backend, run."""
+"""The functions users call: project, condense, store, compress, explain. Each binds a compressor and runs it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from kvcondense import validate
-from kvcondense.backends import (
-    Backend,
-    Step,
-    backend_names,
-    fused_form,
-    fused_forms,
-    get_backend,
-    select,
-    select_projector,
-)
+from kvcondense.backends import Backend, backend_names, fused_forms, get_backend, select_projector
+from kvcondense.bound import Bound, CondensedRows, bind, compress_together
 from kvcondense.errors import DeviceError, KvCondenseError, RangeError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.extremes import Slots
 from kvcondense.layout.online import OnlineState
-from kvcondense.layout.plan import Plan, Slots
+from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
-from kvcondense.numerics import compute_dtype
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
 from kvcondense.stages import project as project_stage
 from kvcondense.stages import store as store_stage
 from kvcondense.weights import CompressorWeights
-
-
-@dataclass(frozen=True)
-class CondensedRows:
-    """Finished rows of a step.
-
-    values [E, head_dim] fp32 (fp64 for fp64 kv_score), before the cache's encoding: bf16-valued in the REFERENCE
-    profile, except that a Hadamard product is not rounded yet. latent: the rows before RoPE, if asked for. request,
-    window, slot [E]: whose row it is, its index in that request, and its cache row (-1: none).
-    """
-
-    values: torch.Tensor
-    request: torch.Tensor
-    window: torch.Tensor
-    slot: torch.Tensor
-    latent: torch.Tensor | None = None
 
 
 def project(
@@ -95,18 +70,9 @@ def condense(
     ignored). ``state`` may be None if no request needs history. ``plan`` can be shared by all layers of a ratio;
     the default builds it. Mutates ``state`` and ``cache``. Raises a KvCondenseError before anything is written.
     """
-    step = _step(spec, kv_score, weights, rope, batch, plan, state, cache, latent)
-    select(impl, step).run(step)
-    return _done(step)
-
-
-def _done(step: Step) -> CondensedRows:
-    """What a finished step gives back, its kept rows tagged."""
-    plan, state, spec, batch = step.plan, step.state, step.spec, step.plan.batch
-    if state is not None and state.tags is not None:
-        facts = plan.facts(spec)
-        state.tag(batch, facts.dense.keep_row, facts.dense.keep_position, facts.active)
-    return CondensedRows(step.rows, plan.window_request, plan.window_index, plan.window_slot, step.latent)
+    bound = _bound(spec, weights, rope, batch, plan, state, cache, latent, impl)
+    validate.tensor("kv_score", kv_score, (None, spec.projected), validate.WEIGHT_DTYPES)
+    return bound.condense(kv_score, plan or _planned(bound, batch, kv_score.shape[0], "kv_score"))
 
 
 def store(rows: torch.Tensor, slot_mapping: torch.Tensor, cache: PagedCache) -> None:
@@ -119,7 +85,7 @@ def store(rows: torch.Tensor, slot_mapping: torch.Tensor, cache: PagedCache) -> 
     if rows.device != cache.data.device:
         raise DeviceError("rows", f"device {cache.data.device} as the cache", rows.device)
     validate.tensor("slot_mapping", slot_mapping, (rows.shape[0],), (torch.int32, torch.int64), rows.device)
-    validate.slots(Slots.of(slot_mapping), cache)
+    validate.slots(Slots.of(slot_mapping), cache.num_rows)
     store_stage.scatter(rows, slot_mapping.to(torch.int64), cache)
 
 
@@ -164,38 +130,14 @@ def compress_many(x: torch.Tensor, jobs: Sequence[Job], *, impl: str | Backend =
     Backends may do them together: ``triton`` takes two in one launch where ``explain`` says so of both. Every job needs
     a state and a cache of its own. All are checked before anything is written.
     """
-    steps, ways = [], []
+    bounds, plans = [], []
     for job in jobs:
         require("job", job, Job)
+        bound = _bound(job.spec, job.weights, job.rope, job.batch, job.plan, job.state, job.cache, job.latent, impl)
         validate.projection(job.spec, x, job.weights)
-        assert job.weights.w is not None
-        unprojected = _unprojected(job.spec, x, job.weights.w)
-        steps.append(
-            _step(job.spec, unprojected, job.weights, job.rope, job.batch, job.plan, job.state, job.cache, job.latent)
-        )
-        backend: Any = select(impl, steps[-1])
-        ways.append((backend, fused_form(backend, steps[-1], x, job.weights.w)))
-    if len(steps) > 1:
-        states = [s.acc if isinstance(s, OnlineState) else s and s.data for s in (step.state for step in steps)]
-        validate.separate("state", states)
-        validate.separate("cache", [step.cache and step.cache.data for step in steps])
-    for way in dict.fromkeys(ways):
-        backend, form = way
-        mine = [(s, j) for s, j, w in zip(steps, jobs, ways, strict=True) if w == way]
-        if form is not None:
-            backend.run_fused(form, [s for s, _ in mine], x, [j.weights.w for _, j in mine])
-            continue
-        for step, job in mine:
-            kv_score = project(job.spec, x, job.weights, impl=impl)
-            projected = replace(step, kv_score=kv_score)
-            select(impl, projected).run(projected)
-    return tuple(_done(step) for step in steps)
-
-
-def _unprojected(spec: CompressorSpec, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """kv_score's shape and type without its memory: what a step is checked with before anything is projected."""
-    dtype = compute_dtype(torch.promote_types(x.dtype, w.dtype))
-    return x.new_zeros(1, spec.projected, dtype=dtype).expand(x.shape[0], -1)
+        bounds.append(bound)
+        plans.append(job.plan or _planned(bound, job.batch, x.shape[0], "x"))
+    return compress_together(bounds, x, plans)
 
 
 def explain(
@@ -216,23 +158,23 @@ def explain(
     """
     if (kv_score is None) == (x is None):
         raise KvCondenseError("x", "exactly one of kv_score and x", "both or neither" if x is None else "both")
+    bound = _bound(spec, weights, rope, batch, None, state, cache, False, "auto")
+    name = "kv_score" if x is None else "x"
     if x is not None:
-        validate.projection(spec, x, weights)
-        assert weights.w is not None
-        kv_score = _unprojected(spec, x, weights.w)
+        kv_score = bound.unprojected(x)
     assert kv_score is not None
-    step = _step(spec, kv_score, weights, rope, batch, None, state, cache, False)
+    validate.tensor(name, kv_score, (None, spec.projected), validate.WEIGHT_DTYPES)
+    step = bound.step(kv_score, _planned(bound, batch, kv_score.shape[0], name), name)
     found = {name: get_backend(name).why_not(step) for name in backend_names()}
-    if x is not None and weights.w is not None:
+    if x is not None:
         for name in backend_names():
-            forms = fused_forms(get_backend(name), step, x, weights.w)
+            forms = fused_forms(get_backend(name), step, x, bound.w)
             found |= {f"{name}, {form}": reason for form, reason in forms.items()}
     return found
 
 
-def _step(
+def _bound(
     spec: CompressorSpec,
-    kv_score: torch.Tensor,
     weights: CompressorWeights,
     rope: RopeTable | None,
     batch: RaggedBatch,
@@ -240,28 +182,18 @@ def _step(
     state: StatePool | OnlineState | None,
     cache: PagedCache | None,
     latent: bool,
-) -> Step:
-    validate.batch_and_plan(spec, batch, plan, state, cache)
-    if plan is None:
-        plan = Plan.build(
-            spec,
-            batch,
-            state_layout=None if state is None else state.layout,
-            page_rows=None if cache is None else cache.page_rows,
-        )
-    validate.step(spec, kv_score, weights, rope, plan, state, cache)
-    # Backends leave rows of padding entries alone.
-    make = torch.empty if plan.facts(spec).dense is plan else torch.zeros
-    rows = make(plan.num_windows, spec.head_dim, dtype=compute_dtype(kv_score.dtype), device=kv_score.device)
-    return Step(
-        spec=spec,
-        plan=plan,
-        kv_score=kv_score,
-        ape=weights.ape,
-        gamma=weights.norm,
-        rope=rope,
-        state=state,
-        cache=cache,
-        rows=rows,
-        latent=make(rows.shape, dtype=rows.dtype, device=rows.device) if latent else None,
-    )
+    impl: str | Backend,
+) -> Bound:
+    require("spec", spec, CompressorSpec)
+    require("batch", batch, RaggedBatch)
+    if plan is not None:
+        require("plan", plan, Plan)
+        if batch is not plan.batch and batch is not plan.given:
+            raise KvCondenseError("plan", "the plan of this batch", "a plan of another batch")
+    return bind(spec, weights, rope, state=state, cache=cache, latent=latent, impl=impl)
+
+
+def _planned(bound: Bound, batch: RaggedBatch, rows: int, name: str) -> Plan:
+    """The batch's plan; tokens that are not there are noticed before anything is made for them."""
+    validate.enough(name, rows, batch)
+    return bound.plan(batch)

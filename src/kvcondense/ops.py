@@ -1,4 +1,4 @@
-"""The step as a torch operator: for torch.compile and graph capture. A layer is checked once, then steps are trusted.
+"""The step of a bound compressor as a torch operator: for torch.compile and graph capture.
 
 ``torch.ops.kvcondense.condense`` has a fake, so that a compiler can trace through it; it asks for no value on the host,
 allocates its rows and nothing else that outlives it, and launches on the current stream.
@@ -6,7 +6,6 @@ allocates its rows and nothing else that outlives it, and launches on the curren
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -14,13 +13,17 @@ import torch
 
 from kvcondense import validate
 from kvcondense.backends import Backend, Step, select
-from kvcondense.errors import KvCondenseError, require
+from kvcondense.bound import Bound
+from kvcondense.bound import bind as bound_to
+from kvcondense.errors import KvCondenseError
 from kvcondense.formats import CacheFormat
+from kvcondense.layout.addresses import PagedLayout
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.extremes import Extremes, Layout
 from kvcondense.layout.online import OnlineLayout, OnlineState
-from kvcondense.layout.plan import Layout, Plan
-from kvcondense.layout.state import PagedLayout, StatePool
+from kvcondense.layout.plan import Plan
+from kvcondense.layout.state import StatePool
 from kvcondense.numerics import compute_dtype
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
@@ -45,48 +48,38 @@ class _Static:
 
 
 _statics: dict[str, _Static] = {}
+_keys: dict[_Static, str] = {}
 
 
-@dataclass(frozen=True)
-class Bound:
-    """One layer's compressor with its weights, state and cache. Call it with kv_score [T, projected] and a plan.
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """A bound compressor as an operator. Call it with kv_score [T, projected] and a plan.
 
     Returns rows [E, head_dim] fp32 and the latent rows [E, head_dim] ([0, head_dim] unless ``latent``); rows of padding
-    entries hold anything. Mutates state and cache as ``condense`` does. A call checks the geometry of its plan, but no
-    values: whoever builds a plan with ``Plan.build`` had them checked; tags of a state pool are neither looked at
-    nor kept, so it must have none.
+    entries hold anything. Mutates state and cache as ``condense`` does. A call compares what its plan reaches at most
+    with the sizes bound here, without asking a device; a captured graph is replayed without that, hence a static plan
+    (``Plan.build_static``), whose entries stay inside them, or ``Plan.copy_``, which takes over no plan that does not.
     """
 
-    spec: CompressorSpec
-    weights: CompressorWeights
-    rope: RopeTable | None
-    state: StatePool | OnlineState | None
-    cache: PagedCache | None
-    latent: bool
+    bound: Bound
     key: str
 
     def __call__(self, kv_score: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-        validate.geometry(plan, self.state, self.cache)
-        if kv_score.shape[1] != self.spec.projected:
-            raise KvCondenseError("kv_score", f"[T, {self.spec.projected}]", list(kv_score.shape))
+        bound, state, cache = self.bound, self.bound.state, self.bound.cache
+        validate.tensor("kv_score", kv_score, (None, bound.spec.projected), validate.WEIGHT_DTYPES)
+        bound.admit(plan, kv_score.shape[0])
         none = plan.batch.query_start_loc[:0]  # a list of tensors has no place for None
-        layer = [self.weights.norm, none, none, none]
-        if self.weights.ape is not None:
-            layer[1] = self.weights.ape
-        if self.rope is not None:
-            layer[2:] = [self.rope.cos, self.rope.sin]
+        layer = [bound.weights.norm, none, none, none]
+        if bound.weights.ape is not None:
+            layer[1] = bound.weights.ape
+        if bound.rope is not None:
+            layer[2:] = [bound.rope.cos, bound.rope.sin]
         values = [getattr(plan.batch, name) for name in _BATCH]
         step = [none if t is None else t for t in values] + [getattr(plan, name) for name in _PLAN]
         memory = [plan.counters]
-        if isinstance(self.state, OnlineState):
-            memory += [self.state.acc, self.state.folded, self.state.log]
-        elif self.state is not None:
-            memory.append(self.state.data)
-        if self.cache is not None:
-            memory.append(self.cache.data)
-            if self.cache.scales is not None:
-                memory.append(self.cache.scales)
-        return _condense(kv_score, layer, step, memory, self.key, plan.overwrites, self.latent)
+        for owner in (state, cache):
+            memory += [] if owner is None else owner.tensors.values()
+        return _condense(kv_score, layer, step, memory, self.key, plan.overwrites, bound.latent)
 
 
 def bind(
@@ -98,24 +91,21 @@ def bind(
     cache: PagedCache | None = None,
     latent: bool = False,
     impl: str | Backend = "auto",
-) -> Bound:
-    """Check once that everything a layer owns fits together; the result runs steps without looking again.
+) -> Operator:
+    """``kvcondense.bound.bind``, as a torch operator.
 
-    Raises as ``condense`` does, and KvCondenseError for a state pool with tags (``state.tags = None`` drops them): they
-    would go stale.
+    Raises as that does, and KvCondenseError for a state pool with tags (``state.tags = None`` drops them): they would
+    go stale.
     """
-    require("spec", spec, CompressorSpec)
-    require("weights", weights, CompressorWeights)
-    validate.layer(spec, weights, rope, state, cache, weights.norm.device)
+    bound = bound_to(spec, weights, rope, state=state, cache=cache, latent=latent, impl=impl)
     if state is not None and state.tags is not None:
-        raise KvCondenseError("state.tags", "None (steps of a bound layer do not keep tags)", "tags")
+        raise KvCondenseError("state.tags", "None (steps of an operator do not keep tags)", "tags")
     layout = None if state is None else state.layout
     form, page_rows = (None, 0) if cache is None else (cache.format, cache.page_rows)
-    strict = cache is not None and cache.strict
-    name = impl if isinstance(impl, str) else f"{impl.name}#{id(impl)}"
-    key = json.dumps([spec.as_dict(), repr(layout), form and form.name, page_rows, strict, name])
-    _statics[key] = _Static(spec, layout, form, page_rows, strict, impl)
-    return Bound(spec, weights, rope, state, cache, latent, key)
+    static = _Static(spec, layout, form, page_rows, cache is not None and cache.strict, impl)
+    key = _keys.setdefault(static, str(len(_keys)))
+    _statics[key] = static
+    return Operator(bound, key)
 
 
 @torch.library.custom_op("kvcondense::condense", mutates_args=("memory",))
@@ -200,6 +190,8 @@ def _step(
             **dict(zip(_PLAN, plan[len(_BATCH) :], strict=True)),
             overwrites=overwrites,
             counters=counters,
+            extremes=Extremes(kv_score.shape[0], None, None, dense=False),
+            given=batch,
         ),
         kv_score=kv_score,
         ape=layer[1] if layer[1].numel() else None,

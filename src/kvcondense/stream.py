@@ -94,6 +94,8 @@ class Sequence:
     position: int = 0
     last_hidden: str = ""
     """Digest of the hidden state at position - 1, to notice a file that does not continue the sequence."""
+    torn: bool = False
+    """True while a chunk is on its way through the compressors: what they hold is then of no one position."""
 
     @classmethod
     def start(
@@ -133,7 +135,8 @@ class Sequence:
         return cls(config, layer, loaded)
 
     def file(self) -> CacheFile:
-        """The sequence as a cache file; rows are shared, not copied."""
+        """The sequence as a cache file; rows are shared, not copied. Raises if a chunk was broken off."""
+        self._check_whole()
         at = self._at(self.position)
         parts = {
             name: CachePart(c.spec, c.weights_sha256, c.cache, export_live(c.spec, c.state, at))
@@ -152,6 +155,7 @@ class Sequence:
         if (difference := first_difference(wanted, file.header())) is not None:
             where, expected, got = difference
             raise KvCondenseError(f"{path.name} {where}", expected, got)
+        self.torn = True
         for name, c in self.parts.items():
             found = file.parts[name].cache
             scales = [None if s is None else float(s) for s in (c.cache.tensor_scale, found.tensor_scale)]
@@ -159,7 +163,7 @@ class Sequence:
                 raise KvCondenseError(f"{path.name} {name}.scales", str(scales[0]), scales[1])
             c.cache = replace(found, strict=c.cache.strict)
             import_live(c.spec, c.state, self._at(file.position), file.parts[name].state)
-        self.position, self.last_hidden = file.position, file.last_hidden
+        self.position, self.last_hidden, self.torn = file.position, file.last_hidden, False
 
     def feed(
         self,
@@ -176,6 +180,7 @@ class Sequence:
         at its place, and further tokens otherwise. ``progress`` is called between chunks with the tokens done; if it
         raises, everything up to there is kept and can be saved.
         """
+        self._check_whole()
         offset = self.locate(hidden)
         for name, value in (("chunk", chunk), ("limit", limit)):
             if value is not None and value < 1:
@@ -191,10 +196,16 @@ class Sequence:
         while self.position < end:
             stop = min(end, self.position + chunk)
             x = hidden.read(self.position - offset, stop - offset)
-            for c in self.parts.values():
-                self._compress(c, x, stop, rope, impl)
-            self.last_hidden = _digest(x[-1])
-            done, self.position = stop - self.position, stop
+            done, last_hidden = stop - self.position, _digest(x[-1])
+            self.torn = True
+            for number, c in enumerate(self.parts.values()):
+                try:
+                    self._compress(c, x, stop, rope, impl)
+                except KvCondenseError:
+                    self.torn = number > 0  # raised before this one wrote anything
+                    raise
+            self.position, self.last_hidden = stop, last_hidden
+            self.torn = False
             progress(done)
         return end - first
 
@@ -209,6 +220,15 @@ class Sequence:
         )
         cache = c.cache if pages.shape[1] else None
         compress(c.spec, x, c.weights, rope, batch, state=c.state, cache=cache, impl=impl)
+
+    def _check_whole(self) -> None:
+        if self.torn:
+            raise KvCondenseError(
+                "sequence",
+                "one whose chunks went through all compressors",
+                f"one that was broken off in the chunk from position {self.position}",
+                "start again, or resume from the last file that was saved",
+            )
 
     def locate(self, hidden: HiddenFile) -> int:
         """Position of the file's first token; raises unless the file goes on where the sequence stands."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeError, ShapeError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.extremes import Slots
+from kvcondense.layout.memory import check_apart, check_plain
 from kvcondense.layout.online import OnlineState
-from kvcondense.layout.plan import Plan, Slots
+from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
@@ -24,7 +24,7 @@ def tensor(
     dtypes: tuple[torch.dtype, ...],
     device: torch.device | None = None,
 ) -> None:
-    """Raise unless ``value`` is a tensor of ``shape`` (None: any size), one of ``dtypes``, on ``device``."""
+    """Raise unless ``value`` is a plain tensor of ``shape`` (None: any size), one of ``dtypes``, on ``device``."""
     if isinstance(value, torch.Tensor) and value.dtype in dtypes and device in (None, value.device):
         sizes = value.shape
         if len(sizes) == len(shape):
@@ -32,6 +32,7 @@ def tensor(
                 if wanted is not None and wanted != size:
                     break
             else:
+                check_plain(name, value)
                 return
     _explain(name, value, shape, dtypes, device)
 
@@ -65,40 +66,45 @@ def projection(spec: CompressorSpec, x: torch.Tensor, weights: CompressorWeights
     tensor("x", x, (None, weights.w.shape[1]), WEIGHT_DTYPES, weights.w.device)
 
 
-def step(
-    spec: CompressorSpec,
-    kv_score: torch.Tensor,
-    weights: CompressorWeights,
-    rope: RopeTable | None,
-    plan: Plan,
-    state: StatePool | OnlineState | None,
-    cache: PagedCache | None,
-) -> None:
-    """Check that everything a step touches fits together and that its state is the one it continues from."""
-    batch = plan.batch
-    tensor("kv_score", kv_score, (None, spec.projected), WEIGHT_DTYPES)
-    device = kv_score.device
-    if device.type == "meta" or batch.query_start_loc.device != device:
-        raise DeviceError("kv_score", f"device {batch.query_start_loc.device} as the batch", device)
-    if plan.ratio != spec.ratio or plan.overlap != spec.overlap:
-        raise KvCondenseError(
-            "plan",
-            f"a plan for ratio {spec.ratio}, overlap {spec.overlap}",
-            f"one for ratio {plan.ratio}, overlap {plan.overlap}",
-        )
-    facts = plan.facts(spec)
-    if kv_score.shape[0] < facts.tokens:
-        raise ShapeError("kv_score", f"at least {facts.tokens} rows", f"{kv_score.shape[0]} rows")
-    layer(spec, weights, rope, state, cache, device)
-    if rope is not None and facts.last_window * spec.ratio >= rope.cos.shape[0]:
-        raise RangeError("rope", f"at least {facts.last_window * spec.ratio + 1} positions", rope.cos.shape[0])
-    geometry(plan, state, cache)
+def tokens(spec: CompressorSpec, name: str, t: torch.Tensor, device: torch.device) -> None:
+    """Check kv_score [T, projected] of a step."""
+    tensor(name, t, (None, spec.projected), WEIGHT_DTYPES)
+    if t.device.type == "meta" or t.device != device:
+        raise DeviceError(name, f"device {device} as the batch", t.device)
+    no_gradients(name, t)
+
+
+def enough(name: str, rows: int, batch: RaggedBatch) -> None:
+    """Raise unless there are as many rows as a batch says; before anything is made in proportion to what it says."""
+    tokens = int(batch.query_start_loc[-1])
+    if rows < tokens:
+        raise ShapeError(name, f"at least {tokens} rows", f"{rows} rows")
+
+
+def no_gradients(name: str, t: torch.Tensor) -> None:
+    """Raise if a gradient would be lost."""
+    if t.requires_grad and torch.is_grad_enabled():
+        wanted = "a tensor without gradients (kvcondense.training has them)"
+        raise KvCondenseError(name, wanted, "one that requires them")
+
+
+def admitted(plan: Plan, rows: int, rope: RopeTable | None, cache: PagedCache | None, name: str = "kv_score") -> None:
+    """Compare what a plan reaches at most with the sizes of what it is given; asks for no value.
+
+    rows: tokens of ``name``, kv_score or x. With the plan's geometry (``geometry``), that bounds every address.
+    """
+    most = plan.extremes
+    if rows < most.tokens:
+        raise ShapeError(name, f"at least {most.tokens} rows", f"{rows} rows")
+    if rope is not None:
+        if most.positions is None:
+            raise KvCondenseError("plan", "max_positions, as the step has a RoPE table", "a static plan without")
+        if rope.cos.shape[0] < most.positions:
+            raise RangeError("rope", f"at least {most.positions} positions", rope.cos.shape[0])
     if cache is not None:
-        slots(facts.slots, cache, "slot_mapping" if plan.batch.block_table is None else "block_table")
-    if state is None:
-        facts.reads.check_none(plan.batch)
-    else:
-        state.check_continues(spec, plan.batch, facts.reads)
+        if most.slots is None:
+            raise KvCondenseError("plan", "cache_rows, as the step has a cache", "a static plan without")
+        slots(most.slots, cache.num_rows, "slot_mapping" if plan.batch.block_table is None else "block_table")
 
 
 def layer(
@@ -123,10 +129,19 @@ def layer(
             raise ShapeError("state", f"rows of {spec.state_dim} channels", f"{state.state_dim}")
         if state.device != device:
             raise DeviceError("state", f"device {device}", state.device)
+    written = {**({} if state is None else state.tensors), **({} if cache is None else cache.tensors)}
+    if written:
+        check_apart(written, _read(weights, rope))
 
 
-def geometry(plan: Plan, state: StatePool | OnlineState | None, cache: PagedCache | None) -> None:
-    """Check that a plan was made for the layout of this state and the pages of this cache; asks for no value."""
+def geometry(spec: CompressorSpec, plan: Plan, state: StatePool | OnlineState | None, cache: PagedCache | None) -> None:
+    """Check that a plan was made for this ratio, this state's layout and this cache's pages; asks for no value."""
+    if plan.ratio != spec.ratio or plan.overlap != spec.overlap:
+        raise KvCondenseError(
+            "plan",
+            f"a plan for ratio {spec.ratio}, overlap {spec.overlap}",
+            f"one for ratio {plan.ratio}, overlap {plan.overlap}",
+        )
     if plan.state_layout != (None if state is None else state.layout):
         raise KvCondenseError("plan", "a plan for the layout of this state", f"{plan.state_layout}")
     if cache is None:
@@ -137,40 +152,21 @@ def geometry(plan: Plan, state: StatePool | OnlineState | None, cache: PagedCach
         raise KvCondenseError("plan", f"a plan for pages of {cache.page_rows} rows", f"{plan.page_rows} rows")
 
 
-def batch_and_plan(
-    spec: CompressorSpec,
-    batch: RaggedBatch,
-    plan: Plan | None,
-    state: StatePool | OnlineState | None,
-    cache: PagedCache | None,
-) -> None:
-    """Check the types of a call before a plan is built from them."""
-    require("spec", spec, CompressorSpec)
-    require("batch", batch, RaggedBatch)
-    if state is not None:
-        require("state", state, (StatePool, OnlineState))
-    if cache is not None:
-        require("cache", cache, PagedCache)
-    if plan is not None:
-        require("plan", plan, Plan)
-        if plan.batch is not batch:
-            raise KvCondenseError("plan", "the plan of this batch", "a plan of another batch")
-
-
-def slots(slot: Slots, cache: PagedCache, name: str = "slot_mapping") -> None:
-    """Raise RangeError unless every slot is -1 or a row of ``cache``, and no row is named twice."""
-    if slot.lowest < -1 or slot.highest >= cache.num_rows:
-        worst = slot.highest if slot.highest >= cache.num_rows else slot.lowest
-        raise RangeError(name, f"-1 or a cache row below {cache.num_rows}", worst)
+def slots(slot: Slots, rows: int, name: str = "slot_mapping") -> None:
+    """Raise RangeError unless every slot is -1 or one of this many cache rows, and no row is named twice."""
+    if slot.lowest < -1 or slot.highest >= rows:
+        worst = slot.highest if slot.highest >= rows else slot.lowest
+        raise RangeError(name, f"-1 or a cache row below {rows}", worst)
     if slot.shared:
         raise RangeError(name, "a cache row of its own for each row", "rows that share one")
 
 
-def separate(name: str, tensors: Sequence[torch.Tensor | None]) -> None:
-    """Raise if two of these that are written are one."""
-    places = [t.data_ptr() for t in tensors if t is not None]
-    if len(places) != len(set(places)):
-        raise KvCondenseError(name, "one of its own for every job", "one that two jobs share")
+def _read(weights: CompressorWeights, rope: RopeTable | None) -> dict[str, torch.Tensor]:
+    """What every step of a layer reads."""
+    found = {"weights.norm": weights.norm, "weights.ape": weights.ape, "weights.w": weights.w}
+    if rope is not None:
+        found |= {"rope.cos": rope.cos, "rope.sin": rope.sin}
+    return {name: t for name, t in found.items() if t is not None}
 
 
 def _fits(value: object, spec: CompressorSpec, device: torch.device) -> bool:
@@ -187,6 +183,9 @@ def _weights(spec: CompressorSpec, weights: CompressorWeights, device: torch.dev
     require("weights", weights, CompressorWeights)
     if _fits(weights, spec, device):
         return
+    for name, t in _read(weights, None).items():
+        if t.is_meta:
+            raise DeviceError(name, "a device that holds values", t.device)
     exact = (torch.float32, torch.float64)
     tensor("weights.norm", weights.norm, (spec.head_dim,), exact, device)
     if spec.has_ape:

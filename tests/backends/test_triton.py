@@ -198,7 +198,7 @@ def test_counters_are_left_zero_and_padding_is_left_alone(tiled):
     batch = RaggedBatch.build(
         [0, 9, 9, 10], start_positions=[0, -1, 3], state_slots=[2, -1, -1], slot_mapping=list(range(10))
     )
-    plan = Plan.build_static(spec, batch, max_tokens=24, state_layout=state.layout)
+    plan = Plan.build_static(spec, batch, max_tokens=24, state_layout=state.layout, max_positions=64, cache_rows=16)
     assert plan.num_windows > 2
     cache = PagedCache.allocate(32, 2, 8)
     rows = condense(spec, x, weights(spec), rope(spec, 64), batch, plan=plan, state=state, cache=cache, impl="triton")

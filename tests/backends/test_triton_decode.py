@@ -122,8 +122,8 @@ def test_two_that_count_in_the_same_place_do_not(launches, monkeypatch):
 def test_jobs_are_checked_before_anything_is_written():
     x = torch.zeros(8, HIDDEN).bfloat16()
     for change, reason in (
-        ({"state": 0}, "state: expected one of its own"),
-        ({"cache": 0}, "cache: expected one of its own"),
+        ({"state": 0}, "state of job 1: expected memory of its own, got memory of state of job 0"),
+        ({"cache": 0}, "cache of job 1: expected memory of its own, got memory of cache of job 0"),
         ({"weights": 0}, "weights"),
     ):
         jobs = layer()

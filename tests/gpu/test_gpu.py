@@ -1,36 +1,29 @@
 """What only a GPU can show, by ``make gpu``: compiled kernels beside the reference, graphs, the chip's own cast."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from kvcondense import OnlineState, PagedCache, RaggedBatch, StatePool, condense, ops
 from kvcondense.backends.triton import TritonBackend, tuning
-from kvcondense.backends.triton.runtime import why_no_device
-from kvcondense.backends.triton.variants import Variant, specs, variants
+from kvcondense.backends.triton.variants import Variant, variants
 from kvcondense.bench import device, measure, run, tune
 from kvcondense.bench.cases import FORMAT, Case, make_inputs
 from kvcondense.bench.runners import EmptyLaunch, Kvcondense
 from kvcondense.config import ModelConfig
 from kvcondense.formats import FORMATS
+from kvcondense.layout.addresses import PagedLayout
 from kvcondense.layout.plan import Plan
-from kvcondense.layout.state import PagedLayout
 from kvcondense.numerics import compute_dtype
 from kvcondense.rope_table import RopeTable
 from kvcondense.weights import CompressorWeights
 
 DEVICE = "cuda"
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or why_no_device(torch.device(DEVICE)) is not None,
-    reason="needs a GPU, and to run by itself (make gpu)",
-)
 PROMPT, STEPS = 300, 140
 
 
 def layer(variant):
     """(spec, weights, rope, state, cache, kv_score of two requests [2, PROMPT + STEPS, projected])."""
-    spec = replace(specs()[variant.kind], rounding=variant.rounding)
+    spec = variant.compressor
     gen = torch.Generator(DEVICE).manual_seed(1)
 
     def random(*shape):
@@ -90,7 +83,7 @@ def play(variant, impl, chunks):
     return torch.cat(rows, dim=1), None if cache is None else cache.data.clone()
 
 
-@pytest.mark.parametrize("variant", [v for v in variants() if v.kernel == "step"], ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", [v for v in variants() if v.form == "step"], ids=lambda v: v.name)
 def test_variants_equal_the_reference_and_their_own_splits(variant):
     """Rows within rounding of the reference's; any split gives the same bits; a cache holds its rows' bytes."""
     whole = (PROMPT + STEPS,)
@@ -111,9 +104,10 @@ def test_variants_equal_the_reference_and_their_own_splits(variant):
         assert torch.equal(data, cache.data)
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("kind", ["hca", "csa", "indexer"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_small_cases_under_a_sanitizer(kind, batch):
+def test_small_unfused_cases(kind, batch):
     form = "mxfp4_indexer" if kind == "indexer" else FORMAT
     for case in (Case("", kind, 260, batch, 0, format=form), Case("", kind, 1, batch, 255, format=form)):
         inputs = make_inputs(case, DEVICE)
@@ -168,6 +162,7 @@ def test_the_chips_cast_is_used_only_where_it_is_exact():
     assert tune.cast_is_exact(DEVICE) or not part["hardware_cast"]
 
 
+@pytest.mark.alone
 def test_the_clock_is_plausible():
     inputs = make_inputs(Case("", "csa", 1, 16, 1000), DEVICE)
     empty, bare = EmptyLaunch(inputs), Kvcondense(inputs, "triton", bare=True)

@@ -8,7 +8,6 @@ import torch
 from kvcondense import PagedCache, RaggedBatch, StatePool
 from kvcondense.api import Job, compress_many
 from kvcondense.backends.triton import TritonBackend
-from kvcondense.backends.triton.runtime import why_no_device
 from kvcondense.backends.triton.variants import specs
 from kvcondense.bench import fused
 from kvcondense.bench.fused import LAYERS
@@ -18,10 +17,6 @@ from kvcondense.rope_table import RopeTable
 from kvcondense.weights import CompressorWeights
 
 DEVICE = "cuda"
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or why_no_device(torch.device(DEVICE)) is not None,
-    reason="needs a GPU, and to run by itself (make gpu)",
-)
 HIDDEN, REQUESTS, PROMPT, STEPS = 1024, 3, 300, 130
 FORMATS = {"indexer": "mxfp4_indexer"}
 

@@ -99,6 +99,11 @@ def _device_cases() -> Iterator[Case]:
             yield Case(f"decode {batch} from x within a window, ratio {ratio}", kind, 1, batch, 1000, hidden=True)
         for batch, tokens in shapes:
             yield Case(f"prefill {batch} x {tokens} from x, ratio {ratio}", kind, tokens, batch, 0, hidden=True)
+    # Shapes that engines have published times of. A window of ratio 4 needs no longer history than this.
+    yield Case("decode 128 on a boundary, ratio 128", "hca", 1, 128, 1023)
+    for batch in (512, 4096):
+        yield Case(f"decode {batch} on a boundary, ratio 4", "csa", 1, batch, 7)
+    yield Case("prefill 8 x 65536, ratio 128", "hca", 65536, 8, 0)
     for name in FORMATS:
         kind = "indexer" if "indexer" in name else "csa"
         if name != FORMAT:

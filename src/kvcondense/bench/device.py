@@ -12,14 +12,17 @@ from kvcondense.bench.measure import Rates, Work
 _FLUSH_BYTES = 1 << 28
 """Memory that is written between cold runs: several times any GPU's last cache."""
 _LARGE_BYTES, _SMALL_BYTES = 1 << 30, 1 << 23
+_GEMM = (8192, 4096, 8192)
 _ROUNDS = 15
 _CALLS, _FEW_CALLS, _SLOW_S = 20, 3, 1e-3
 
 
-def rates(device: str = "cuda") -> Rates:
+def rates() -> Rates:
     """Best of several: a copy counts as read and written; operands are random, as zeros draw less power."""
+    device = home()
     large, small = (torch.randn(2, n // 4, device=device) for n in (_LARGE_BYTES, _SMALL_BYTES))
-    x, w = (torch.randn(8192, 4096, device=device).bfloat16() for _ in range(2))
+    m, k, n = _GEMM
+    x, w = (torch.randn(rows, k, device=device).bfloat16() for rows in (m, n))
 
     def least(run: Callable[[], object], calls: int) -> float:
         once = _replayed(run, calls, None)
@@ -28,7 +31,7 @@ def rates(device: str = "cuda") -> Rates:
     return Rates(
         memory=2 * _LARGE_BYTES / least(lambda: large[0].copy_(large[1]), _FEW_CALLS),
         cache=2 * _SMALL_BYTES / least(lambda: small[0].copy_(small[1]), _CALLS),
-        gemm=2 * 8192 * 4096 * 8192 / least(lambda: torch.mm(x, w.T), _FEW_CALLS),
+        gemm=2 * m * k * n / least(lambda: torch.mm(x, w.T), _FEW_CALLS),
         cached=_cache_bytes(),
     )
 
@@ -40,7 +43,7 @@ def interleaved(works: Sequence[Work], *, cold: bool) -> list[list[float]]:
     flushes the cache before each call, and a graph of flushes alone is subtracted. Other work is timed from its first
     launch to its end with an idle device before it, so that the host's time is part of it.
     """
-    spoil = torch.ones(_FLUSH_BYTES // 4, device=_home()) if cold else None
+    spoil = torch.ones(_FLUSH_BYTES // 4, device=home()) if cold else None
     flush = None if spoil is None else lambda: spoil.add_(1)
     timers: list[Callable[[], float]] = []
     for work in works:
@@ -112,18 +115,24 @@ def capture(body: Callable[[], None]) -> Any:
     return graph
 
 
-def machine(device: str = "cuda") -> dict[str, str]:
+def machine() -> dict[str, Any]:
     """What GPU figures were measured on."""
     from triton import __version__ as triton
 
-    properties = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(home())
     toolkit = f"CUDA {torch.version.cuda}" if torch.version.hip is None else f"HIP {torch.version.hip}"
     return {"device": properties.name, "toolkit": toolkit, "triton": triton}
 
 
 def _cache_bytes() -> int:
-    return torch.cuda.get_device_properties(_home()).L2_cache_size
+    return torch.cuda.get_device_properties(home()).L2_cache_size
 
 
-def _home() -> str:
+def home() -> str:
+    """Where tensors of the GPU's bench lie."""
     return "cuda"
+
+
+def available() -> bool:
+    """True if there is a GPU to time."""
+    return torch.cuda.is_available()

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kvcondense.bench.fused import GEMM
+from kvcondense.bench.records import Record
 from kvcondense.bench.runners import GEMMS
-
-Record = dict[str, Any]
 
 
 def line(record: Record) -> str:

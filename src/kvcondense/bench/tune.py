@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +20,13 @@ from kvcondense.backends.triton.tuning import Choice
 from kvcondense.bench import device as gpu
 from kvcondense.bench import measure
 from kvcondense.bench.cases import FORMAT, Case, make_inputs
+from kvcondense.bench.records import Log, Record
 from kvcondense.bench.runners import Kvcondense
 from kvcondense.errors import KvCondenseError
 
 # Up to this many rows (None: any number): requests, tokens of each, where they start; all of them complete windows.
-CLASSES: tuple[tuple[int | None, int, int, int], ...] = ((16, 16, 1, 1023), (128, 128, 1, 1023), (None, 8, 8192, 0))
+RowClass = tuple[int | None, int, int, int]
+CLASSES: tuple[RowClass, ...] = ((16, 16, 1, 1023), (128, 128, 1, 1023), (None, 8, 8192, 0))
 KINDS = {"hca": FORMAT, "csa": FORMAT, "indexer": "mxfp4_indexer"}
 _WARPS = (1, 2, 4, 8, 16)
 _LEAST_BLOCK, _MOST_ELEMENTS = 16, 1 << 14
@@ -33,18 +40,27 @@ _CAST_BLOCK, _CAST_PROGRAMS = 1024, 1 << 20
 
 @dataclass(frozen=True)
 class Timed:
-    """A tiling of one class of steps. seconds: median with cold caches; None if its rows have other bits."""
+    """A tiling of one class of steps. seconds: median with cold caches; None if bits differ or it raised."""
 
     kind: str
     rows: int | None
     choice: Choice
     seconds: float | None
+    error: str | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Record:
         """For JSON."""
-        us = None if self.seconds is None else round(1e6 * self.seconds, 2)
+        us = None if self.seconds is None else round(1e6 * self.seconds, 3)
         block, warps = self.choice.block, self.choice.num_warps
-        return {"kind": self.kind, "rows": self.rows, "block": block, "num_warps": warps, "us": us}
+        record = {"kind": self.kind, "rows": self.rows, "block": block, "num_warps": warps, "us": us}
+        return record if self.error is None else {**record, "error": self.error}
+
+    @classmethod
+    def from_dict(cls, record: Record) -> Timed:
+        """Of ``as_dict``'s."""
+        seconds = None if record["us"] is None else record["us"] / 1e6
+        choice = Choice(record["block"], record["num_warps"])
+        return cls(record["kind"], record["rows"], choice, seconds, record.get("error"))
 
 
 def candidates(case: Case, now: Choice) -> list[Choice]:
@@ -61,29 +77,85 @@ def candidates(case: Case, now: Choice) -> list[Choice]:
     return list(dict.fromkeys(found))
 
 
-def time_class(kind: str, row_class: tuple[int | None, int, int, int], device: str, cast: bool) -> list[Timed]:
-    """Every tiling of one kind and class; the table's first."""
+def case_of(kind: str, row_class: RowClass) -> Case:
+    """The step that stands for a class."""
     rows, batch, tokens, start = row_class
-    case = Case(f"{kind}, at most {rows} rows", kind, tokens, batch, start, format=KINDS[kind])
-    runner = Kvcondense(make_inputs(case, device), "triton", bare=True)
-    step: Step = runner.primed()["step"]
+    return Case(f"{kind}, at most {rows or 'any number of'} rows", kind, tokens, batch, start, format=KINDS[kind])
+
+
+def _step(case: Case, device: str) -> Step:
+    return Kvcondense(make_inputs(case, device), "triton", bare=True).primed()["step"]
+
+
+def _choices(case: Case, step: Step, cast: bool) -> tuple[Choice, list[Choice]]:
+    """The table's choice, and what is tried."""
     now = tuning.choose(step.rows.device, case.spec, step.plan.num_windows)
-    choices = candidates(case, replace(now, hardware_cast=cast))
-    assert step.cache is not None
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for choice in [now, *choices]:  # as the table has it now, before a cast that may be new
-        step.rows.fill_(float("nan"))
-        step.cache.data.fill_(0xA5)
-        TritonBackend(choice=choice).run(step)
-        seen.append((step.rows.clone(), step.cache.data.clone()))
-    equal = [all(torch.equal(a, b) for a, b in zip(seen[0], s, strict=True)) for s in seen[1:]]
-    works = [
-        measure.Work(lambda: step, TritonBackend(choice=c).run, capturable=True)
-        for c, same in zip(choices, equal, strict=True)
-        if same
-    ]
+    return now, candidates(case, replace(now, hardware_cast=cast))
+
+
+def compile_tiling(kind: str, row_class: RowClass, device: str, cast: bool, number: int) -> None:
+    """Run one tiling of a class once: in a process of its own, for the machine code that it leaves on disk."""
+    case = case_of(kind, row_class)
+    step = _step(case, device)
+    TritonBackend(choice=_choices(case, step, cast)[1][number]).run(step)
+    torch.cuda.synchronize()
+
+
+def time_class(
+    kind: str, row_class: RowClass, device: str, cast: bool, ahead: Callable[..., None] | None = None
+) -> list[Timed]:
+    """Every tiling of one kind and class; the table's first. ``ahead``: compiles this many of a class beforehand."""
+    rows, case = row_class[0], case_of(kind, row_class)
+    step = _step(case, device)
+    now, choices = _choices(case, step, cast)
+    if ahead is not None:
+        ahead(kind, row_class, len(choices))
+    right = _outputs(step, TritonBackend(choice=now))  # as the table has it now, before a cast that may be new
+    works, wrong = [], {}
+    for choice in choices:
+        backend = TritonBackend(choice=choice)
+        try:
+            same = all(torch.equal(a, b) for a, b in zip(right, _outputs(step, backend), strict=True))
+        except Exception as error:  # a tiling may take more than the chip has
+            wrong[choice] = Timed(kind, rows, choice, None, f"{type(error).__name__}: {error}")
+            continue
+        if same:
+            works.append(measure.Work(lambda: step, backend.run, capturable=True))
+        else:
+            wrong[choice] = Timed(kind, rows, choice, None)
     medians = iter([measure.median(t) for t in gpu.interleaved(works, cold=True)])
-    return [Timed(kind, rows, c, next(medians) if same else None) for c, same in zip(choices, equal, strict=True)]
+    return [wrong[c] if c in wrong else Timed(kind, rows, c, next(medians)) for c in choices]
+
+
+def _outputs(step: Step, backend: TritonBackend) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and the cache's bytes, in memory that held something else."""
+    assert step.cache is not None
+    step.rows.fill_(float("nan"))
+    step.cache.data.fill_(0xA5)
+    backend.run(step)
+    return step.rows.clone(), step.cache.data.clone()
+
+
+@contextlib.contextmanager
+def compiling_ahead(device: str, cast: bool, jobs: int) -> Iterator[Callable[..., None] | None]:
+    """Processes that compile a class's tilings side by side; idle while it is timed. One job needs none.
+
+    What fails there fails again, and is seen, where the tiling is timed.
+    """
+    if jobs == 1:
+        yield None
+        return
+    executor = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+
+    def ahead(kind: str, row_class: RowClass, count: int) -> None:
+        with contextlib.suppress(BrokenProcessPool):
+            for future in [executor.submit(compile_tiling, kind, row_class, device, cast, i) for i in range(count)]:
+                future.exception()
+
+    try:
+        yield ahead
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 def best(timed: list[Timed]) -> Timed:
@@ -98,36 +170,67 @@ def best(timed: list[Timed]) -> Timed:
     return fastest
 
 
-def tune(device: str, kinds: list[str], say: Callable[[str], None]) -> tuple[str, dict[str, Any], list[Timed]]:
-    """(architecture, its new part of the table, all timings). Entries of what is not timed stay as they are."""
-    arch = tuning.architecture(torch.device(device))
+@dataclass(frozen=True)
+class Limits:
+    """seconds: no class is begun that would, by the longest so far, end later; jobs: processes that compile."""
+
+    seconds: float = float("inf")
+    jobs: int = 1
+
+
+def tune(log: Log, cast: bool, kinds: list[str], say: Callable[[str], None], limits: Limits = Limits()) -> None:
+    """Add the timings of classes that ``log`` has not, a class complete at a time."""
+    begun, longest, device = time.monotonic(), 0.0, gpu.home()
+    with compiling_ahead(device, cast, limits.jobs) as ahead:
+        for kind in kinds:
+            for row_class in CLASSES:
+                name = case_of(kind, row_class).name
+                before = time.monotonic()
+                if name in log.complete:
+                    say(f"{name}: in the file already")
+                elif before - begun + longest > limits.seconds:
+                    say(f"{name}: not timed, {limits.seconds - (before - begun):.0f} s are left")
+                else:
+                    timed = time_class(kind, row_class, device, cast, ahead)
+                    for one in timed:
+                        log.add(one.as_dict())
+                    log.finish(name)
+                    say(f"{name}: {_line(timed)}")
+                    longest = max(longest, time.monotonic() - before)
+
+
+def _line(timed: list[Timed]) -> str:
+    chosen = best(timed)
+    now, then = (1e6 * (t.seconds or float("nan")) for t in (chosen, timed[0]))
+    return (
+        f"{chosen.choice.block} channels, {chosen.choice.num_warps} warps: {now:.2f} us (before: {then:.2f} us); "
+        f"{len(timed)} tried, {sum(t.seconds is None for t in timed)} wrong"
+    )
+
+
+def part_of(log: Log, cast: bool, facts: Record) -> tuple[str, dict[str, Any] | None]:
+    """(architecture, its part of the table); None if no compressor has timings of all its classes.
+
+    Entries of compressors that have not stay as they are.
+    """
+    arch = tuning.architecture(torch.device(gpu.home()))
     table = tuning.table()
     old = table.get(arch, table[tuning.ANY])
-    cast = cast_is_exact(device)
-    say(f"{arch}: the chip's cast to e4m3 {'equals' if cast else 'is not proven equal to'} the integer encoder's codes")
-    entries, timings = [], []
-    for kind in kinds:
-        for row_class in CLASSES:
-            timed = time_class(kind, row_class, device, cast)
-            timings += timed
-            chosen = best(timed)
-            spec = Case("", kind, 1, 1, 0).spec
-            block, warps = chosen.choice.block, chosen.choice.num_warps
-            entries.append([spec.ratio, spec.head_dim, row_class[0], block, warps])
-            seconds = [1e6 * (t.seconds or float("nan")) for t in (chosen, timed[0])]
-            say(
-                f"{kind}, rows {row_class[0] or 'any'}: {block} channels, {warps} warps: {seconds[0]:.2f} us "
-                f"(before: {seconds[1]:.2f} us); {len(timed)} tried, {sum(t.seconds is None for t in timed)} wrong"
-            )
+    timings = [Timed.from_dict(r) for r in log.records if "block" in r]
+    whole = [kind for kind in KINDS if all(case_of(kind, c).name in log.complete for c in CLASSES)]
+    entries = []
+    for kind in whole:
+        spec = Case("", kind, 1, 1, 0).spec
+        for rows in (c[0] for c in CLASSES):
+            chosen = best([t for t in timings if (t.kind, t.rows) == (kind, rows)]).choice
+            entries.append([spec.ratio, spec.head_dim, rows, chosen.block, chosen.num_warps])
+    if not whole:
+        return arch, None
     new = {(e[0], e[1]) for e in entries}
     entries += [e for e in old["entries"] if (e[0], e[1]) not in new]
-    facts = {**measure.machine(), **gpu.machine(device)}
-    source = f"measured on {facts['device']}, {facts['toolkit']}, triton {facts['triton']}, commit {facts['commit']}"
-    return (
-        arch,
-        {**old, "source": source, "hardware_cast": cast, "entries": entries},
-        timings,
-    )
+    what = "" if len(whole) == len(KINDS) else f"{', '.join(whole)}: "
+    where = f"{facts['device']}, {facts['toolkit']}, triton {facts['triton']}, commit {facts['commit']}"
+    return arch, {**old, "source": f"{what}measured on {where}", "hardware_cast": cast, "entries": entries}
 
 
 def cast_is_exact(device: str, spans: Callable[[], Iterator[tuple[int, int]]] | None = None) -> bool:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from kvcondense.backends import get_backend
 from kvcondense.bench import device as gpu
-from kvcondense.bench import measure, peer_files, report
+from kvcondense.bench import measure, peer_files, records, report
 from kvcondense.bench.cases import CASES, DEVICE_CASES
 from kvcondense.bench.context_parallel import CASES as SPLITS
 from kvcondense.bench.context_parallel import run_split
@@ -27,7 +24,7 @@ from kvcondense.cli.page import ReportFile
 from kvcondense.errors import RangeError, UnsupportedError
 
 EXAMPLE = "Example: kvcondense bench --backend cpu --json timings.jsonl --plot timings.png"
-_MOST_BYTES = 16 << 20
+_WHAT = "kvcondense bench"
 
 
 def bench(
@@ -58,6 +55,9 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="JSON lines, a timing each ('-': standard output).")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the --json file: cases that it has are not timed again.")
+    ] = False,
 ) -> None:
     """Time a backend beside the reference, transformers and nano-deepseek-v4 where installed, and given peers.
 
@@ -67,7 +67,9 @@ def bench(
     With --fused, a step from hidden states is timed as the backend does it at once, as GEMM and step, and, for small
     steps, in the way that gives a token the same bits in every step. With --training, gradients are compared first;
     with --context-parallel, rows with those of one process, and bytes with those of gathering all.
-    Exit status 1 if the backend's rows are wrong.
+    Each timing is in the --json file as soon as it is made; --resume goes on with a file of the same machine, versions
+    and sources. A case that raises is recorded, and the others go on.
+    Exit status 1 if the backend's rows are wrong or a case raised.
     """
     output = Output(json_file)
     on_gpu = backend == "triton"
@@ -75,6 +77,8 @@ def bench(
         raise UnsupportedError("--fused", "one of --fused, --training and --context-parallel", "more")
     if fused and not on_gpu:
         raise UnsupportedError("--fused", "--backend triton", backend)
+    if context_parallel and on_gpu:
+        raise UnsupportedError("--context-parallel", "a backend of the CPU", backend)
     cases: dict[str, Any] = (LAYERS if fused else DEVICE_CASES) if on_gpu else CASES
     if training or context_parallel:
         cases = TRAINING_CASES if training else SPLITS
@@ -90,10 +94,15 @@ def bench(
         raise UnsupportedError("--plot", "a file that ends in .png, .svg or .pdf", plot)
     page.check(report_file)
     if from_file is not None:
-        records = _read(from_file)
+        if resume:
+            raise UnsupportedError("--resume", "timings to be made", "--from")
+        found = records.read(from_file, "--from", _WHAT)
+        if any("complete" in r for r in found):
+            found = [found[0], *records.finished(found)]
+        records.Log(json_file, found[0], found[1:])
     else:
         get_backend(backend)  # a wrong name is an error before any work
-        if on_gpu and not torch.cuda.is_available():
+        if on_gpu and not gpu.available():
             raise UnsupportedError("--backend", "a GPU for triton (nobody times its interpreter)", "none found")
         if peer_file and not on_gpu:
             raise UnsupportedError("--peer-file", "--backend triton", backend)
@@ -101,57 +110,62 @@ def bench(
         one_case = run_layer if fused else partial(run_case, backend=backend, extra=extra)
         if training or context_parallel:
             one_case = run_training if training else run_split
-        records = _measure(output, on_gpu, chosen, one_case)
-        if context:
-            records += context_series(backend, output.say)
-    if json_file is not None:
-        lines = "".join(json.dumps(r) + "\n" for r in records)
-        if output.to_stdout:
-            sys.stdout.write(lines)
-        else:
-            json_file.write_text(lines, encoding="utf-8")
-    for table in report.tables(records):
+        log, rates = _start(output, on_gpu, resume)
+        _measure(output, log, chosen, partial(one_case, rates=rates, say=output.say, device=_home(on_gpu)))
+        if context and CONTEXTS not in log.complete:
+            for record in context_series(backend, output.say):
+                log.add(record)
+            log.finish(CONTEXTS)
+        found = log.records
+    for table in report.tables(found):
         output.say()
         output.markdown(table)
     if report_file is not None:
-        about = {**records[0]["machine"], **{f"{k}, per second": f"{v:.3g}" for k, v in records[0]["rates"].items()}}
-        page.write(report_file, "kvcondense bench", about, page.of_timings(records))
+        about = {**found[0]["machine"], **{f"{k}, per second": f"{v:.3g}" for k, v in found[0]["rates"].items()}}
+        page.write(report_file, _WHAT, about, page.of_timings(found))
         output.say(f"written to {report_file}")
     if plot is not None:
-        report.plot(records, plot)
+        report.plot(found, plot)
         output.say(f"drawn to {plot}")
-    if any("wrong" in r and r["runner"].startswith((backend, "fused", "kvcondense")) for r in records):
+    wrong = any("wrong" in r and r["runner"].startswith((backend, "fused", "kvcondense")) for r in found)
+    if wrong or any("failed" in r for r in found):
         raise typer.Exit(1)
 
 
-def _measure(output: Output, on_gpu: bool, chosen: list[Any], one_case: Any) -> list[report.Record]:
-    output.say("measuring this machine's rates ...")
+def _home(on_gpu: bool) -> str:
+    return gpu.home() if on_gpu else "cpu"
+
+
+def _start(output: Output, on_gpu: bool, resume: bool) -> tuple[records.Log, measure.Rates]:
+    """The records to add to, and this machine's rates: measured, or those of the file that is gone on with."""
+    machine = {**measure.machine(), **(gpu.machine() if on_gpu else {})}
+    head, kept = records.resumed(output.json_file, machine, _WHAT) if resume else (None, [])
     measure.keep_memory()
-    device = "cuda" if on_gpu else "cpu"
-    rates = measure.Rates.measure() if device == "cpu" else gpu.rates()
-    machine = {**measure.machine(), **({} if device == "cpu" else gpu.machine())}
-    records: list[report.Record] = [{"machine": machine, "rates": vars(rates)}]
-    output.say(f"{records[0]['machine']}")
+    if head is None:
+        output.say("measuring this machine's rates ...")
+        head = {"machine": machine, "rates": vars(gpu.rates() if on_gpu else measure.Rates.measure())}
+    rates = measure.Rates(**head["rates"])
+    output.say(f"{machine}")
     output.say(
         f"memory {rates.memory / 1e9:.0f} GB/s, cache {rates.cache / 1e9:.0f} GB/s, "
         f"bf16 GEMM {rates.gemm / 1e9:.0f} GFLOP/s"
     )
+    return records.Log(output.json_file, head, kept), rates
+
+
+def _measure(output: Output, log: records.Log, chosen: list[Any], one_case: Any) -> None:
     for number, one in enumerate(chosen, 1):
+        if one.name in log.complete:
+            output.say(f"[{number}/{len(chosen)}] {one.name}: in the file already")
+            continue
         output.say(f"[{number}/{len(chosen)}] {one.name}: comparing rows, then timing ...")
-        for record in one_case(one, rates=rates, say=output.say, device=device):
-            records.append(record)
-            if "us" in record:
-                output.say(report.line(record))
-    return records
-
-
-def _read(path: Path) -> list[report.Record]:
-    if path.stat().st_size > _MOST_BYTES:
-        raise RangeError("--from", f"at most {_MOST_BYTES} bytes", path.stat().st_size)
-    try:
-        records = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines() if text]
-    except ValueError as error:
-        raise UnsupportedError("--from", "JSON lines of kvcondense bench", f"{path} ({error})") from error
-    if not records or not all(isinstance(r, dict) for r in records) or "machine" not in records[0]:
-        raise UnsupportedError("--from", "JSON lines of kvcondense bench", path)
-    return records
+        try:
+            for record in one_case(one):
+                log.add(record)
+                if "us" in record:
+                    output.say(report.line(record))
+        except Exception as error:  # whatever a compiler or a driver raises: the other cases have their own chance
+            log.add({"case": one.name, "failed": f"{type(error).__name__}: {error}"})
+            output.say(f"{one.name}: {type(error).__name__}: {error}")
+        else:
+            log.finish(one.name)

@@ -17,9 +17,9 @@ from kvcondense.cli import completion
 from kvcondense.cli.output import JsonFile, Output
 from kvcondense.config import PRESETS, ModelConfig
 from kvcondense.errors import RangeError, UnsupportedError, require_int, require_known
+from kvcondense.layout.addresses import RingLayout
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.plan import Plan
-from kvcondense.layout.state import RingLayout
 
 EXAMPLE = "Example: kvcondense plan --model flash --context 1M --batch 64 --memory 80GiB --plot memory.png"
 _BYTES = ((" GiB", 1 << 30), (" MiB", 1 << 20), (" KiB", 1 << 10))

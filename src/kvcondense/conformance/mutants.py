@@ -17,10 +17,11 @@ from kvcondense.formats import CacheFormat, Channels
 from kvcondense.formats.descriptor import PAD
 from kvcondense.formats.elements import E2M1, E2M1_TIES_DOWN, Element
 from kvcondense.formats.scales import ScaleRule
+from kvcondense.layout.addresses import RingLayout, live_starts
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import KEEP_FIELDS, Plan
-from kvcondense.layout.state import RingLayout, StatePool, live_starts
+from kvcondense.layout.state import StatePool
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec, Rounding
 from kvcondense.stages import norm, pool, rope, store, window
@@ -225,9 +226,10 @@ def _scatter_nibbles_swapped(rows: torch.Tensor, slot: torch.Tensor, cache: Page
 
 def _keep_first_writer(plan: Plan, rows: torch.Tensor, state: StatePool) -> None:
     """Rows that already hold their position are left alone: a rejected draft survives its replacement."""
-    assert state.tags is not None
-    new = state.tags[plan.keep_row] != plan.keep_position
+    holds = vars(state).setdefault("holds", torch.full((state.layout.num_rows,), -1))  # its own book, beside tags
+    new = holds[plan.keep_row] != plan.keep_position
     state.data[plan.keep_row[new]] = rows[plan.keep_token[new]]
+    holds[plan.keep_row] = plan.keep_position
 
 
 def _forget_drafts(step: Step) -> Step:

@@ -32,14 +32,16 @@ CANARY = 0xA5
 def comparators(inputs: GoldenInputs) -> dict[str, Comparator]:
     """The bounds of each output: states as in PR 270, rows without its outlier budget, bytes exact.
 
-    With history a bf16 cache holds enough rows to ask for 99.9 % equal bits. Not after a rotation: PR 270's Hadamard is
-    a bf16 matrix, off by 1e-4, where kvcondense scales butterflies in fp32. A quantised cache is read back and compared
-    with the reference's row before quantisation: half a step more, and twice that where a flip doubles a scale.
+    With history 99 % of a bf16 cache's bits must be equal: another order of the projection's sum flips 0.03 %, some of
+    1024 elements on one processor and none on the next; a rounding that is missing, 26 %. Not after a rotation: PR
+    270's Hadamard is a bf16 matrix, off by 1e-4, where kvcondense scales butterflies in fp32. A quantised cache is read
+    back and compared with the reference's row before quantisation: half a step more, and twice that where a flip
+    doubles a scale.
     """
     spec, fmt = inputs.spec, inputs.format
     states, rows = allclose(atol=1e-3, rtol=1e-3), row_bounds(spec)
     history = max(h.shape[0] for h in inputs.x_history) >= 2 * spec.window
-    cache = row_bounds(spec, 0.999 if history and not spec.rotate else 0.0)
+    cache = row_bounds(spec, 0.99 if history and not spec.rotate else 0.0)
     if fmt.name != "bf16":
         scale = torch.tensor(TENSOR_SCALE) if fmt.tensor_scale else None
 

@@ -59,6 +59,7 @@ class Memory:
         self.pool.tags = None  # ``seen`` says what every sequence holds
         self.rows = like.new_zeros(sequences, _FIRST_ROWS, spec.head_dim)
         self.seen = (0,) * sequences
+        self.torn = False
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -82,10 +83,14 @@ class Memory:
         """Take the tokens' kv_score [T, projected] and keep the rows that they complete."""
         if tokens.starts != self.seen:
             raise KvCondenseError("position_ids", f"to go on at {list(self.seen)}", list(tokens.starts))
+        if self.torn:
+            raise KvCondenseError("past_key_values", "a cache whose last call was finished", "one that was broken off")
+        self.torn = True
         done = condense(self.spec, kv_score, weights, rope, plan.batch, plan=plan, state=self.pool, impl=impl)
         self.seen = tuple(s + n for s, n in zip(tokens.starts, tokens.lengths, strict=True))
         self._grow(max(self.counts, default=0))
         self.rows[done.request, done.window] = done.values.to(self.rows.dtype)
+        self.torn = False
 
     def _grow(self, count: int) -> None:
         have = self.rows.shape[1]

@@ -9,12 +9,16 @@ import torch
 
 from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeError, ShapeError
 
+MOST_POSITIONS = 1 << 31
+"""Positions of a sequence; kernels hold one in 32 bits."""
 IntTensor = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
 class RaggedBatch:
     """Prefill, chunk, decode and verify requests of one step. Build it with ``build``; all fields are int64.
+
+    A batch owns its integers: what the caller's tensors become later does not change it.
 
     query_start_loc [R+1]: request q owns tokens query_start_loc[q] .. query_start_loc[q+1]-1; later tokens are padding.
     start_positions [R]: absolute position of each request's first token; -1 if the request is inert.
@@ -45,7 +49,7 @@ class RaggedBatch:
         slot_mapping: IntTensor | None = None,
         block_table: IntTensor | None = None,
     ) -> RaggedBatch:
-        """Check and widen the metadata of a step (int32 or int64 tensors, or sequences of ints).
+        """Check, widen and copy the metadata of a step (int32 or int64 tensors, or sequences of ints).
 
         Give ``start_positions`` [R] or absolute ``positions`` [T] (consecutive within a request). Raises ShapeError,
         DtypeError, DeviceError or RangeError that names the argument.
@@ -69,6 +73,8 @@ class RaggedBatch:
         starts = torch.where(inert, -1, starts)  # whatever an inert request carries is not looked at
         if bool((starts < -1).any()):
             raise RangeError("start_positions", "at least 0, or -1 for an inert request", int(starts.min()))
+        if bool((starts > MOST_POSITIONS - lengths).any()):
+            raise RangeError("start_positions", f"positions below {MOST_POSITIONS}", int((starts + lengths).max()))
         if state_slots is not None and state_block_table is not None:
             raise KvCondenseError("state_slots", "state_slots or state_block_table, not both", "both")
         if slot_mapping is not None and block_table is not None:
@@ -167,7 +173,7 @@ def _ints(name: str, value: object, dim: int, device: torch.device | None, rows:
         raise DeviceError(name, f"device {device} as query_start_loc", value.device)
     if value.is_meta:
         raise DeviceError(name, "a device that holds values", value.device)
-    return value.to(torch.int64).contiguous()
+    return value.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
 
 
 def _drafts(draft_rows: IntTensor | int, lengths: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from kvcondense.errors import (
 )
 from kvcondense.formats import CacheFormat, format_of_dtype, get_format
 from kvcondense.formats.descriptor import SCALES, check_tensor_scale
+from kvcondense.layout.memory import check_written
 
 
 @dataclass
@@ -46,6 +47,7 @@ class PagedCache:
         if self.data.dim() != 2 or self.data.shape[1] not in (payload, page) or self.data.stride(1) != 1:
             wanted = f"{page}" if payload == page else f"{page} (or {payload}, without the page's tail)"
             raise ShapeError("cache data", f"shape [num_pages, {wanted}], bytes in order", f"{list(self.data.shape)}")
+        check_written("cache data", self.data)
         wanted = self.format.scale_shape(self.data.shape[0], self.page_rows)
         if (wanted is None) != (self.scales is None):
             raise KvCondenseError("scales", "None" if wanted is None else f"fp32 {list(wanted)}", f"{self.scales}")
@@ -54,6 +56,9 @@ class PagedCache:
                 raise ShapeError("scales", f"fp32 {wanted}", f"{self.scales.dtype} {list(self.scales.shape)}")
             if self.scales.device != self.data.device:
                 raise DeviceError("scales", f"device {self.data.device}", self.scales.device)
+            if self.scales.dim() == 2 and self.scales.stride(1) != 1:
+                raise ShapeError("scales", "scales of a page one behind the other", f"strides {self.scales.stride()}")
+            check_written("scales", self.scales)
 
     @classmethod
     def allocate(
@@ -117,6 +122,11 @@ class PagedCache:
             )
         data = rows.as_strided((rows.shape[0], rows.shape[1] * rows.shape[2]), (rows.stride(0), 1))
         return cls(data.view(torch.uint8), fmt, head_dim, rows.shape[1], scales)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a step writes, by name."""
+        return {"cache": self.data} if self.scales is None else {"cache": self.data, "cache scales": self.scales}
 
     @property
     def num_rows(self) -> int:

@@ -7,9 +7,19 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcondense.errors import RangeError, StateMismatchError, UnsupportedError, require, require_int
+from kvcondense.errors import (
+    DeviceError,
+    RangeError,
+    ShapeError,
+    StateMismatchError,
+    UnsupportedError,
+    require,
+    require_int,
+)
+from kvcondense.layout.addresses import check_slots, most_drafts
 from kvcondense.layout.batch import RaggedBatch
-from kvcondense.layout.state import Reads, check_fork, check_slots, slot_index
+from kvcondense.layout.memory import check_written
+from kvcondense.layout.state import UNKNOWN, Reads, check_fork, found, slot_index
 from kvcondense.spec import CompressorSpec
 
 
@@ -32,10 +42,13 @@ class OnlineLayout:
 
     def check(self, batch: RaggedBatch, spec: CompressorSpec) -> None:
         """Raise unless the slots exist, are not shared, and the log takes the drafts of this step."""
+        check_slots(batch, self.num_slots)
+        self.check_drafts(spec, most_drafts(batch))
+
+    def check_drafts(self, spec: CompressorSpec, drafts: int) -> None:
+        """Raise unless the log takes steps with this many draft rows."""
         if spec.overlap:
             raise UnsupportedError("state", "a ring or pages (windows overlap: a row is read twice)", "an OnlineState")
-        check_slots(batch, self.num_slots)
-        drafts = int(batch.draft_rows[batch.active].max()) if bool(batch.active.any()) else 0
         if drafts > self.log_rows:
             raise RangeError("state log_rows", f"at least {drafts} ({drafts} draft rows)", self.log_rows)
 
@@ -75,6 +88,29 @@ class OnlineState:
         folded = torch.full((num_slots,), -1, dtype=torch.int64, device=device)
         tags = torch.full((num_slots, 2), -1, dtype=torch.int64) if acc.device.type == "cpu" else None
         return cls(acc, folded, log, layout, tags)
+
+    def __post_init__(self) -> None:
+        slots, rows = self.layout.num_slots, self.layout.num_slots * self.layout.log_rows
+        channels = self.acc.shape[-1] if self.acc.dim() else 0
+        for name, t, shape, dtype in (
+            ("acc", self.acc, (slots, 3, channels), torch.float32),
+            ("folded", self.folded, (slots,), torch.int64),
+            ("log", self.log, (rows, self.log.shape[-1] if self.log.dim() else 0), torch.float32),
+            ("tags", self.tags, (slots, 2), torch.int64),
+        ):
+            if t is None:
+                continue
+            if tuple(t.shape) != shape or t.dtype is not dtype or not t.is_contiguous():
+                wanted = f"contiguous {str(dtype).removeprefix('torch.')} {list(shape)}"
+                raise ShapeError(f"state {name}", wanted, f"{t.dtype} {list(t.shape)}, strides {list(t.stride())}")
+            check_written(f"state {name}", t)
+            if name != "tags" and t.device != self.acc.device:
+                raise DeviceError(f"state {name}", f"device {self.acc.device}", t.device)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a step writes, by name."""
+        return {"state": self.acc, "state folded": self.folded, "state log": self.log}
 
     @property
     def device(self) -> torch.device:
@@ -117,9 +153,15 @@ class OnlineState:
             raise StateMismatchError(
                 f"state of request {q}",
                 f"a window folded so that position {int(start[q])} can follow",
-                "nothing that this request wrote" if first[q] < 0 else f"positions {int(first[q])}..{int(last[q])}",
+                found(int(first[q])) if first[q] < 0 else f"positions {int(first[q])}..{int(last[q])}",
                 "start it at position 0, or load it first: snapshot.load_live",
             )
+
+    def begin(self, batch: RaggedBatch, address: torch.Tensor, active: torch.Tensor) -> None:
+        """Record that a step begins to write the slots of a batch: nobody can go on from them but at a window."""
+        del address
+        if self.tags is not None and batch.state_slots is not None:
+            self.tags.index_fill_(0, batch.state_slots.index_select(0, active), UNKNOWN)
 
     def tag(
         self, batch: RaggedBatch, address: torch.Tensor, position: torch.Tensor, active: torch.Tensor | None = None

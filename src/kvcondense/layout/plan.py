@@ -7,45 +7,26 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvcondense.errors import KvCondenseError, RangeError, ShapeError, require
+from kvcondense.layout.addresses import PagedLayout, RingLayout, live_starts
 from kvcondense.layout.batch import RaggedBatch, check_fields, copy_fields, spread
+from kvcondense.layout.extremes import Bounds, Extremes, Layout, Slots, sound
 from kvcondense.layout.online import OnlineLayout
-from kvcondense.layout.state import PagedLayout, Reads, RingLayout, live_starts
+from kvcondense.layout.state import Reads
 from kvcondense.spec import CompressorSpec
 
-Layout = RingLayout | PagedLayout | OnlineLayout
 WINDOW_FIELDS = ("window_request", "window_index", "window_slot")
-_BARRIERS = 4
+_BARRIERS, _MOST = 4, torch.iinfo(torch.int64).max
 KEEP_FIELDS = ("keep_token", "keep_request", "keep_position", "keep_row")
 
 
 @dataclass(frozen=True)
-class Slots:
-    """Cache rows that a step writes: the lowest entry (-1: none), the highest, and whether two are the same row."""
-
-    lowest: int
-    highest: int
-    shared: bool
-
-    @classmethod
-    def of(cls, slot: torch.Tensor) -> Slots:
-        """Of slots [E]; asks for values."""
-        if slot.shape[0] == 0:
-            return cls(-1, -1, False)
-        written = slot[slot >= 0]
-        return cls(int(slot.min()), int(slot.max()), written.unique().shape[0] != written.shape[0])
-
-
-@dataclass(frozen=True)
 class Facts:
-    """What the checks of a step need of the values in a plan. Asked for once, then every layer checks without waiting.
+    """What tags, and backends that take no padding, need of the values in a plan. Asked for once, for all layers.
 
-    tokens: query_start_loc[-1]; last_window: the highest index, -1 without windows; dense: the plan without padding;
-    active: indices of the requests that bring tokens; reads: the state rows that they go on from.
+    dense: the plan without padding; active: indices of the requests that bring tokens; reads: the state rows that they
+    go on from.
     """
 
-    tokens: int
-    last_window: int
-    slots: Slots
     dense: Plan
     active: torch.Tensor
     reads: Reads
@@ -60,7 +41,8 @@ class Plan:
     Entries of -1 in window_request or keep_token are padding and stand at the end. overwrites: a kept row may take the
     place of a stored row that a window of this step reads, so that rows must be kept after all windows were read.
     counters [E + 4] int64, zero: scratch of backends, which leave it zero: windows, then barriers. One stream at a time
-    may use a plan; rows of steps that meet on one are NaN.
+    may use a plan; rows of steps that meet on one are NaN. extremes: what a step reaches at most. given: the batch that
+    the plan was built for; ``batch`` is another one where a static plan made requests inert.
     """
 
     ratio: int
@@ -77,6 +59,8 @@ class Plan:
     keep_row: torch.Tensor
     overwrites: bool
     counters: torch.Tensor
+    extremes: Extremes
+    given: RaggedBatch
 
     @classmethod
     def build(
@@ -101,6 +85,7 @@ class Plan:
         if state_layout is not None:
             state_layout.check(batch, spec)
         start, first, windows, low, keep = _work(spec, batch, state_layout)
+        _check_table(batch, first, windows, page_rows)
         request, offset = spread(windows)
         window = first[request] + offset
         last_token = batch.query_start_loc[request] + (window + 1) * spec.ratio - 1 - start[request]
@@ -125,6 +110,13 @@ class Plan:
             keep_row=row,
             overwrites=_overwrites(spec, batch, state_layout, windows, row),
             counters=_counters(window),
+            extremes=Extremes(
+                tokens=int(batch.query_start_loc[-1]),
+                positions=int(window.max()) * spec.ratio + 1 if window.shape[0] else 0,
+                slots=Slots.of(slot),
+                dense=True,
+            ),
+            given=batch,
         )
 
     @staticmethod
@@ -148,30 +140,32 @@ class Plan:
         max_query_len: int | None = None,
         state_layout: Layout | None = None,
         page_rows: int | None = None,
+        max_positions: int | None = None,
+        cache_rows: int | None = None,
     ) -> Plan:
         """The padded plan of ``build``, on the batch's device, in fixed shapes and without asking for a value.
 
-        Equal to ``build(...).padded(*capacity(spec, max_tokens, requests, max_draft, state_layout))``, entry for entry.
-        Nothing is checked: the caller has checked the metadata on the host, or trusts it. ``max_tokens`` bounds
-        query_start_loc[-1] (it is the size of the kv_score buffer), ``max_draft`` bounds draft_rows, ``max_query_len``
-        the tokens of one request (default: max_tokens); where it is small enough, ``overwrites`` is False.
+        Equal to ``build(...).padded(*capacity(spec, max_tokens, requests, max_draft, state_layout))``, entry for entry,
+        where ``build`` would not raise. ``max_tokens`` bounds query_start_loc[-1] (it is the size of the kv_score
+        buffer), ``max_draft`` bounds draft_rows, ``max_query_len`` the tokens of one request (default: max_tokens);
+        where it is small enough, ``overwrites`` is False. ``max_positions`` is the RoPE table's, ``cache_rows`` the
+        cache's size; a step with either needs it. Requests that pass a bound, or name a slot or page that the state
+        lacks, are inert, and cache rows beyond ``cache_rows`` are not written: a captured graph with bad metadata
+        writes nothing rather than elsewhere. Raises RangeError if the state cannot take such steps at all.
         """
         windows, keeps = cls.capacity(spec, max_tokens, batch.start_positions.shape[0], max_draft, state_layout)
         if batch.start_positions.shape[0] == 0:
             empty = cls.build(spec, batch, state_layout=state_layout, page_rows=page_rows)
             return empty.padded(windows, keeps)
+        given, longest = batch, max_tokens if max_query_len is None else max_query_len
+        if state_layout is not None:
+            state_layout.check_drafts(spec, max_draft)
+        batch = sound(spec, batch, state_layout, Bounds(max_tokens, longest, max_draft, max_positions))
         start, first, ending, low, keep = _work(spec, batch, state_layout)
         request, offset, live = _spread_static(ending, windows)
         window = first[request] + offset
         last_token = batch.query_start_loc[request] + (window + 1) * spec.ratio - 1 - start[request]
-        slot = torch.full_like(window, -1)
-        if batch.slot_mapping is not None:
-            if batch.slot_mapping.shape[0]:
-                slot = batch.slot_mapping[last_token.clamp(0, batch.slot_mapping.shape[0] - 1)]
-        elif batch.block_table is not None and batch.block_table.shape[1]:
-            assert page_rows is not None
-            page = (window // page_rows).clamp(max=batch.block_table.shape[1] - 1)
-            slot = batch.block_table[request, page] * page_rows + window % page_rows
+        slot = _slots_static(batch, request, window, last_token, page_rows, cache_rows)
         owner, behind, kept = _spread_static(keep, keeps)
         position = low[owner] + behind
         row = position
@@ -187,8 +181,15 @@ class Plan:
             page_rows=page_rows,
             **{n: torch.where(live, t, -1) for n, t in zip(WINDOW_FIELDS, (request, window, slot), strict=True)},
             **{n: torch.where(kept, t, -1) for n, t in zip(KEEP_FIELDS, (token, owner, position, row), strict=True)},
-            overwrites=_may_overwrite(spec, state_layout, max_tokens if max_query_len is None else max_query_len),
+            overwrites=_may_overwrite(spec, state_layout, longest),
             counters=_counters(window),
+            extremes=Extremes(
+                tokens=max_tokens,
+                positions=max_positions,
+                slots=None if cache_rows is None else Slots(-1, cache_rows - 1, False),
+                dense=False,
+            ),
+            given=given,
         )
 
     def copy_(self, other: Plan) -> None:
@@ -203,10 +204,33 @@ class Plan:
             raise KvCondenseError("overwrites", "a plan whose kept rows replace no row that it reads", "one that may")
         names = (*WINDOW_FIELDS, *KEEP_FIELDS)
         check_fields(self, other, names)
+        self._check_admitted(other.extremes)
         self.batch.copy_(other.batch)
+        object.__setattr__(self, "extremes", replace(other.extremes, dense=False))
         copy_fields(self, other, names)
         self.counters.zero_()  # whatever a step that was broken off has left
         vars(self).pop("_facts", None)
+
+    def admitted_to(self, tokens: int, positions: int | None, cache_rows: int | None) -> None:
+        """Remember the least sizes that a step with this plan was admitted to: rows of tokens, RoPE table and cache."""
+        sizes = (tokens, positions, cache_rows)
+        known = vars(self).get("_admitted", sizes)
+        if known is sizes or known != sizes:
+            least = tuple(b if a is None else a if b is None else min(a, b) for a, b in zip(known, sizes, strict=True))
+            vars(self)["_admitted"] = least
+
+    def _check_admitted(self, new: Extremes) -> None:
+        """Raise RangeError if buffers that this plan was used with, as by a graph, are too small for another one."""
+        tokens, positions, rows = vars(self).get("_admitted", (None, None, None))
+        reached = (
+            ("query_start_loc", tokens, new.tokens),
+            ("positions", positions, new.positions),
+            ("slot_mapping", rows, None if new.slots is None else new.slots.highest + 1),
+        )
+        for name, most, wanted in reached:
+            if most is not None and (wanted is None or wanted > most):
+                got = "a static plan that does not say" if wanted is None else wanted
+                raise RangeError(name, f"at most {most}, as what this plan is used with", got)
 
     def facts(self, spec: CompressorSpec) -> Facts:
         """The facts of this plan, for a spec of its ratio and overlap. The first call asks for values.
@@ -215,11 +239,7 @@ class Plan:
         """
         known: Facts | None = vars(self).get("_facts")
         if known is None:
-            windows = self.window_index
             known = Facts(
-                tokens=int(self.batch.query_start_loc[-1]),
-                last_window=int(windows.max()) if windows.shape[0] else -1,
-                slots=Slots.of(self.window_slot),
                 dense=self.without_padding(),
                 active=self.batch.active.nonzero()[:, 0],
                 reads=Reads.of(spec, self.batch, self.state_layout),
@@ -241,6 +261,7 @@ class Plan:
             self,
             **{name: getattr(self, name)[windows] for name in WINDOW_FIELDS},
             **{name: getattr(self, name)[keeps] for name in KEEP_FIELDS},
+            extremes=replace(self.extremes, dense=True),
         )
 
     def padded(self, windows: int, keeps: int) -> Plan:
@@ -254,7 +275,11 @@ class Plan:
 
         sizes = dict.fromkeys(WINDOW_FIELDS, windows) | dict.fromkeys(KEEP_FIELDS, keeps)
         filled = {name: fill(name, size) for name, size in sizes.items()}
-        return replace(self, **filled, counters=_counters(filled["window_index"]))
+        extremes = replace(self.extremes, dense=self.extremes.dense and sizes == self._sizes())
+        return replace(self, **filled, counters=_counters(filled["window_index"]), extremes=extremes)
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: getattr(self, name).shape[0] for name in (*WINDOW_FIELDS, *KEEP_FIELDS)}
 
 
 def _work(
@@ -312,13 +337,41 @@ def _slots(
         return batch.slot_mapping[last_token]
     if batch.block_table is None:
         return torch.full_like(window, -1)
-    if page_rows is None:
-        raise KvCondenseError("page_rows", "the cache's page size (block_table is given)", "None")
+    assert page_rows is not None
     table, page = batch.block_table, window // page_rows
-    if bool((page >= table.shape[1]).any()):
-        raise ShapeError("block_table", f"at least {int(page.max()) + 1} pages", f"{table.shape[1]}")
     entry = table[request, page]
-    if bool((entry < 0).any()):
-        i = int((entry < 0).nonzero()[0, 0])
+    wrong = (entry < 0) | (entry > _MOST // page_rows - 1)  # no product of it leaves int64
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0, 0])
         raise RangeError(f"block_table[{int(request[i])}, {int(page[i])}]", "a page of the cache", int(entry[i]))
     return entry * page_rows + window % page_rows
+
+
+def _check_table(batch: RaggedBatch, first: torch.Tensor, windows: torch.Tensor, page_rows: int | None) -> None:
+    """Raise unless the block table has a column for every window; before anything is made for each window."""
+    if batch.slot_mapping is not None or batch.block_table is None:
+        return
+    if page_rows is None:
+        raise KvCondenseError("page_rows", "the cache's page size (block_table is given)", "None")
+    last = torch.where(windows > 0, (first + windows - 1) // page_rows, -1)
+    if bool((last >= batch.block_table.shape[1]).any()):
+        raise ShapeError("block_table", f"at least {int(last.max()) + 1} pages", f"{batch.block_table.shape[1]}")
+
+
+def _slots_static(
+    batch: RaggedBatch, request: torch.Tensor, window: torch.Tensor, last_token: torch.Tensor, page_rows: int | None,
+    cache_rows: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """The same without asking for a value: -1 for what is no row of the cache."""
+    slot = torch.full_like(window, -1)
+    if batch.slot_mapping is not None and batch.slot_mapping.shape[0]:
+        entries = batch.slot_mapping.shape[0]
+        named = batch.slot_mapping[last_token.clamp(0, entries - 1)]
+        slot = torch.where((last_token >= 0) & (last_token < entries), named, slot)
+    elif batch.block_table is not None and batch.block_table.shape[1]:
+        assert page_rows is not None
+        page, pages = window // page_rows, batch.block_table.shape[1]
+        entry = batch.block_table[request, page.clamp(0, pages - 1)]
+        there = (page >= 0) & (page < pages) & (entry >= 0) & (entry < _MOST // page_rows)
+        slot = torch.where(there, torch.where(there, entry, 0) * page_rows + window % page_rows, slot)
+    return torch.where((slot >= 0) & (slot < (_MOST if cache_rows is None else cache_rows)), slot, -1)

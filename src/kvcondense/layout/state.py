@@ -8,145 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from kvcondense.errors import DtypeError, KvCondenseError, RangeError, ShapeError, StateMismatchError, require
+from kvcondense.layout.addresses import PagedLayout, RingLayout, live_starts
 from kvcondense.layout.batch import RaggedBatch, spread
+from kvcondense.layout.memory import check_written
 from kvcondense.spec import CompressorSpec
 
+UNKNOWN = -2
+"""Tag of a row that a step has begun to write."""
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-
-
-@dataclass(frozen=True)
-class RingLayout:
-    """Row of position p of a request in slot s: s * ring_rows + p mod ring_rows.
-
-    raw_scores: rows hold [kv | score], and the ape is added when they are read; by default they hold it already.
-    """
-
-    num_slots: int
-    ring_rows: int
-    raw_scores: bool = False
-
-    def __post_init__(self) -> None:
-        _check_sizes(num_slots=self.num_slots, ring_rows=self.ring_rows)
-
-    @property
-    def block_rows(self) -> int:
-        """Rows of a slot."""
-        return self.ring_rows
-
-    @property
-    def num_rows(self) -> int:
-        return self.num_slots * self.ring_rows
-
-    def address(self, batch: RaggedBatch, request: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """State row of each (request, position), int64; positions must be >= 0."""
-        assert batch.state_slots is not None
-        return batch.state_slots[request] * self.ring_rows + position % self.ring_rows
-
-    def keep_start(self, spec: CompressorSpec, batch: RaggedBatch) -> torch.Tensor:
-        """First position of each request [R] whose row is kept."""
-        return _keep_start(spec, batch)
-
-    def check(self, batch: RaggedBatch, spec: CompressorSpec) -> None:
-        """Raise unless the slots exist, are not shared, and the ring is long enough for this step."""
-        check_slots(batch, self.num_slots)
-        _check_ring("state ring_rows", self.ring_rows, spec, batch)
-
-
-@dataclass(frozen=True)
-class PagedLayout:
-    """Row of position p of request q: state_block_table[q, p // page_tokens] * page_rows + p mod page_rows.
-
-    page_tokens: positions that share a page, a multiple of page_rows; where it is more (default: page_rows), a page is
-    a ring. keep_all: every token of a step is kept, not only those that a continuation at its end can read, so that a
-    request may also go on from inside it (a shared prefix). raw_scores: as in a ring.
-    """
-
-    num_pages: int
-    page_rows: int
-    page_tokens: int = 0
-    keep_all: bool = False
-    raw_scores: bool = False
-
-    def __post_init__(self) -> None:
-        _check_sizes(num_pages=self.num_pages, page_rows=self.page_rows)
-        tokens = self.page_tokens or self.page_rows
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1 or tokens % self.page_rows:
-            raise RangeError("page_tokens", f"a multiple of page_rows, {self.page_rows}", repr(tokens))
-        if self.keep_all and tokens > self.page_rows:
-            raise RangeError("keep_all", f"pages of {tokens} rows, one for each position", f"{self.page_rows} rows")
-        object.__setattr__(self, "page_tokens", tokens)
-
-    @property
-    def block_rows(self) -> int:
-        """Rows of a page."""
-        return self.page_rows
-
-    @property
-    def num_rows(self) -> int:
-        return self.num_pages * self.page_rows
-
-    def address(self, batch: RaggedBatch, request: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """State row of each (request, position), int64; positions must be >= 0."""
-        assert batch.state_block_table is not None
-        page = batch.state_block_table[request, position // self.page_tokens]
-        return page * self.page_rows + position % self.page_rows
-
-    def keep_start(self, spec: CompressorSpec, batch: RaggedBatch) -> torch.Tensor:
-        """First position of each request [R] whose row is kept."""
-        return batch.start_positions if self.keep_all else _keep_start(spec, batch)
-
-    def check(self, batch: RaggedBatch, spec: CompressorSpec) -> None:
-        """Raise unless every page that this step reads or writes is in the table and exists."""
-        table = batch.state_block_table
-        if table is None:
-            raise ShapeError("state_block_table", "a block table (the state is paged)", "None")
-        if self.page_tokens > self.page_rows:
-            _check_ring("state page_rows", self.page_rows, spec, batch)
-        start, end = batch.start_positions, batch.start_positions + batch.lengths
-        column = torch.arange(table.shape[1], device=table.device)
-        needed = torch.zeros_like(table, dtype=torch.bool)
-        # Rows the step may read, then rows it keeps; earlier rows of a long chunk touch no page.
-        for low, high in (
-            (live_starts(spec, start), start),
-            (self.keep_start(spec, batch), end),
-        ):
-            touched = batch.active & (low < high)
-            last = (high - 1) // self.page_tokens
-            if bool((last[touched] >= table.shape[1]).any()):
-                raise ShapeError(
-                    "state_block_table", f"at least {int(last[touched].max()) + 1} pages", f"{table.shape[1]}"
-                )
-            pages = (column >= (low // self.page_tokens)[:, None]) & (column <= last[:, None])
-            needed |= pages & touched[:, None]
-        bad = needed & ((table < 0) | (table >= self.num_pages))
-        if bool(bad.any()):
-            q, c = bad.nonzero()[0].tolist()
-            raise RangeError(f"state_block_table[{q}, {c}]", f"a page in 0..{self.num_pages - 1}", int(table[q, c]))
-
-
-def _check_sizes(**sizes: object) -> None:
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise RangeError(name, "an integer of at least 1", repr(value))
-
-
-def _check_ring(name: str, rows: int, spec: CompressorSpec, batch: RaggedBatch) -> None:
-    drafts = int(batch.draft_rows[batch.active].max()) if bool(batch.active.any()) else 0
-    needed = spec.required_ring_rows(drafts)
-    if rows < needed:
-        hint = "allocate spec.required_ring_rows(draft_rows) rows per request"
-        raise RangeError(name, f"at least {needed} (window {spec.window}, {drafts} draft rows)", rows, hint)
-
-
-def check_slots(batch: RaggedBatch, num_slots: int) -> None:
-    """Raise unless every live request has a state slot of its own below ``num_slots``."""
-    if batch.state_slots is None:
-        raise ShapeError("state_slots", "one state slot per request (the state has slots)", "None")
-    used = batch.state_slots[batch.active]
-    if bool((used >= num_slots).any()):
-        raise RangeError("state_slots", f"below {num_slots}", int(used.max()))
-    if used.unique().shape[0] != used.shape[0]:
-        raise RangeError("state_slots", "a slot of its own for each request", batch.state_slots.tolist())
 
 
 def slot_index(name: str, slots: torch.Tensor | Sequence[int], limit: int, device: torch.device) -> torch.Tensor:
@@ -168,24 +37,14 @@ def check_fork(source: torch.Tensor, target: torch.Tensor) -> None:
         raise RangeError("target", "entries of its own, none of them a source", target.tolist())
 
 
-def _keep_start(spec: CompressorSpec, batch: RaggedBatch) -> torch.Tensor:
-    """First position of each request [R] that some continuation, with all drafts rejected or none, can still read."""
-    end = batch.start_positions + batch.lengths
-    return torch.maximum(batch.start_positions, live_starts(spec, end - batch.draft_rows))
-
-
-def live_starts(spec: CompressorSpec, length: torch.Tensor) -> torch.Tensor:
-    """Tensor form of ``CompressorSpec.live_start``."""
-    return ((length // spec.ratio - (spec.halves - 1)) * spec.ratio).clamp(min=0)
-
-
 @dataclass
 class StatePool:
     """State rows of many requests: ``data`` [num_rows, state_dim], fp32 by default, and how to address them.
 
     Or [blocks, block_rows, state_dim], slots or pages at any stride (``wrap``).
 
-    ``tags`` [num_rows] int64 holds the absolute position stored in each row (-1: nothing). It lets the host check,
+    ``tags`` [num_rows] int64 holds the absolute position stored in each row (-1: nothing, -2: a step that was broken
+    off has begun to write it). It lets the host check,
     before anything is written, that every row a step reads is the one it means; ``None`` switches the check off. Tags
     know positions, not owners: a ring forgets what it held from a request's start position on, pages do not.
 
@@ -206,6 +65,7 @@ class StatePool:
             raise ShapeError("state data", wanted, f"{list(self.data.shape)}")
         if self.data.dtype not in STATE_DTYPES:
             raise DtypeError("state data", "fp32, bf16 or fp64", self.data.dtype)
+        check_written("state data", self.data)
         if self.tags is not None and (
             self.tags.shape != (rows,) or self.tags.dtype != torch.int64 or self.tags.is_meta
         ):
@@ -335,6 +195,11 @@ class StatePool:
         """Slots or pages, checked: int64 [n]."""
         return slot_index(name, blocks, self.layout.num_rows // self.layout.block_rows, self.data.device)
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a step writes, by name."""
+        return {"state": self.data}
+
     def check_continues(self, spec: CompressorSpec, batch: RaggedBatch, reads: Reads) -> None:
         """Raise StateMismatchError unless every stored row that ``batch`` may read holds the position it should."""
         del spec
@@ -357,9 +222,18 @@ class StatePool:
             raise StateMismatchError(
                 f"state of request {int(request[i])}",
                 f"position {int(position[i])} (the request continues at {int(batch.start_positions[request[i]])})",
-                "nothing that this request wrote" if held[i] < 0 else f"position {int(held[i])}",
+                found(int(held[i])),
                 "start it at position 0, or put its rows there first: snapshot.load_live",
             )
+
+    def begin(self, batch: RaggedBatch, address: torch.Tensor, active: torch.Tensor) -> None:
+        """Record that a step begins to write rows ``address``: until ``tag`` says what they hold, nobody knows.
+
+        ``active``: indices of ``batch.active``.
+        """
+        if self.tags is not None:
+            self._forget(batch, active)
+            self.tags.index_fill_(0, address, UNKNOWN)
 
     def tag(
         self, batch: RaggedBatch, address: torch.Tensor, position: torch.Tensor, active: torch.Tensor | None = None
@@ -370,6 +244,11 @@ class StatePool:
         """
         if self.tags is None:
             return
+        self._forget(batch, active)
+        self.tags.index_copy_(0, address, position)
+
+    def _forget(self, batch: RaggedBatch, active: torch.Tensor | None) -> None:
+        assert self.tags is not None
         if isinstance(self.layout, RingLayout) and batch.state_slots is not None:
             active = batch.active.nonzero()[:, 0] if active is None else active
             slots = batch.state_slots.index_select(0, active)
@@ -377,7 +256,13 @@ class StatePool:
             held = rings.index_select(0, slots)
             stale = held >= batch.start_positions.index_select(0, active)[:, None]
             rings.index_copy_(0, slots, held.masked_fill_(stale, -1))
-        self.tags.index_copy_(0, address, position)
+
+
+def found(tag: int) -> str:
+    """What a tag says of a row, in words."""
+    if tag == UNKNOWN:
+        return "what a step has left that was broken off"
+    return "nothing that this request wrote" if tag < 0 else f"position {tag}"
 
 
 def live_rows(spec: CompressorSpec, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import torch
 
 from kvcondense import validate
-from kvcondense.api import CondensedRows
+from kvcondense.bound import CondensedRows, bind
 from kvcondense.errors import RangeError, UnsupportedError, require
 from kvcondense.formats import get_format
 from kvcondense.layout.batch import RaggedBatch
-from kvcondense.layout.plan import Plan
 from kvcondense.numerics import compute_dtype
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
@@ -42,14 +41,15 @@ def condense(
     then take), the gradient is that of the identity. Rows differ from ``condense``'s by the order of sums. Raises a
     KvCondenseError for bad input.
     """
-    require("spec", spec, CompressorSpec)
+    bound = bind(spec, weights, rope)
     require("batch", batch, RaggedBatch)
-    validate.batch_and_plan(spec, batch, None, None, None)
+    validate.tensor("kv_score", kv_score, (None, spec.projected), validate.WEIGHT_DTYPES)
+    validate.enough("kv_score", kv_score.shape[0], batch)
     if bool((batch.start_positions[batch.active] != 0).any()):
         raise RangeError("start_positions", "0 for every document", batch.start_positions.tolist())
     kv_score, batch = documents.live("kv_score", kv_score, batch)
-    plan = Plan.build(spec, batch)
-    validate.step(spec, kv_score, weights, rope, plan, None, None)
+    plan = bound.plan(batch)
+    bound.admit(plan, kv_score.shape[0])
     chosen = None if format is None else get_format(format)
     if chosen is not None:
         chosen.check(spec.head_dim, spec.rope_dim)

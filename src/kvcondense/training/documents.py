@@ -7,9 +7,7 @@ from dataclasses import replace
 import torch
 
 from kvcondense import validate
-from kvcondense.errors import ShapeError
 from kvcondense.layout.batch import RaggedBatch
-from kvcondense.weights import WEIGHT_DTYPES
 
 
 def live(name: str, tokens: torch.Tensor, batch: RaggedBatch) -> tuple[torch.Tensor, RaggedBatch]:
@@ -18,10 +16,9 @@ def live(name: str, tokens: torch.Tensor, batch: RaggedBatch) -> tuple[torch.Ten
     Documents keep their numbers. What is left out has a gradient of exactly zero and meets no sum: neither its values,
     NaN included, nor how many there are can change a bit. ``name``: of the tokens, in errors.
     """
-    validate.tensor(name, tokens, (None, None), WEIGHT_DTYPES, batch.query_start_loc.device)
+    validate.tensor(name, tokens, (None, None), validate.WEIGHT_DTYPES, batch.query_start_loc.device)
+    validate.enough(name, tokens.shape[0], batch)
     total = int(batch.query_start_loc[-1])
-    if tokens.shape[0] < total:
-        raise ShapeError(name, f"at least {total} rows", f"{tokens.shape[0]} rows")
     if tokens.shape[0] > total:
         tokens = tokens[:total]
     lengths = torch.where(batch.active, batch.lengths, 0)

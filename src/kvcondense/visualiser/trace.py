@@ -8,9 +8,9 @@ from typing import Any
 
 from kvcondense.errors import RangeError, require, require_int
 from kvcondense.formats import CacheFormat, get_format
+from kvcondense.layout.addresses import PagedLayout, RingLayout
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.plan import Plan
-from kvcondense.layout.state import PagedLayout, RingLayout
 from kvcondense.spec import CompressorSpec
 
 SCHEMA = 1

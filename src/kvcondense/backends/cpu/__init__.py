@@ -12,9 +12,10 @@ from kvcondense.backends.cpu import native, params, tables
 from kvcondense.backends.cpu.blocks import LINE, address
 from kvcondense.backends.cpu.threads import launch
 from kvcondense.errors import UnsupportedError
+from kvcondense.layout.addresses import PagedLayout
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.online import OnlineState
-from kvcondense.layout.state import PagedLayout, StatePool
+from kvcondense.layout.state import StatePool
 from kvcondense.spec import CompressorSpec
 
 _KINDS = {torch.float32: params.FP32, torch.bfloat16: params.BF16, torch.float16: params.FP16}

@@ -13,8 +13,9 @@ from kvcondense.backends.triton.tuning import Choice
 from kvcondense.formats.descriptor import CacheFormat
 from kvcondense.formats.elements import E4M3
 from kvcondense.formats.integers import SMALL_FLOAT, Part, RowMap, row_map
+from kvcondense.layout.addresses import PagedLayout
 from kvcondense.layout.online import OnlineState
-from kvcondense.layout.state import PagedLayout, StatePool
+from kvcondense.layout.state import StatePool
 from kvcondense.spec import CompressorSpec, Rounding
 
 _MULTIPLE = 16

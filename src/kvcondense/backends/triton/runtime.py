@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from kvcondense.backends import Step
+from kvcondense.layout.addresses import PagedLayout
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
-from kvcondense.layout.state import PagedLayout, StatePool
+from kvcondense.layout.state import StatePool
 
 _DEVICES = ("cuda", "npu")
 

@@ -1,0 +1,116 @@
+"""Records as JSON lines, each in its file before the next is made; files that were cut off can be gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvcondense.errors import RangeError, UnsupportedError
+
+Record = dict[str, Any]
+_MOST_BYTES = 16 << 20
+
+
+def text(record: Record) -> str:
+    """A record's line."""
+    return json.dumps(record) + "\n"
+
+
+class Log:
+    """Records of a run. The first says what it ran on; ``{"complete": part}`` comes behind the records of a part.
+
+    path: a file, "-" for standard output, or None. kept: an earlier run's, that are not made again.
+    """
+
+    def __init__(self, path: Path | None, head: Record, kept: Sequence[Record] = ()) -> None:
+        self.records: list[Record] = [head, *kept]
+        self.complete = {r["complete"] for r in kept if "complete" in r}
+        self._path = path
+        lines = "".join(map(text, self.records))
+        if path is None or str(path) == "-":
+            self._write(lines)
+            return
+        beside = path.with_name(path.name + ".new")  # the old file is whole until the new one is
+        beside.write_text(lines, encoding="utf-8")
+        os.replace(beside, path)
+
+    def _write(self, lines: str) -> None:
+        if self._path is None:
+            return
+        if str(self._path) == "-":
+            sys.stdout.write(lines)
+            sys.stdout.flush()
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(lines)
+
+    def add(self, record: Record) -> None:
+        """Keep a record; it is in the file when this returns."""
+        self.records.append(record)
+        self._write(text(record))
+
+    def finish(self, part: str) -> None:
+        """Say that all records of a part are there."""
+        self.complete.add(part)
+        self.add({"complete": part})
+
+
+def read(path: Path, argument: str, what: str) -> list[Record]:
+    """Records of a file that ``what`` made, without a last line that was cut off; ``argument``: named in errors."""
+    if path.stat().st_size > _MOST_BYTES:
+        raise RangeError(argument, f"at most {_MOST_BYTES} bytes", path.stat().st_size)
+    try:
+        *lines, rest = path.read_text(encoding="utf-8").split("\n")  # a whole line ends in one
+        records = [json.loads(line) for line in lines if line]
+        if rest and (last := _parsed(rest)) is not None:
+            records.append(last)
+    except ValueError as error:
+        raise UnsupportedError(argument, f"JSON lines of {what}", f"{path} ({error})") from error
+    if not records or not all(isinstance(r, dict) for r in records) or "machine" not in records[0]:
+        raise UnsupportedError(argument, f"JSON lines of {what}", path)
+    return records
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def finished(records: Sequence[Record]) -> list[Record]:
+    """Without the first: records of the parts that are complete."""
+    kept: list[Record] = []
+    part: list[Record] = []
+    for record in records[1:]:
+        part.append(record)
+        if "complete" in record:
+            kept += part
+        if "complete" in record or "failed" in record:
+            part = []
+    return kept
+
+
+def resumed(path: Path | None, machine: Mapping[str, Any], what: str) -> tuple[Record | None, list[Record]]:
+    """(first record, finished records) of a file to go on with; (None, []) if there is no file yet.
+
+    Raises UnsupportedError if it is not ``what``'s, or was made on another machine, with other versions or sources.
+    """
+    if path is None or str(path) == "-":
+        raise UnsupportedError("--resume", "--json FILE, to go on with", "none" if path is None else path)
+    if not path.exists():
+        return None, []
+    head, *rest = read(path, "--resume", what)
+    there = head["machine"]
+    differing = [k for k in {**machine, **there} if machine.get(k) != there.get(k)]
+    if differing:
+
+        def named(of: Mapping[str, Any]) -> str:
+            return ", ".join(f"{k} {of.get(k, 'none')}" for k in differing)
+
+        raise UnsupportedError("--resume", f"a file made with {named(machine)}", f"{path}, with {named(there)}")
+    return head, finished([head, *rest])

@@ -1,0 +1,200 @@
+"""A compressor bound to what it works on: checked when it is made, then run with tokens and a plan.
+
+Every way into a step leads through here: from above comes kv_score or x, below are the backends. A call compares a
+handful of integers (``validate.geometry``, ``validate.admitted``), marks the state rows that it is about to write,
+runs one backend, and says what the rows hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kvcondense import validate
+from kvcondense.backends import Backend, Step, fused_form, select, select_projector
+from kvcondense.errors import require
+from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.memory import check_apart
+from kvcondense.layout.online import OnlineState
+from kvcondense.layout.plan import Plan
+from kvcondense.layout.state import StatePool
+from kvcondense.numerics import compute_dtype
+from kvcondense.rope_table import RopeTable
+from kvcondense.spec import CompressorSpec
+from kvcondense.weights import CompressorWeights
+
+_TILE = 64
+"""Tokens per GEMM of a projection by the reference: see ``stages.project``."""
+
+
+@dataclass(frozen=True)
+class CondensedRows:
+    """Finished rows of a step.
+
+    values [E, head_dim] fp32 (fp64 for fp64 kv_score), before the cache's encoding: bf16-valued in the REFERENCE
+    profile, except that a Hadamard product is not rounded yet. latent: the rows before RoPE, if asked for. request,
+    window, slot [E]: whose row it is, its index in that request, and its cache row (-1: none).
+    """
+
+    values: torch.Tensor
+    request: torch.Tensor
+    window: torch.Tensor
+    slot: torch.Tensor
+    latent: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """One compressor with its weights, RoPE table, state and cache, all shared with the caller; made by ``bind``."""
+
+    spec: CompressorSpec
+    weights: CompressorWeights
+    rope: RopeTable | None
+    state: StatePool | OnlineState | None
+    cache: PagedCache | None
+    latent: bool
+    impl: str | Backend
+
+    def plan(self, batch: RaggedBatch) -> Plan:
+        """The plan of a batch for this compressor, and for all that have its ratio, layout and pages."""
+        layout = None if self.state is None else self.state.layout
+        pages = None if self.cache is None else self.cache.page_rows
+        return Plan.build(self.spec, batch, state_layout=layout, page_rows=pages)
+
+    def condense(self, kv_score: torch.Tensor, plan: Plan) -> CondensedRows:
+        """A step from kv_score [T, projected]. Mutates state and cache; raises before anything is written."""
+        step = self.step(kv_score, plan)
+        backend = select(self.impl, step)
+        return _run([step], lambda: backend.run(step))[0]
+
+    def compress(self, x: torch.Tensor, plan: Plan) -> CondensedRows:
+        """A step from hidden states x [T, D]. Mutates state and cache; raises before anything is written."""
+        return compress_together([self], x, [plan])[0]
+
+    def step(self, kv_score: torch.Tensor, plan: Plan, name: str = "kv_score") -> Step:
+        """The step that kv_score, called ``name``, and a plan make, admitted."""
+        validate.tokens(self.spec, name, kv_score, plan.batch.query_start_loc.device)
+        self.admit(plan, kv_score.shape[0], name)
+        if self.state is not None or self.cache is not None:
+            check_apart(self._written, {name: kv_score})
+        facts = plan.facts(self.spec)
+        if self.state is None:
+            facts.reads.check_none(plan.batch)
+        else:
+            self.state.check_continues(self.spec, plan.batch, facts.reads)
+        # Backends leave rows of padding entries alone.
+        make = torch.empty if plan.extremes.dense else torch.zeros
+        shape = (plan.num_windows, self.spec.head_dim)
+        dtype, device = compute_dtype(kv_score.dtype), kv_score.device
+        return Step(
+            spec=self.spec,
+            plan=plan,
+            kv_score=kv_score,
+            ape=self.weights.ape,
+            gamma=self.weights.norm,
+            rope=self.rope,
+            state=self.state,
+            cache=self.cache,
+            rows=make(shape, dtype=dtype, device=device),
+            latent=make(shape, dtype=dtype, device=device) if self.latent else None,
+        )
+
+    def admit(self, plan: Plan, rows: int, name: str = "kv_score") -> None:
+        """Raise unless every address that the plan's step forms, with this many tokens, lies in the buffers bound here.
+
+        Asks for no value. The plan remembers: ``Plan.copy_`` takes over no plan that would not be admitted.
+        """
+        validate.geometry(self.spec, plan, self.state, self.cache)
+        validate.admitted(plan, rows, self.rope, self.cache, name)
+        plan.admitted_to(rows, None if self.rope is None else self.rope.cos.shape[0],
+                         None if self.cache is None else self.cache.num_rows)  # fmt: skip
+
+    def unprojected(self, x: torch.Tensor) -> torch.Tensor:
+        """kv_score's shape and type without its memory: what a step is checked with before anything is projected."""
+        validate.projection(self.spec, x, self.weights)
+        assert self.weights.w is not None
+        dtype = compute_dtype(torch.promote_types(x.dtype, self.weights.w.dtype))
+        return x.new_zeros(1, self.spec.projected, dtype=dtype).expand(x.shape[0], -1)
+
+    @property
+    def w(self) -> torch.Tensor:
+        """The merged weight of the projection."""
+        assert self.weights.w is not None
+        return self.weights.w
+
+    @property
+    def _written(self) -> dict[str, torch.Tensor]:
+        found = {} if self.state is None else self.state.tensors
+        return found if self.cache is None else {**found, **self.cache.tensors}
+
+
+def bind(
+    spec: CompressorSpec,
+    weights: CompressorWeights,
+    rope: RopeTable | None,
+    *,
+    state: StatePool | OnlineState | None = None,
+    cache: PagedCache | None = None,
+    latent: bool = False,
+    impl: str | Backend = "auto",
+) -> Bound:
+    """A compressor with all that it works on, checked once: shapes, types, devices, and that no two share memory.
+
+    ``condense`` and ``compress`` of the result run steps; ``latent``: rows before RoPE are returned, too. Weights,
+    table, state and cache are shared, not copied. Raises a KvCondenseError that names the argument.
+    """
+    require("spec", spec, CompressorSpec)
+    require("weights", weights, CompressorWeights)
+    if state is not None:
+        require("state", state, (StatePool, OnlineState))
+    if cache is not None:
+        require("cache", cache, PagedCache)
+    validate.layer(spec, weights, rope, state, cache, weights.norm.device)
+    return Bound(spec, weights, rope, state, cache, latent, impl)
+
+
+def compress_together(bounds: Sequence[Bound], x: torch.Tensor, plans: Sequence[Plan]) -> tuple[CondensedRows, ...]:
+    """``compress`` of compressors that read the same x [T, D]; a backend may do two of them in one launch.
+
+    All are checked before anything is written; no two may share a state or a cache.
+    """
+    validate.no_gradients("x", x)
+    steps, ways = [], []
+    for bound, plan in zip(bounds, plans, strict=True):
+        steps.append(bound.step(bound.unprojected(x), plan, "x"))
+        backend: Any = select(bound.impl, steps[-1])
+        ways.append((backend, fused_form(backend, steps[-1], x, bound.w)))
+    if len(bounds) > 1:
+        check_apart({f"{name} of job {i}": t for i, b in enumerate(bounds) for name, t in b._written.items()}, {"x": x})
+
+    def run() -> None:
+        for way in dict.fromkeys(ways):
+            backend, form = way
+            mine = [(s, b) for s, b, w in zip(steps, bounds, ways, strict=True) if w == way]
+            if form is not None:
+                backend.run_fused(form, [s for s, _ in mine], x, [b.w for _, b in mine])
+                continue
+            for step, bound in mine:
+                projected = replace(step, kv_score=select_projector(bound.impl, x, bound.w).project(x, bound.w, _TILE))
+                select(bound.impl, projected).run(projected)
+
+    return _run(steps, run)
+
+
+def _run(steps: Sequence[Step], run: Callable[[], None]) -> tuple[CondensedRows, ...]:
+    """Run steps; meanwhile nobody takes the state rows that they write for what they were, or for what they become."""
+    marked = [
+        (s.state, s.plan, s.plan.facts(s.spec)) for s in steps if s.state is not None and s.state.tags is not None
+    ]
+    for state, plan, facts in marked:
+        state.begin(plan.batch, facts.dense.keep_row, facts.active)
+    run()
+    for state, plan, facts in marked:
+        state.tag(plan.batch, facts.dense.keep_row, facts.dense.keep_position, facts.active)
+    return tuple(
+        CondensedRows(s.rows, s.plan.window_request, s.plan.window_index, s.plan.window_slot, s.latent) for s in steps
+    )

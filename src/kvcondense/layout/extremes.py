@@ -1,0 +1,101 @@
+"""What a plan reaches at most, so that a step compares a few integers and no address of it lies outside its buffers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvcondense.layout.addresses import PagedLayout, RingLayout, keep_start_of, live_starts
+from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.online import OnlineLayout
+from kvcondense.spec import CompressorSpec
+
+Layout = RingLayout | PagedLayout | OnlineLayout
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Cache rows that a step writes: the lowest entry (-1: none), the highest, and whether two are the same row."""
+
+    lowest: int
+    highest: int
+    shared: bool
+
+    @classmethod
+    def of(cls, slot: torch.Tensor) -> Slots:
+        """Of slots [E]; asks for values."""
+        if slot.shape[0] == 0:
+            return cls(-1, -1, False)
+        written = slot[slot >= 0]
+        return cls(int(slot.min()), int(slot.max()), written.unique().shape[0] != written.shape[0])
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """tokens: rows of kv_score or x; positions: rows of the RoPE table; slots: of the cache; dense: nothing is padding.
+
+    Rows of the state follow from the plan's layout. positions and slots are None in a static plan for which nobody
+    said how many there are: such a plan goes with no RoPE table, or with no cache.
+    """
+
+    tokens: int
+    positions: int | None
+    slots: Slots | None
+    dense: bool
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the steps of a static plan have at most: tokens, of one request, draft rows, positions (None: any)."""
+
+    tokens: int
+    query_len: int
+    draft: int
+    positions: int | None
+
+
+def sound(spec: CompressorSpec, batch: RaggedBatch, layout: Layout | None, bounds: Bounds) -> RaggedBatch:
+    """The batch with all requests inert whose metadata leaves its bounds; asks for no value.
+
+    They are those that ``RaggedBatch.build`` and ``Plan.build`` raise for on the host.
+    """
+    given = batch.query_start_loc
+    offsets = given.clamp(0, bounds.tokens).cummax(0).values
+    same = offsets == given
+    start, count, drafts = batch.start_positions, offsets.diff(), batch.draft_rows
+    most = torch.iinfo(torch.int32).max if bounds.positions is None else bounds.positions
+    good = same[:-1] & same[1:] & (count > 0) & (count <= bounds.query_len) & (start >= 0) & (start <= most - count)
+    good &= (drafts >= 0) & (drafts <= count) & (drafts <= bounds.draft)
+    if isinstance(layout, RingLayout | OnlineLayout):
+        assert batch.state_slots is not None
+        slot = batch.state_slots
+        good &= (slot >= 0) & (slot < layout.num_slots)
+        where = torch.where(good, slot, layout.num_slots)  # one more, for those that have none
+        owners = torch.zeros(layout.num_slots + 1, dtype=torch.int64, device=slot.device)
+        good &= owners.index_add(0, where, torch.ones_like(where))[where] == 1
+    elif isinstance(layout, PagedLayout):
+        good &= ~_lacks_pages(spec, replace(batch, query_start_loc=offsets), layout, good)
+    return replace(
+        batch,
+        query_start_loc=offsets,
+        start_positions=torch.where(good, start, -1),
+        draft_rows=torch.where(good, drafts, 0),
+    )
+
+
+def _lacks_pages(spec: CompressorSpec, batch: RaggedBatch, layout: PagedLayout, live: torch.Tensor) -> torch.Tensor:
+    """Requests [R] that read or keep a row on a page that their table does not have."""
+    table = batch.state_block_table
+    assert table is not None
+    start = torch.where(live, batch.start_positions, 0)
+    end = start + torch.where(live, batch.lengths, 0)
+    column = torch.arange(table.shape[1], device=table.device)
+    absent = (table < 0) | (table >= layout.num_pages)
+    lacking = torch.zeros_like(live)
+    for low, high in ((live_starts(spec, start), start), (keep_start_of(spec, layout, start, end, batch), end)):
+        touched = low < high
+        page, last = low // layout.page_tokens, (high - 1) // layout.page_tokens
+        needed = (column >= page[:, None]) & (column <= last[:, None])
+        lacking |= touched & ((last >= table.shape[1]) | (needed & absent).any(1))
+    return lacking

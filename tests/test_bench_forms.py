@@ -1,0 +1,52 @@
+"""Forms of the kernels beside the reference, under the interpreter: all kinds are asked for, wrong rows are seen."""
+
+import pytest
+
+from kvcondense.backends.triton import TritonBackend
+from kvcondense.backends.triton.variants import variants
+from kvcondense.bench.forms import COUNTS, Form, check, forms
+
+SOME = [
+    "indexer-ring-fp32-fp32-16rows-mxfp4_indexer",
+    "csa-paged-fp32-fp32-1048576rows-fp8_model1",
+    "r2-ring-bf16-bf16-16rows-bf16",
+    "r1-decode-ring-fp32-fp4_v41",
+    "csa-together-paged-fp32-fp8_model1",
+    "r2-tiles-ring-bf16-fp4_v41",
+    "r1-project-stateless-fp32-rows",
+]
+
+
+def named(name):
+    return next(f for f in forms() if f.variant.name == name)
+
+
+def test_every_variant_is_a_form_or_finishes_no_row():
+    asked = {f.variant for f in forms() if f.requests == COUNTS[0]}
+    for v in set(variants()) - asked:
+        assert (v.kind, v.form, v.state) == ("hca", "decode", ""), v.name
+    names = [f.name for f in forms()]
+    assert len(names) == len(set(names))
+    for count in COUNTS[1:]:
+        assert {f.variant.kind for f in forms() if f.requests == count} == {"hca", "csa", "indexer", "r2", "r1"}
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_form_gives_the_references_rows(name):
+    record = check(Form(named(name).variant, 1), "cpu")
+    assert record["right"], record
+    assert record["off_by_rms"] < 0.1
+
+
+def test_rows_and_bytes_that_are_wrong_are_told(monkeypatch):
+    real = TritonBackend.run
+
+    def wrong(self, step):
+        real(self, step)
+        step.rows.mul_(1.5)
+
+    monkeypatch.setattr(TritonBackend, "run", wrong)
+    record = check(Form(named(SOME[0]).variant, 1), "cpu")
+    assert not record["right"]
+    assert not record["bytes_equal"]
+    assert record["off_by_rms"] > 0.1

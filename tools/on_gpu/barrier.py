@@ -1,0 +1,52 @@
+"""The grid barrier alone: programs of a cooperative launch that wait for one another and look whether all were there.
+
+All that knows how a barrier is called is in ``barrier_kernel`` and ``counters_for``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from kvcondense.backends.triton.kernels.arrive import grid_barrier
+from kvcondense.backends.triton.runtime import next_launch
+
+WARPS = 4
+
+
+@triton.jit(do_not_specialize=["launch"])
+def barrier_kernel(counters, launch, seen, late, ROUNDS: tl.constexpr):  # noqa: ANN001, ANN201, N803
+    """Adds to ``late`` how often a program passed a barrier before its neighbour's store of that round was visible, or
+    found a barrier's counters unclean.
+
+    Two barriers a round, with counters of their own: nobody begins a round while another still looks at the last one.
+    """
+    program = tl.program_id(0)
+    neighbour = (program + 1) % tl.num_programs(0)
+    missing = 0
+    for i in range(ROUNDS):
+        tl.store(seen + program, i + 1)
+        clean = grid_barrier(counters + 4 * i, launch)
+        missing += (clean == 0).to(tl.int32) + (tl.load(seen + neighbour, cache_modifier=".cg") != i + 1).to(tl.int32)
+        clean = grid_barrier(counters + 4 * i + 2, launch)
+        missing += (clean == 0).to(tl.int32)
+    tl.atomic_add(late, missing)
+
+
+def counters_for(rounds: int, device: str) -> torch.Tensor:
+    """What the barriers of ``rounds`` count with; a launch leaves it as it found it."""
+    return torch.zeros(4 * rounds, dtype=torch.int64, device=device)
+
+
+def launcher(programs: int, rounds: int, device: str) -> tuple[Any, torch.Tensor]:
+    """(a function that launches this many programs once, how often one was late)."""
+    counters, late = counters_for(rounds, device), torch.zeros(1, dtype=torch.int32, device=device)
+    seen = torch.zeros(programs, dtype=torch.int32, device=device)
+    options: dict[str, Any] = {"num_warps": WARPS}
+    if device != "cpu":
+        options["launch_cooperative_grid"] = True
+    kernel: Any = barrier_kernel
+    return lambda: kernel[(programs,)](counters, next_launch(), seen, late, ROUNDS=rounds, **options), late
