@@ -16,7 +16,7 @@ from kvcondense.layout.batch import RaggedBatch
 from kvcondense.numerics import compute_dtype
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
-from kvcondense.training import rows
+from kvcondense.training import documents, rows
 from kvcondense.training.pool import pool
 from kvcondense.weights import CompressorWeights
 
@@ -35,10 +35,11 @@ def condense(
     """``kvcondense.condense`` with gradients for kv_score, weights.ape and weights.norm; nothing is stored.
 
     P = sum_j softmax_j(Z_j + ape) K_j, then norm, RoPE and Hadamard, as the spec has them. ``batch``: documents packed
-    one after the other (query_start_loc), all from position 0. kv_score [T, projected] in fp64, fp32, bf16 or fp16 is
-    computed with in fp64 or fp32. Where a value is rounded (the REFERENCE profile; ``format``, the name of a cache
-    format whose values the rows then take), the gradient is that of the identity. Rows differ from ``condense``'s by
-    the order of sums. Raises a KvCondenseError for bad input.
+    one after the other (query_start_loc), all from position 0; inert ones and padding are as good as absent. kv_score
+    [T, projected] in fp64, fp32, bf16 or fp16 is computed with in fp64 or fp32; what no window reads has a gradient of
+    zero. Where a value is rounded (the REFERENCE profile; ``format``, the name of a cache format whose values the rows
+    then take), the gradient is that of the identity. Rows differ from ``condense``'s by the order of sums. Raises a
+    KvCondenseError for bad input.
     """
     bound = bind(spec, weights, rope)
     require("batch", batch, RaggedBatch)
@@ -46,6 +47,7 @@ def condense(
     validate.enough("kv_score", kv_score.shape[0], batch)
     if bool((batch.start_positions[batch.active] != 0).any()):
         raise RangeError("start_positions", "0 for every document", batch.start_positions.tolist())
+    kv_score, batch = documents.live("kv_score", kv_score, batch)
     plan = bound.plan(batch)
     bound.admit(plan, kv_score.shape[0])
     chosen = None if format is None else get_format(format)
@@ -74,7 +76,9 @@ def compress(
     Who trains in bf16 projects by himself, in his own precision, and calls ``condense``.
     """
     validate.projection(spec, x, weights)
+    require("batch", batch, RaggedBatch)
     assert weights.w is not None
+    x, batch = documents.live("x", x, batch)
     dtype = compute_dtype(torch.promote_types(x.dtype, weights.w.dtype))
     kv_score = torch.nn.functional.linear(x.to(dtype), weights.w.to(dtype))
     return condense(spec, kv_score, weights, rope, batch, format=format)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from array import array
 from itertools import pairwise
 
 import torch
 
 from kvcondense.backends.cpu import native, params, tables
+from kvcondense.backends.cpu.blocks import LINE, address
 from kvcondense.backends.cpu.threads import launch
 from kvcondense.layout.plan import Plan
 from kvcondense.rope_table import RopeTable
@@ -99,27 +99,14 @@ def _run_rows(
     gamma = gamma.to(torch.float32).contiguous()
     cos, sin = (gamma, gamma) if rope is None else (t.to(torch.float32).contiguous() for t in (rope.cos, rope.sin))
     at = {name: t.data_ptr() for name, t in tensors.items()}
-    block = array(
-        "q",
-        (  # in the order of params
-            params.FINISH,
-            rule.buffer_info()[0],
-            pooled.data_ptr(),
-            gamma.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            position.data_ptr(),
-            at.get("given", 0),
-            at["out"],
-            at.get("d_gamma", 0),
-            pooled.shape[0],
-            _STRIP_ROWS,
-            scratch.data_ptr(),
-            0,
-            0,
-        ),
-    )
-    launch(native.address("training"), block.buffer_info()[0], threads)
+    call = params.TrainingRows()
+    call.what, call.spec = params.FINISH, address(rule)
+    call.pooled, call.gamma = pooled.data_ptr(), gamma.data_ptr()
+    call.cos, call.sin, call.position = cos.data_ptr(), sin.data_ptr(), position.data_ptr()
+    call.given, call.out, call.gamma_gradient = at.get("given", 0), at["out"], at.get("d_gamma", 0)
+    call.count, call.strip, call.scratch = pooled.shape[0], _STRIP_ROWS, scratch.data_ptr()
+    block = call.pack()
+    launch(native.address("training"), address(block), threads)
 
 
 def by_phase(spec: CompressorSpec, d_ape: torch.Tensor) -> torch.Tensor:
@@ -131,14 +118,12 @@ def zero_unread(spec: CompressorSpec, d_tokens: torch.Tensor, plan: Plan) -> Non
     """Zero the gradients of what no window reads: tokens behind a document's last window, and, with overlap, the first
     channels of the last window's tokens.
     """
-    starts = plan.batch.query_start_loc.tolist()
-    for begin, end in pairwise(starts):
+    for begin, end in pairwise(plan.batch.query_start_loc.tolist()):
         last = begin + (end - begin) // spec.ratio * spec.ratio
         d_tokens[last:end] = 0
         if spec.overlap:
             by_half = d_tokens[max(last - spec.ratio, begin) : last].unflatten(1, (-1, spec.halves, spec.head_dim))
             by_half[:, :, 0] = 0
-    d_tokens[starts[-1] :] = 0
 
 
 def _strip(spec: CompressorSpec) -> int:
@@ -152,39 +137,20 @@ def _run(
     first = plan.batch.query_start_loc[plan.window_request] + plan.window_index * spec.ratio
     bias = None if ape is None else ape.to(torch.float32).contiguous()
     zeros = torch.zeros(spec.width)
-    size = 24 * spec.window + 12 * _CHANNELS + params.LINE
+    size = 24 * spec.window + 12 * _CHANNELS + LINE
     serial = plan.num_windows * spec.window * spec.head_dim < _SERIAL
     threads = 1 if serial else torch.get_num_threads()
     scratch = torch.empty(threads * size, dtype=torch.uint8)
     at = {name: t.data_ptr() for name, t in tensors.items()}
-    block = array(
-        "q",
-        (  # in the order of params
-            params.POOL,
-            kv_score.data_ptr(),
-            4 * kv_score.shape[1],
-            0 if bias is None else bias.data_ptr(),
-            zeros.data_ptr(),
-            first.data_ptr(),
-            plan.window_index.data_ptr(),
-            plan.num_windows,
-            _strip(spec),
-            _CHANNELS,
-            at["pooled"],
-            at["lse"],
-            at.get("total", 0),
-            at.get("given", 0),
-            at.get("d_tokens", 0),
-            at.get("d_ape", 0),
-            scratch.data_ptr(),
-            size,
-            spec.ratio,
-            spec.window,
-            spec.head_dim,
-            spec.width,
-            spec.has_gate,
-            0,
-            0,
-        ),
-    )
-    launch(native.address("training"), block.buffer_info()[0], threads)
+    call = params.TrainingPool()
+    call.what, call.tokens, call.stride = params.POOL, kv_score.data_ptr(), 4 * kv_score.shape[1]
+    call.ape, call.zeros = 0 if bias is None else bias.data_ptr(), zeros.data_ptr()
+    call.first, call.index = first.data_ptr(), plan.window_index.data_ptr()
+    call.windows, call.strip, call.channels = plan.num_windows, _strip(spec), _CHANNELS
+    call.pooled, call.lse, call.total = at["pooled"], at["lse"], at.get("total", 0)
+    call.given, call.gradient, call.bias_gradient = at.get("given", 0), at.get("d_tokens", 0), at.get("d_ape", 0)
+    call.scratch, call.scratch_bytes = scratch.data_ptr(), size
+    call.ratio, call.window, call.head_dim, call.width = spec.ratio, spec.window, spec.head_dim, spec.width
+    call.gate = spec.has_gate
+    block = call.pack()
+    launch(native.address("training"), address(block), threads)

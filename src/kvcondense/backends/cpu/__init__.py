@@ -9,6 +9,7 @@ import torch
 
 from kvcondense.backends import Step
 from kvcondense.backends.cpu import native, params, tables
+from kvcondense.backends.cpu.blocks import LINE, address
 from kvcondense.backends.cpu.threads import launch
 from kvcondense.errors import UnsupportedError
 from kvcondense.layout.addresses import PagedLayout
@@ -19,7 +20,6 @@ from kvcondense.spec import CompressorSpec
 
 _KINDS = {torch.float32: params.FP32, torch.bfloat16: params.BF16, torch.float16: params.FP16}
 _STAGE_CHANNELS = 128
-_COUNTERS = (0,) * (params.WINDOW_BLOCKS // 8 - params.CALL_SIZE)
 _SERIAL = 1 << 16
 """Elements below which a step runs in the calling thread: waking others takes longer."""
 
@@ -76,24 +76,15 @@ class CpuBackend:
         out = torch.empty(tokens, channels, dtype=torch.float32)
         # A panel of w stays in the second-level cache while tokens pass by; a few tokens share the panels out instead.
         tall, wide = (120, 128) if tokens >= 48 else (48, 32)
-        block = array(
-            "q",
-            (  # in the order of params
-                x.data_ptr(),
-                2 * x.stride(0),
-                w.data_ptr(),
-                2 * w.stride(0),
-                out.data_ptr(),
-                tokens,
-                channels,
-                2 * x.shape[1],
-                tall,
-                wide,
-                0,
-            ),
-        )
+        product = params.Product()
+        product.x, product.x_stride = x.data_ptr(), 2 * x.stride(0)
+        product.w, product.w_stride = w.data_ptr(), 2 * w.stride(0)
+        product.out, product.tokens, product.channels = out.data_ptr(), tokens, channels
+        product.hidden_bytes = 2 * x.shape[1]
+        product.tile_tokens, product.tile_channels = tall, wide
+        block = product.pack()
         threads = 1 if tokens * w.numel() < _SERIAL else torch.get_num_threads()
-        launch(native.address("project"), _address(block), threads)
+        launch(native.address("project"), address(block), threads)
         return out
 
 
@@ -108,9 +99,8 @@ def _run(step: Step, *, windows: bool, cache: PagedCache | None, keeps: bool) ->
     kept = plan.keep_token.shape[0] if keeps and state is not None else 0
     requests = batch.start_positions.shape[0] if online and keeps else 0
     threads, blocks, chunk = _split(spec, count, requests, kept)
-    scratch_bytes = 20 * spec.head_dim + (48 + 8 * staged) * spec.window + params.LINE
+    scratch_bytes = 20 * spec.head_dim + (48 + 8 * staged) * spec.window + LINE
     scratch = torch.empty(threads * scratch_bytes, dtype=torch.uint8)
-    zeros = _COUNTERS if blocks == 1 else _COUNTERS + (0,) * count
     ape, gamma = None if step.ape is None else _fp32(step.ape), _fp32(step.gamma)
     cos, sin = (gamma, gamma) if step.rope is None else (_fp32(step.rope.cos), _fp32(step.rope.sin))
     rule = tables.spec_block(spec, staged)
@@ -119,56 +109,40 @@ def _run(step: Step, *, windows: bool, cache: PagedCache | None, keeps: bool) ->
     table, page_rows, page_tokens, data = _addressing(step)
     pool = state if isinstance(state, StatePool) else None
     size = 0 if data is None else data.element_size()
-    block = array(
-        "q",
-        (  # in the order of params
-            _address(rule),
-            0 if form is None else _address(form),
-            scratch.data_ptr(),
-            scratch_bytes,
-            kv_score.data_ptr(),
-            kv_score.stride(0) * kv_score.element_size(),
-            _KINDS[kv_score.dtype],
-            0 if ape is None else ape.data_ptr(),
-            gamma.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            step.rows.data_ptr(),
-            0 if step.latent is None else step.latent.data_ptr(),
-            batch.query_start_loc.data_ptr(),
-            batch.start_positions.data_ptr(),
-            batch.draft_rows.data_ptr(),
-            requests,
-            0 if table is None else table.data_ptr(),
-            0 if table is None else table.stride(0),
-            page_rows,
-            max(page_tokens, 1),
-            page_tokens > 0,
-            0 if data is None else data.data_ptr(),
-            0 if data is None else data.stride(-2) * size,
-            0 if data is None else (data.stride(0) * (1 if data.dim() == 3 else page_rows)) * size,
-            params.FP32 if data is None else _KINDS[data.dtype],
-            pool is not None and pool.layout.raw_scores,
-            state.acc.data_ptr() if isinstance(state, OnlineState) else 0,
-            state.folded.data_ptr() if isinstance(state, OnlineState) else 0,
-            count,
-            plan.window_request.data_ptr(),
-            plan.window_index.data_ptr(),
-            plan.window_slot.data_ptr(),
-            kept,
-            plan.keep_token.data_ptr(),
-            plan.keep_position.data_ptr(),
-            plan.keep_row.data_ptr(),
-            0 if cache is None else cache.data.data_ptr(),
-            0 if cache is None else cache.data.stride(0),
-            0 if scales is None else scales.data_ptr(),
-            0 if scales is None else 4 * scales.stride(0),
-            blocks,
-            chunk,
-            *zeros,
-        ),
-    )
-    launch(native.address("condense"), _address(block), threads)
+    call = params.Call()
+    call.spec = address(rule)
+    call.format = 0 if form is None else address(form)
+    call.scratch, call.scratch_bytes = scratch.data_ptr(), scratch_bytes
+    call.kv_score, call.kv_stride = kv_score.data_ptr(), kv_score.stride(0) * kv_score.element_size()
+    call.kv_kind = _KINDS[kv_score.dtype]
+    call.ape, call.gamma = 0 if ape is None else ape.data_ptr(), gamma.data_ptr()
+    call.cos, call.sin = cos.data_ptr(), sin.data_ptr()
+    call.rows, call.latent = step.rows.data_ptr(), 0 if step.latent is None else step.latent.data_ptr()
+    call.query_start, call.start = batch.query_start_loc.data_ptr(), batch.start_positions.data_ptr()
+    call.drafts, call.requests = batch.draft_rows.data_ptr(), requests
+    call.state_table = 0 if table is None else table.data_ptr()
+    call.state_table_stride = 0 if table is None else table.stride(0)
+    call.state_page_rows, call.state_page_tokens, call.paged = page_rows, max(page_tokens, 1), page_tokens > 0
+    call.state = 0 if data is None else data.data_ptr()
+    call.state_stride = 0 if data is None else data.stride(-2) * size
+    call.state_page_stride = 0 if data is None else (data.stride(0) * (1 if data.dim() == 3 else page_rows)) * size
+    call.state_kind = params.FP32 if data is None else _KINDS[data.dtype]
+    call.state_raw = pool is not None and pool.layout.raw_scores
+    call.acc = state.acc.data_ptr() if isinstance(state, OnlineState) else 0
+    call.folded = state.folded.data_ptr() if isinstance(state, OnlineState) else 0
+    call.windows, call.window_request = count, plan.window_request.data_ptr()
+    call.window_index, call.window_slot = plan.window_index.data_ptr(), plan.window_slot.data_ptr()
+    call.keeps, call.keep_token = kept, plan.keep_token.data_ptr()
+    call.keep_position, call.keep_row = plan.keep_position.data_ptr(), plan.keep_row.data_ptr()
+    call.cache = 0 if cache is None else cache.data.data_ptr()
+    call.page_stride = 0 if cache is None else cache.data.stride(0)
+    call.scales = 0 if scales is None else scales.data_ptr()
+    call.scales_stride = 0 if scales is None else 4 * scales.stride(0)
+    call.blocks, call.chunk = blocks, chunk
+    block = call.pack()
+    if blocks > 1:
+        block.frombytes(bytes(8 * count))
+    launch(native.address("condense"), address(block), threads)
 
 
 def _split(spec: CompressorSpec, windows: int, requests: int, kept: int) -> tuple[int, int, int]:
@@ -197,10 +171,6 @@ def _addressing(step: Step) -> tuple[torch.Tensor | None, int, int, torch.Tensor
 def _format_block(cache: PagedCache) -> array[int]:
     scale = None if cache.tensor_scale is None else float(cache.tensor_scale)
     return tables.format_block(cache.format, cache.head_dim, cache.page_rows, scale)
-
-
-def _address(block: array[int]) -> int:
-    return block.buffer_info()[0]
 
 
 def _fp32(t: torch.Tensor) -> torch.Tensor:

@@ -118,7 +118,7 @@ def _stamp() -> str:
     parts = [version("numba"), version("llvmlite"), platform.machine(), sys.platform, name, *sorted(features)]
     digest = hashlib.sha256("\n".join(parts).encode())
     here = Path(__file__).parent
-    for source in (here / "params.py", *sorted((here / "kernels").glob("*.py"))):
+    for source in (here / "blocks.py", here / "params.py", *sorted((here / "kernels").glob("*.py"))):
         digest.update(source.read_bytes())
     digest.update(_ENTRY.encode())
     return digest.hexdigest()[:24]

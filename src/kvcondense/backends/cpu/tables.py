@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from dataclasses import fields
 
 from kvcondense.backends.cpu import params
 from kvcondense.errors import UnsupportedError
@@ -58,67 +59,38 @@ def format_block(form: CacheFormat, head_dim: int, page_rows: int, tensor_scale:
 
 
 def _spec_block(spec: CompressorSpec, staged: int) -> array[int]:
-    block = array("q", bytes(8 * params.SPEC_SIZE))
-    for index, value in (
-        (params.RATIO, spec.ratio),
-        (params.WINDOW, spec.window),
-        (params.HEAD_DIM, spec.head_dim),
-        (params.WIDTH, spec.width),
-        (params.HAS_GATE, int(spec.has_gate)),
-        (params.ROUND, int(spec.rounding is Rounding.REFERENCE)),
-        (params.ROTATE, int(spec.rotate)),
-        (params.ROPE_DIM, spec.rope_dim),
-        (params.EPS, float_bits(spec.eps)),
-        (params.HADAMARD_SCALE, float_bits(spec.head_dim**-0.5)),
-        (params.STAGED, staged),
-    ):
-        block[index] = value
-    return block
+    block = params.Spec()
+    block.ratio, block.window, block.head_dim, block.width = spec.ratio, spec.window, spec.head_dim, spec.width
+    block.has_gate = spec.has_gate
+    block.round = spec.rounding is Rounding.REFERENCE
+    block.rotate, block.rope_dim = spec.rotate, spec.rope_dim
+    block.eps = float_bits(spec.eps)
+    block.hadamard_scale = float_bits(spec.head_dim**-0.5)
+    block.staged = staged
+    return block.pack()
 
 
 def _format_block(form: CacheFormat, head_dim: int, page_rows: int, tensor_scale: float | None) -> array[int]:
     rows = row_map(form, head_dim, page_rows)
-    block = array("q", bytes(8 * (params.FORMAT_HEAD + params.PART_SIZE * len(rows.parts))))
-    for index, value in (
-        (params.FORMAT_PAGE_ROWS, page_rows),
-        (params.ROUND_ROW, int(rows.round_row)),
-        (params.THROUGH, int(rows.through)),
-        (params.PAD_BASE, rows.pad_base),
-        (params.PAD_STRIDE, rows.pad_stride),
-        (params.PAD_BYTES, rows.pad_bytes),
-        (params.PARTS, len(rows.parts)),
-    ):
-        block[index] = value
-    for k, part in enumerate(rows.parts):
-        at = params.FORMAT_HEAD + params.PART_SIZE * k
-        for index, value in _part(part, tensor_scale):
-            block[at + index] = value
-    return block
+    block = params.Format()
+    block.page_rows = page_rows
+    block.round_row, block.through = rows.round_row, rows.through
+    block.pad_base, block.pad_stride, block.pad_bytes = rows.pad_base, rows.pad_stride, rows.pad_bytes
+    block.part_count = len(rows.parts)
+    packed = block.pack()
+    for part in rows.parts:
+        packed += _part(part, tensor_scale)
+    return packed
 
 
-def _part(part: Part, tensor_scale: float | None) -> tuple[tuple[int, int], ...]:
+def _part(part: Part, tensor_scale: float | None) -> array[int]:
     if part.scale and part.block % params.LANES:
         raise UnsupportedError("format", f"blocks of a multiple of {params.LANES} channels", part.block)
     if part.first % params.LANES or part.last % params.LANES:
         raise UnsupportedError("format", f"channels in multiples of {params.LANES}", f"{part.first}..{part.last}")
-    return (
-        (params.FIRST, part.first),
-        (params.LAST, part.last),
-        (params.ELEMENT, _ELEMENTS[part.element]),
-        (params.BITS, part.bits),
-        (params.MANTISSA, part.mantissa),
-        (params.BIAS, part.bias),
-        (params.MAX_CODE, part.max_code),
-        (params.NAN_CODE, part.nan_code),
-        (params.TIES_TO_EVEN, part.ties_to_even),
-        (params.LARGEST, part.largest),
-        (params.SCALE, _SCALES[part.scale]),
-        (params.BLOCK, part.block),
-        (params.FLOOR, part.floor),
-        (params.FLOOR_EXPONENT, part.floor_exponent),
-        (params.TENSOR_SCALE, 0 if tensor_scale is None else float_bits(tensor_scale)),
-        (params.CODE_BASE, part.code_base),
-        (params.CODE_STRIDE, part.code_stride),
-        (params.SCALE_BASE, part.scale_base),
-        (params.SCALE_STRIDE, part.scale_stride),
-    )
+    block = params.Part()
+    for field in fields(part):
+        setattr(block, field.name, getattr(part, field.name))
+    block.element, block.scale = _ELEMENTS[part.element], _SCALES[part.scale]
+    block.tensor_scale = 0 if tensor_scale is None else float_bits(tensor_scale)
+    return block.pack()

@@ -10,47 +10,46 @@ import numpy as np
 from numba import cfunc
 
 from kvcondense.backends.cpu import params
-from kvcondense.backends.cpu.kernels import encode, pool, row, simd, window
-from kvcondense.backends.cpu.kernels.pool import ENTRY, kernel
-from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, fetch_add, load, load_i64, splat, store
+from kvcondense.backends.cpu.kernels import encode, fields, pool, row, window
+from kvcondense.backends.cpu.kernels.pool import ENTRY, kernel, table_at
+from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, fetch_add, load, splat, store
 
 _MINUS_INFINITY = np.float32(-np.inf)
 _ZERO = np.float32(0)
+_call_at = fields.view(params.Call)
 
 
 @kernel
-def _pool(p, q, index, first, last, scratch, out):
+def _pool(call, q, index, first, last, scratch, out):
     """P of window ``index`` of request q for channel bytes first .. last - 1, to out + first ..."""
-    spec = load_i64(p + 8 * params.SPEC)
-    ratio, n = load_i64(spec + 8 * params.RATIO), load_i64(spec + 8 * params.WINDOW)
-    row_bytes, staged = 4 * load_i64(spec + 8 * params.HEAD_DIM), load_i64(spec + 8 * params.STAGED)
-    table = scratch + 2 * row_bytes  # scratch: zeros, a row, then what a pool needs
+    spec = call.spec
+    ratio, n = spec.ratio, spec.window
+    row_bytes, staged = 4 * spec.head_dim, spec.staged
+    work = scratch + 2 * row_bytes + ENTRY * n  # scratch: zeros, a row, the table, then what a pool needs
     end = (index + 1) * ratio
     begin = max(end - n, 0)
     count = end - begin
-    stored = window.candidates(p, q, begin, end, index * ratio, table, scratch)
-    work = table + ENTRY * n
+    table = table_at(scratch + 2 * row_bytes)
+    stored = window.candidates(call, q, begin, end, index * ratio, table, scratch)
     if not staged:
         pool.two_pass(table, count, first, last, work, out)
         return
-    copied = work + 3 * row_bytes
-    buffer = copied + ENTRY * n
+    copied, buffer = table_at(work + 3 * row_bytes), work + 3 * row_bytes + ENTRY * n
     for at in range(first, last, 4 * staged):
         size = min(4 * staged, last - at)
-        window.stage(p, count, stored, table, copied, at // 4, size // 4, buffer, scratch)
+        window.stage(call, count, stored, table, copied, at // 4, size // 4, buffer, scratch)
         pool.two_pass(copied, count, 0, size, work, out + at)
 
 
 @kernel
-def _fold(p, q, begin, stop, acc, first, last, scratch):
+def _fold(call, q, begin, stop, acc, first, last, scratch):
     """(m, l, o) at ``acc`` of positions begin .. stop - 1 of request q: stored values, then the log, then this step."""
-    spec = load_i64(p + 8 * params.SPEC)
-    row_bytes, staged = 4 * load_i64(spec + 8 * params.HEAD_DIM), load_i64(spec + 8 * params.STAGED)
-    slot = load_i64(load_i64(p + 8 * params.STATE_TABLE) + 8 * q)
-    start = load_i64(load_i64(p + 8 * params.START) + 8 * q)
-    folded = load_i64(load_i64(p + 8 * params.FOLDED) + 8 * slot)
+    spec = call.spec
+    row_bytes, staged = 4 * spec.head_dim, spec.staged
+    slot, start = call.state_table[q], call.start[q]
+    folded = call.folded[slot]
     stored = begin < start and folded > begin
-    old = load_i64(p + 8 * params.ACC) + 3 * row_bytes * slot
+    old = call.acc + 3 * row_bytes * slot
     for c in range(first, last, BYTES):
         store(acc + c, load(old + c) if stored else splat(_MINUS_INFINITY))
         store(acc + row_bytes + c, load(old + row_bytes + c) if stored else splat(_ZERO))
@@ -59,87 +58,83 @@ def _fold(p, q, begin, stop, acc, first, last, scratch):
         begin = folded
     if begin >= stop:
         return
-    table = scratch + 2 * row_bytes
+    table = table_at(scratch + 2 * row_bytes)
     count = stop - begin
-    logged = window.candidates(p, q, begin, stop, begin, table, scratch)
+    logged = window.candidates(call, q, begin, stop, begin, table, scratch)
     if not staged:
         pool.fold(table, count, first, last, acc, row_bytes)
         return
-    n = load_i64(spec + 8 * params.WINDOW)
-    copied = table + ENTRY * n + 3 * row_bytes
+    n = spec.window
+    behind = scratch + 5 * row_bytes + ENTRY * n
+    copied, buffer = table_at(behind), behind + ENTRY * n
     for at in range(first, last, 4 * staged):
         size = min(4 * staged, last - at)
-        window.stage(p, count, logged, table, copied, at // 4, size // 4, copied + ENTRY * n, scratch)
+        window.stage(call, count, logged, table, copied, at // 4, size // 4, buffer, scratch)
         pool.fold(copied, count, 0, size, acc + at, row_bytes)
 
 
 @kernel
-def _finish(p, e, index, scratch):
-    """P of window e in ROWS -> norm, RoPE, Hadamard, in place, and the cache's bytes."""
-    spec = load_i64(p + 8 * params.SPEC)
-    d = load_i64(spec + 8 * params.HEAD_DIM)
-    out, work = load_i64(p + 8 * params.ROWS) + 4 * d * e, scratch + 4 * d
-    row.rms_norm(out, load_i64(p + 8 * params.GAMMA), spec, work)
-    latent = load_i64(p + 8 * params.LATENT)
+def _finish(call, e, index, scratch):
+    """P of window e in its row -> norm, RoPE, Hadamard, in place, and the cache's bytes."""
+    spec = call.spec
+    d = spec.head_dim
+    out, work = call.rows + 4 * d * e, scratch + 4 * d
+    row.rms_norm(out, call.gamma, spec, work)
+    latent = call.latent
     if latent:
         for c in range(0, 4 * d, BYTES):
             store(latent + 4 * d * e + c, load(out + c))
-    size = load_i64(spec + 8 * params.ROPE_DIM)
+    size = spec.rope_dim
     if size:
-        angle = 2 * size * index * load_i64(spec + 8 * params.RATIO)
-        row.rope(out, load_i64(p + 8 * params.COS) + angle, load_i64(p + 8 * params.SIN) + angle, spec)
-    if load_i64(spec + 8 * params.ROTATE):
+        angle = 2 * size * index * spec.ratio
+        row.rope(out, call.cos + angle, call.sin + angle, spec)
+    if spec.rotate:
         row.hadamard(out, spec)
-    slot = load_i64(load_i64(p + 8 * params.WINDOW_SLOT) + 8 * e)
-    if slot >= 0 and load_i64(p + 8 * params.FORMAT):
-        encode.put(out, slot, p, work)
+    slot = call.window_slot[e]
+    if slot >= 0 and call.format:
+        encode.put(out, slot, call, work)
 
 
 @kernel
-def _window(p, task, blocks, scratch):
+def _window(call, task, blocks, scratch):
     """Pool one block of channels of a window; finish the window if it was the last one."""
-    spec = load_i64(p + 8 * params.SPEC)
-    d = load_i64(spec + 8 * params.HEAD_DIM)
+    spec = call.spec
+    d = spec.head_dim
     e, block = task // blocks, task % blocks
-    q = load_i64(load_i64(p + 8 * params.WINDOW_REQUEST) + 8 * e)
+    q, index = call.window_request[e], call.window_index[e]
     if q < 0:
         return
-    index = load_i64(load_i64(p + 8 * params.WINDOW_INDEX) + 8 * e)
     vectors = d // LANES
     first, last = BYTES * (vectors * block // blocks), BYTES * (vectors * (block + 1) // blocks)
-    out = load_i64(p + 8 * params.ROWS) + 4 * d * e
-    if load_i64(p + 8 * params.ACC):
-        ratio = load_i64(spec + 8 * params.RATIO)
-        acc = scratch + 8 * d + ENTRY * load_i64(spec + 8 * params.WINDOW)
-        _fold(p, q, index * ratio, (index + 1) * ratio, acc, first, last, scratch)
+    out = call.rows + 4 * d * e
+    if call.acc:
+        ratio = spec.ratio
+        acc = scratch + 8 * d + ENTRY * spec.window
+        _fold(call, q, index * ratio, (index + 1) * ratio, acc, first, last, scratch)
         pool.finish(acc, first, last, 4 * d, out)
     else:
-        _pool(p, q, index, first, last, scratch, out)
-    if blocks > 1:
-        left = p + params.WINDOW_BLOCKS + 8 * e
-        if fetch_add(left, 1) < blocks - 1:
-            return
-    _finish(p, e, index, scratch)
+        _pool(call, q, index, first, last, scratch, out)
+    if blocks > 1 and fetch_add(call.blocks_done + 8 * e, 1) < blocks - 1:
+        return
+    _finish(call, e, index, scratch)
 
 
 @kernel
-def _open(p, q, scratch):
+def _open(call, q, scratch):
     """Fold what request q commits beyond its last window into its online state."""
-    query_start = load_i64(p + 8 * params.QUERY_START) + 8 * q
-    tokens = load_i64(query_start + 8) - load_i64(query_start)
-    start = load_i64(load_i64(p + 8 * params.START) + 8 * q)
+    tokens, start = call.query_start[q + 1] - call.query_start[q], call.start[q]
     if start < 0 or tokens <= 0:
         return
-    spec = load_i64(p + 8 * params.SPEC)
-    ratio, row_bytes = load_i64(spec + 8 * params.RATIO), 4 * load_i64(spec + 8 * params.HEAD_DIM)
-    committed = start + tokens - load_i64(load_i64(p + 8 * params.DRAFTS) + 8 * q)
-    acc = scratch + 2 * row_bytes + ENTRY * load_i64(spec + 8 * params.WINDOW)
-    _fold(p, q, committed // ratio * ratio, committed, acc, 0, row_bytes, scratch)
-    slot = load_i64(load_i64(p + 8 * params.STATE_TABLE) + 8 * q)
-    target = load_i64(p + 8 * params.ACC) + 3 * row_bytes * slot
+    spec = call.spec
+    ratio, row_bytes = spec.ratio, 4 * spec.head_dim
+    committed = start + tokens - call.drafts[q]
+    acc = scratch + 2 * row_bytes + ENTRY * spec.window
+    _fold(call, q, committed // ratio * ratio, committed, acc, 0, row_bytes, scratch)
+    slot = call.state_table[q]
+    target = call.acc + 3 * row_bytes * slot
     for c in range(0, 3 * row_bytes, BYTES):
         store(target + c, load(acc + c))
-    simd.store_i64(load_i64(p + 8 * params.FOLDED) + 8 * slot, committed)
+    call.folded[slot] = committed
 
 
 @kernel
@@ -157,47 +152,47 @@ def _wait(counter, total):
 
 
 @kernel
-def _work(p):
-    number = fetch_add(p + params.THREADS, 1)
-    scratch = load_i64(p + 8 * params.SCRATCH) + number * load_i64(p + 8 * params.SCRATCH_BYTES)
-    spec = load_i64(p + 8 * params.SPEC)
-    for c in range(0, 4 * load_i64(spec + 8 * params.HEAD_DIM), BYTES):
+def _work(call):
+    number = fetch_add(call.threads, 1)
+    scratch = call.scratch + number * call.scratch_bytes
+    spec = call.spec
+    for c in range(0, 4 * spec.head_dim, BYTES):
         store(scratch + c, splat(_ZERO))
-    blocks, chunk = load_i64(p + 8 * params.BLOCKS), load_i64(p + 8 * params.CHUNK)
-    total = load_i64(p + 8 * params.WINDOWS) * blocks
-    done = p + params.DONE_WINDOWS
+    blocks, chunk = call.blocks, call.chunk
+    total = call.windows * blocks
+    done = call.done
     while True:
-        first = _take(p + params.NEXT_WINDOW, total, chunk)
+        first = _take(call.next_window, total, chunk)
         if first < 0:
             break
         last = min(first + chunk, total)
         for task in range(first, last):
-            _window(p, task, blocks, scratch)
+            _window(call, task, blocks, scratch)
         fetch_add(done, last - first)
-    online, keeps = load_i64(p + 8 * params.ACC), load_i64(p + 8 * params.KEEPS)
+    online, keeps = call.acc, call.keeps
     if keeps == 0 and online == 0:
         return
     _wait(done, total)
     if online:
-        requests = load_i64(p + 8 * params.REQUESTS)
+        requests = call.requests
         while True:
-            q = _take(p + params.NEXT_OPEN, requests, 1)
+            q = _take(call.next_open, requests, 1)
             if q < 0:
                 break
-            _open(p, q, scratch)
+            _open(call, q, scratch)
             fetch_add(done, 1)
         if keeps == 0:
             return
         _wait(done, total + requests)
     while True:
-        first = _take(p + params.NEXT_KEEP, keeps, 4)
+        first = _take(call.next_keep, keeps, 4)
         if first < 0:
             break
         for k in range(first, min(first + 4, keeps)):
-            window.keep(p, k)
+            window.keep(call, k)
 
 
 @cfunc("void(int64)", error_model="numpy")
 def entry(p):
     """Run a call block; every thread of a launch enters here."""
-    _work(p)
+    _work(_call_at(p))

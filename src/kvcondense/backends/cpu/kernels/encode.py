@@ -12,7 +12,7 @@ from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import simd
 from kvcondense.backends.cpu.kernels.pool import inlined, kernel
 from kvcondense.backends.cpu.kernels.row import bf16_code, round_bf16
-from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, isplat, load, load_i64, splat, store
+from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, isplat, load, splat, store
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
@@ -94,10 +94,10 @@ def _whole(x):
 @kernel
 def _power_of_two(amax_bits, part):
     """ceil(log2(amax / largest)), at least -127: it changes where the mantissa of amax passes that of largest."""
-    largest = load_i64(part + 8 * params.LARGEST)
+    largest = part.largest
     above = 1 if (amax_bits & _MANTISSA) > (largest & _MANTISSA) else 0
     exponent = (amax_bits >> 23) - (largest >> 23) + above
-    return max(exponent, max(-127, load_i64(part + 8 * params.FLOOR_EXPONENT)))
+    return max(exponent, max(-127, part.floor_exponent))
 
 
 @inlined
@@ -111,22 +111,22 @@ def _small_float_codes(x, part):
     """``small_float`` as the part has it."""
     return small_float(
         x,
-        load_i64(part + 8 * params.BITS),
-        load_i64(part + 8 * params.MANTISSA),
-        load_i64(part + 8 * params.BIAS),
-        load_i64(part + 8 * params.MAX_CODE),
-        load_i64(part + 8 * params.NAN_CODE),
-        load_i64(part + 8 * params.TIES_TO_EVEN),
+        part.bits,
+        part.mantissa,
+        part.bias,
+        part.max_code,
+        part.nan_code,
+        part.ties_to_even,
     )
 
 
 @kernel
 def _store_codes(x, part, address):
     """Codes of 16 values to ``address``, 16 channels apart from the next ones; returns the bytes written."""
-    element = load_i64(part + 8 * params.ELEMENT)
+    element = part.element
     if element == params.SMALL_FLOAT:
         code = _small_float_codes(x, part)
-        if load_i64(part + 8 * params.BITS) == 4:
+        if part.bits == 4:
             simd.store_4(address, code)
             return LANES // 2
         simd.store_8(address, code)
@@ -146,16 +146,16 @@ def _store_codes(x, part, address):
 @inlined
 def _code_value(x, part):
     """What a small float of the part gives back for x."""
-    size, mantissa = load_i64(part + 8 * params.BITS), load_i64(part + 8 * params.MANTISSA)
-    bias, nan_code = load_i64(part + 8 * params.BIAS), load_i64(part + 8 * params.NAN_CODE)
+    size, mantissa = part.bits, part.mantissa
+    bias, nan_code = part.bias, part.nan_code
     return small_float_value(_small_float_codes(x, part), size, mantissa, bias, nan_code)
 
 
 @kernel
 def _scale_of(amax_bits, part):
     """(stored scale as fp32, multiplier or divisor of the values, byte of the scale) of a block."""
-    rule = load_i64(part + 8 * params.SCALE)
-    largest = simd.float_of(load_i64(part + 8 * params.LARGEST))
+    rule = part.scale
+    largest = simd.float_of(part.largest)
     amax = simd.float_of(amax_bits)
     if rule in (params.POW2_BYTE, params.POW2_FP32):
         exponent = _power_of_two(amax_bits, part)
@@ -175,16 +175,16 @@ def _scale_of(amax_bits, part):
 @kernel
 def _part(row, part, code, scales, through):
     """Encode the channels of one part: codes to ``code``, scales to ``scales``."""
-    rule = load_i64(part + 8 * params.SCALE)
-    first, last = load_i64(part + 8 * params.FIRST), load_i64(part + 8 * params.LAST)
-    block = load_i64(part + 8 * params.BLOCK) if rule >= 0 else last - first
+    rule = part.scale
+    first, last = part.first, part.last
+    block = part.block if rule >= 0 else last - first
     byte_scale = rule in (params.POW2_BYTE, params.E4M3_BYTE)
     for at in range(first, last, block):
         begin, end = row + 4 * at, row + 4 * (at + block)
         stored, factor, byte = np.float32(1), np.float32(1), 0
         poisoned = False
         if rule == params.TENSOR:
-            factor = simd.float_of(load_i64(part + 8 * params.TENSOR_SCALE))
+            factor = part.tensor_scale
         elif rule >= 0:
             largest, finite = isplat(np.int32(0)), isplat(np.int32(0))
             for i in range(begin, end, BYTES):
@@ -192,9 +192,9 @@ def _part(row, part, code, scales, through):
                 largest = simd.iwhere_less(largest, m, m, largest)
                 m = simd.iwhere_less(m, isplat(_INFINITY), m, isplat(np.int32(0)))
                 finite = simd.iwhere_less(finite, m, m, finite)
-            amax = max(simd.largest_lane(finite), load_i64(part + 8 * params.FLOOR))
+            amax = max(simd.largest_lane(finite), part.floor)
             stored, factor, byte = _scale_of(amax, part)
-            if simd.largest_lane(largest) >= _INFINITY and load_i64(part + 8 * params.NAN_CODE) < 0:
+            if simd.largest_lane(largest) >= _INFINITY and part.nan_code < 0:
                 poisoned = True
                 stored = simd.float_of(_NAN)
                 byte = 255 if rule == params.POW2_BYTE else _E4M3[4]
@@ -221,30 +221,28 @@ def _part(row, part, code, scales, through):
 
 
 @kernel
-def put(row, slot, p, work):
-    """Encode the fp32 row at ``row`` and write it to cache slot ``slot`` of the call block p."""
-    form = load_i64(p + 8 * params.FORMAT)
-    page_rows = load_i64(form + 8 * params.FORMAT_PAGE_ROWS)
+def put(row, slot, call, work):
+    """Encode the fp32 row at ``row`` and write it to cache slot ``slot`` of the call."""
+    form = call.format
+    page_rows = form.page_rows
     page, at = slot // page_rows, slot % page_rows
-    base = load_i64(p + 8 * params.CACHE) + page * load_i64(p + 8 * params.PAGE_STRIDE)
-    through = load_i64(form + 8 * params.THROUGH)
-    outside = load_i64(p + 8 * params.SCALES)
-    parts = load_i64(form + 8 * params.PARTS)
-    first = form + 8 * params.FORMAT_HEAD
-    if load_i64(form + 8 * params.ROUND_ROW):
-        last = load_i64(first + (parts - 1) * 8 * params.PART_SIZE + 8 * params.LAST)
+    base = call.cache + page * call.page_stride
+    through = form.through
+    outside = call.scales
+    if form.round_row:
+        last = form.parts[form.part_count - 1].last
         for i in range(0, 4 * last, BYTES):
             store(work + i, round_bf16(load(row + i)))
         row = work
-    for k in range(parts):
-        part = first + k * 8 * params.PART_SIZE
-        code = base + load_i64(part + 8 * params.CODE_BASE) + load_i64(part + 8 * params.CODE_STRIDE) * at
+    for k in range(form.part_count):
+        part = form.parts[k]
+        code = base + part.code_base + part.code_stride * at
         if through:  # one bf16 row, whatever the parts of the format behind it
-            code += 2 * load_i64(part + 8 * params.FIRST)
-        scales = base + load_i64(part + 8 * params.SCALE_BASE) + load_i64(part + 8 * params.SCALE_STRIDE) * at
+            code += 2 * part.first
+        scales = base + part.scale_base + part.scale_stride * at
         if outside:
-            scales = outside + page * load_i64(p + 8 * params.SCALES_STRIDE) + 4 * at
+            scales = outside + page * call.scales_stride + 4 * at
         _part(row, part, code, scales, through)
-    pad = base + load_i64(form + 8 * params.PAD_BASE) + load_i64(form + 8 * params.PAD_STRIDE) * at
-    for i in range(load_i64(form + 8 * params.PAD_BYTES)):
+    pad = base + form.pad_base + form.pad_stride * at
+    for i in range(form.pad_bytes):
         simd.store_byte(pad + i, 0)

@@ -1,6 +1,6 @@
 """Stages 2 and 3 in Numba: softmax of each channel over the tokens of a window, in two passes, or folded one by one.
 
-A table of n entries says where the candidates of a window lie, oldest first: addresses of kv, score and ape, all fp32.
+A table of n candidates says where those of a window lie, oldest first: addresses of kv, score and ape, all fp32.
 Work runs over tokens in groups and over vectors of channels inside, so that memory is read along rows.
 """
 
@@ -11,11 +11,22 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kvcondense.backends.cpu.kernels import simd
-from kvcondense.backends.cpu.kernels.simd import BYTES, fma, load, load_i64, splat, store
+from kvcondense.backends.cpu.blocks import Block
+from kvcondense.backends.cpu.kernels import fields, simd
+from kvcondense.backends.cpu.kernels.simd import BYTES, fma, load, splat, store
 
-ENTRY = 24
-"""Bytes of a table entry."""
+
+class Candidate(Block):
+    """Where a candidate's channels lie."""
+
+    kv: int
+    score: int
+    bias: int
+
+
+table_at = fields.view(Candidate)
+ENTRY = Candidate.size
+"""Bytes of a table's entry."""
 
 _LOG2E = np.float32(1.4426950408889634)
 _LOG2E_LOW = np.float32(1.4426950408889634 - float(_LOG2E))
@@ -56,8 +67,9 @@ def exp(x):
 
 
 @inlined
-def _score(table, entry, c):
-    return load(load_i64(table + entry * ENTRY + 8) + c) + load(load_i64(table + entry * ENTRY + 16) + c)
+def score(candidate, c):
+    """z: the score with its ape."""
+    return load(candidate.score + c) + load(candidate.bias + c)
 
 
 @kernel
@@ -77,9 +89,8 @@ def two_pass(table, n, begin, end, work, out):
         store(pooled + c, splat(_ZERO))
     whole = n // 4 * 4
     for j in range(0, whole, 4):
-        t = table + j * ENTRY
-        z0, z1, z2, z3 = load_i64(t + 8), load_i64(t + 32), load_i64(t + 56), load_i64(t + 80)
-        a0, a1, a2, a3 = load_i64(t + 16), load_i64(t + 40), load_i64(t + 64), load_i64(t + 88)
+        z0, z1, z2, z3 = table[j].score, table[j + 1].score, table[j + 2].score, table[j + 3].score
+        a0, a1, a2, a3 = table[j].bias, table[j + 1].bias, table[j + 2].bias, table[j + 3].bias
         for c in range(0, span, BYTES):
             at = begin + c
             m = load(top + c)
@@ -90,12 +101,11 @@ def two_pass(table, n, begin, end, work, out):
             store(top + c, m)
     for j in range(whole, n):
         for c in range(0, span, BYTES):
-            store(top + c, simd.at_least(_score(table, j, begin + c), load(top + c)))
+            store(top + c, simd.at_least(score(table[j], begin + c), load(top + c)))
     for j in range(0, whole, 4):
-        t = table + j * ENTRY
-        k0, k1, k2, k3 = load_i64(t), load_i64(t + 24), load_i64(t + 48), load_i64(t + 72)
-        z0, z1, z2, z3 = load_i64(t + 8), load_i64(t + 32), load_i64(t + 56), load_i64(t + 80)
-        a0, a1, a2, a3 = load_i64(t + 16), load_i64(t + 40), load_i64(t + 64), load_i64(t + 88)
+        k0, k1, k2, k3 = table[j].kv, table[j + 1].kv, table[j + 2].kv, table[j + 3].kv
+        z0, z1, z2, z3 = table[j].score, table[j + 1].score, table[j + 2].score, table[j + 3].score
+        a0, a1, a2, a3 = table[j].bias, table[j + 1].bias, table[j + 2].bias, table[j + 3].bias
         for c in range(0, span, BYTES):
             at = begin + c
             m, l, o = load(top + c), load(total + c), load(pooled + c)
@@ -110,9 +120,9 @@ def two_pass(table, n, begin, end, work, out):
             store(total + c, l)
             store(pooled + c, o)
     for j in range(whole, n):
-        kv = load_i64(table + j * ENTRY)
+        kv = table[j].kv
         for c in range(0, span, BYTES):
-            e = exp(_score(table, j, begin + c) - load(top + c))
+            e = exp(score(table[j], begin + c) - load(top + c))
             store(total + c, load(total + c) + e)
             store(pooled + c, fma(e, load(kv + begin + c), load(pooled + c)))
     for c in range(0, span, BYTES):
@@ -125,11 +135,11 @@ def _few(table, n, begin, end, out):
     for c in range(begin, end, BYTES):
         m = splat(_MINUS_INFINITY)
         for j in range(n):
-            m = simd.at_least(_score(table, j, c), m)
+            m = simd.at_least(score(table[j], c), m)
         l, o = splat(_ZERO), splat(_ZERO)
         for j in range(n):
-            e = exp(_score(table, j, c) - m)
-            l, o = l + e, fma(e, load(load_i64(table + j * ENTRY) + c), o)
+            e = exp(score(table[j], c) - m)
+            l, o = l + e, fma(e, load(table[j].kv + c), o)
         store(out + c, o / l)
 
 
@@ -142,9 +152,9 @@ def fold(table, n, begin, end, acc, head_bytes):
     """
     total, pooled = acc + head_bytes, acc + 2 * head_bytes
     for j in range(n):
-        kv = load_i64(table + j * ENTRY)
+        kv = table[j].kv
         for c in range(begin, end, BYTES):
-            z = _score(table, j, c)
+            z = score(table[j], c)
             m, l, o = load(acc + c), load(total + c), load(pooled + c)
             e = exp(simd.negative_magnitude(z - m))
             one = splat(_ONE)

@@ -13,9 +13,9 @@ from numba import cfunc, types
 from numba.core import cgutils
 
 from kvcondense.backends.cpu import params
-from kvcondense.backends.cpu.kernels import simd
+from kvcondense.backends.cpu.kernels import fields, simd
 from kvcondense.backends.cpu.kernels.pool import kernel
-from kvcondense.backends.cpu.kernels.simd import LANES, constant, fetch_add, load_i64, pointer
+from kvcondense.backends.cpu.kernels.simd import LANES, constant, fetch_add, pointer
 from kvcondense.backends.cpu.native import has_bf16_products
 
 _I64 = ir.IntType(64)
@@ -116,20 +116,21 @@ _NATIVE = has_bf16_products()
 _HEIGHT = 6 if _NATIVE else 4
 _tall, _four, _two = (_tile(n, 4, _NATIVE) for n in (_HEIGHT, 4, 2))
 _row = _tile(1, 8, _NATIVE)
+_product_at = fields.view(params.Product)
 
 
 @kernel
-def _work(p):
-    x, x_stride = load_i64(p + 8 * params.X), load_i64(p + 8 * params.X_STRIDE)
-    w, w_stride = load_i64(p + 8 * params.W), load_i64(p + 8 * params.W_STRIDE)
-    tokens, channels = load_i64(p + 8 * params.TOKENS), load_i64(p + 8 * params.CHANNELS)
-    size, out = load_i64(p + 8 * params.HIDDEN_BYTES), load_i64(p + 8 * params.OUT)
-    tall, wide = load_i64(p + 8 * params.TILE_TOKENS), load_i64(p + 8 * params.TILE_CHANNELS)
+def _work(call):
+    x, x_stride = call.x, call.x_stride
+    w, w_stride = call.w, call.w_stride
+    tokens, channels = call.tokens, call.channels
+    size, out = call.hidden_bytes, call.out
+    tall, wide = call.tile_tokens, call.tile_channels
     columns = (channels + wide - 1) // wide
     total = (tokens + tall - 1) // tall * columns
     stride = 4 * channels
     while True:
-        task = fetch_add(p + 8 * params.NEXT_TILE, 1)
+        task = fetch_add(call.next_tile, 1)
         if task >= total:
             break
         token, last = task // columns * tall, min(tokens, task // columns * tall + tall)
@@ -160,4 +161,4 @@ def _work(p):
 @cfunc("void(int64)", error_model="numpy")
 def entry(p):
     """Run a projection; every thread of a launch enters here."""
-    _work(p)
+    _work(_product_at(p))

@@ -6,10 +6,9 @@ import math
 
 import numpy as np
 
-from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import simd
 from kvcondense.backends.cpu.kernels.pool import inlined, kernel
-from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, load, load_i64, splat, store
+from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, load, splat, store
 
 
 @inlined
@@ -64,9 +63,7 @@ def tree_sum(x, n):
 @kernel
 def rms_norm(row, gamma, spec, work):
     """n = gamma * (u * rsqrt(mean(u^2) + eps)); the REFERENCE profile rounds u and n to bf16."""
-    d = load_i64(spec + 8 * params.HEAD_DIM)
-    rounding = load_i64(spec + 8 * params.ROUND)
-    eps = simd.float_of(load_i64(spec + 8 * params.EPS))
+    d, rounding = spec.head_dim, spec.round
     for i in range(0, 4 * d, BYTES):
         u = load(row + i)
         if rounding:
@@ -74,7 +71,7 @@ def rms_norm(row, gamma, spec, work):
             store(row + i, u)
         store(work + i, u * u)
     mean = tree_sum(work, d) / np.float32(d)
-    scale = splat(np.float32(1) / np.float32(math.sqrt(mean + eps)))
+    scale = splat(np.float32(1) / np.float32(math.sqrt(mean + spec.eps)))
     for i in range(0, 4 * d, BYTES):
         n = load(gamma + i) * (load(row + i) * scale)
         store(row + i, round_bf16(n) if rounding else n)
@@ -83,14 +80,14 @@ def rms_norm(row, gamma, spec, work):
 @kernel
 def rope(row, cos, sin, spec):
     """(a, b) -> (a cos - b sin, a sin + b cos) on pairs of the last channels; the REFERENCE profile rounds to bf16."""
-    turn(row, cos, sin, spec, np.float32(1), load_i64(spec + 8 * params.ROUND))
+    turn(row, cos, sin, spec, np.float32(1), spec.round)
 
 
 @kernel
 def turn(row, cos, sin, spec, way, rounding):
     """The rotation, or with ``way`` -1 its inverse."""
-    size = load_i64(spec + 8 * params.ROPE_DIM)
-    first = row + 4 * (load_i64(spec + 8 * params.HEAD_DIM) - size)
+    size = spec.rope_dim
+    first = row + 4 * (spec.head_dim - size)
     odd = simd.lane_number() & simd.isplat(np.int32(1))
     # a cos + (-(b sin)) has the same bits as a cos - b sin.
     sign = simd.to_float(odd + odd - simd.isplat(np.int32(1))) * splat(way)
@@ -110,7 +107,7 @@ def turn(row, cos, sin, spec, way, rounding):
 @kernel
 def hadamard(row, spec):
     """y = (H row) d^-0.5 by butterflies, neighbours first."""
-    d = load_i64(spec + 8 * params.HEAD_DIM)
+    d = spec.head_dim
     lane = simd.lane_number()
     for distance in (1, 2, 4, 8):
         one = simd.isplat(np.int32(distance))
@@ -128,7 +125,7 @@ def hadamard(row, spec):
                 store(row + i, a + b)
                 store(row + i + 4 * step, a - b)
         step *= 2
-    scale = splat(simd.float_of(load_i64(spec + 8 * params.HADAMARD_SCALE)))
+    scale = splat(spec.hadamard_scale)
     for i in range(0, 4 * d, BYTES):
         store(row + i, load(row + i) * scale)
 

@@ -80,11 +80,13 @@ def _call(builder: Any, name: str, kind: ir.Type, *values: Any) -> Any:
     return builder.call(function, values)
 
 
-def _load(builder: Any, address: Any, kind: ir.Type, align: int) -> Any:
+def read(builder: Any, address: Any, kind: ir.Type, align: int) -> Any:
+    """The value at an address."""
     return builder.load(pointer(builder, address, kind), align=align)
 
 
-def _store(builder: Any, address: Any, value: Any, align: int) -> None:
+def write(builder: Any, address: Any, value: Any, align: int) -> None:
+    """Store a value at an address."""
     builder.store(value, pointer(builder, address, value.type), align=align)
 
 
@@ -98,45 +100,45 @@ def _lanes(*index: int) -> ir.Constant:
 @operation(F32, types.int64)
 def load(b: Any, address: Any) -> Any:
     """16 fp32."""
-    return _load(b, address, _F, 4)
+    return read(b, address, _F, 4)
 
 
 @operation(F32, types.int64)
 def load_bf16(b: Any, address: Any) -> Any:
     """16 bf16, widened."""
-    half = _load(b, address, ir.VectorType(_I16, LANES), 2)
+    half = read(b, address, ir.VectorType(_I16, LANES), 2)
     return b.bitcast(b.shl(b.zext(half, _I), constant(16)), _F)
 
 
 @operation(F32, types.int64)
 def load_fp16(b: Any, address: Any) -> Any:
     """16 fp16, widened."""
-    return b.fpext(_load(b, address, ir.VectorType(ir.HalfType(), LANES), 2), _F)
+    return b.fpext(read(b, address, ir.VectorType(ir.HalfType(), LANES), 2), _F)
 
 
 @operation(F32, types.int64)
 def load_pairs(b: Any, address: Any) -> Any:
     """8 fp32, each in two neighbouring lanes."""
-    eight = _load(b, address, ir.VectorType(ir.FloatType(), LANES // 2), 4)
+    eight = read(b, address, ir.VectorType(ir.FloatType(), LANES // 2), 4)
     return b.shuffle_vector(eight, eight, _lanes(*(i // 2 for i in range(LANES))))
 
 
 @operation(types.void, types.int64, F32)
 def store(b: Any, address: Any, x: Any) -> None:
     """16 fp32."""
-    _store(b, address, x, 4)
+    write(b, address, x, 4)
 
 
 @operation(types.void, types.int64, I32)
 def store_16(b: Any, address: Any, x: Any) -> None:
     """The low 16 bits of each lane."""
-    _store(b, address, b.trunc(x, ir.VectorType(_I16, LANES)), 1)
+    write(b, address, b.trunc(x, ir.VectorType(_I16, LANES)), 1)
 
 
 @operation(types.void, types.int64, I32)
 def store_8(b: Any, address: Any, x: Any) -> None:
     """The low 8 bits of each lane."""
-    _store(b, address, b.trunc(x, ir.VectorType(_I8, LANES)), 1)
+    write(b, address, b.trunc(x, ir.VectorType(_I8, LANES)), 1)
 
 
 @operation(types.void, types.int64, I32)
@@ -146,37 +148,25 @@ def store_4(b: Any, address: Any, x: Any) -> None:
     even = b.shuffle_vector(x, x, _lanes(*range(0, LANES, 2)))
     odd = b.shuffle_vector(x, x, _lanes(*range(1, LANES, 2)))
     packed = b.or_(even, b.shl(odd, ir.Constant(half, [4] * (LANES // 2))))
-    _store(b, address, b.trunc(packed, ir.VectorType(_I8, LANES // 2)), 1)
-
-
-@operation(types.int64, types.int64)
-def load_i64(b: Any, address: Any) -> Any:
-    """One int64."""
-    return _load(b, address, _I64, 8)
-
-
-@operation(types.void, types.int64, types.int64)
-def store_i64(b: Any, address: Any, x: Any) -> None:
-    """One int64."""
-    _store(b, address, x, 8)
+    write(b, address, b.trunc(packed, ir.VectorType(_I8, LANES // 2)), 1)
 
 
 @operation(types.float32, types.int64)
 def load_scalar(b: Any, address: Any) -> Any:
     """One fp32."""
-    return _load(b, address, ir.FloatType(), 4)
+    return read(b, address, ir.FloatType(), 4)
 
 
 @operation(types.void, types.int64, types.float32)
 def store_scalar(b: Any, address: Any, x: Any) -> None:
     """One fp32, at any address."""
-    _store(b, address, x, 1)
+    write(b, address, x, 1)
 
 
 @operation(types.void, types.int64, types.int64)
 def store_byte(b: Any, address: Any, x: Any) -> None:
     """The low 8 bits."""
-    _store(b, address, b.trunc(x, _I8), 1)
+    write(b, address, b.trunc(x, _I8), 1)
 
 
 @operation(types.int64, types.int64, types.int64)

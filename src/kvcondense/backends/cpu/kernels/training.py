@@ -10,34 +10,35 @@ import numpy as np
 from numba import cfunc
 
 from kvcondense.backends.cpu import params
-from kvcondense.backends.cpu.kernels import pool, simd, training_rows
-from kvcondense.backends.cpu.kernels.pool import ENTRY, exp, kernel
-from kvcondense.backends.cpu.kernels.simd import BYTES, fetch_add, fma, load, load_i64, splat, store, store_i64
+from kvcondense.backends.cpu.kernels import fields, pool, simd, training_rows
+from kvcondense.backends.cpu.kernels.pool import ENTRY, exp, kernel, score, table_at
+from kvcondense.backends.cpu.kernels.simd import BYTES, fetch_add, fma, load, splat, store
 
 _MINUS_INFINITY = np.float32(-np.inf)
 _ZERO = np.float32(0)
+_pool_at, _rows_at = fields.view(params.TrainingPool), fields.view(params.TrainingRows)
 
 
 @kernel
-def _candidates(p, e, table):
+def _candidates(call, e, table):
     """Fill the table with the candidates of window e, oldest first; returns how many it lacks at the front."""
-    ratio, width = load_i64(p + 8 * params.T_RATIO), load_i64(p + 8 * params.T_WIDTH)
-    n, zeros = load_i64(p + 8 * params.T_WINDOW), load_i64(p + 8 * params.T_ZEROS)
-    stride, ape = load_i64(p + 8 * params.T_STRIDE), load_i64(p + 8 * params.T_APE)
-    gate = load_i64(p + 8 * params.T_GATE)
-    first = load_i64(load_i64(p + 8 * params.T_FIRST) + 8 * e)
-    missing = n - ratio if load_i64(load_i64(p + 8 * params.T_INDEX) + 8 * e) == 0 else 0
-    late = width - load_i64(p + 8 * params.T_HEAD_DIM)
-    tokens = load_i64(p + 8 * params.T_TOKENS)
+    ratio, width = call.ratio, call.width
+    n, zeros = call.window, call.zeros
+    stride, ape = call.stride, call.ape
+    gate = call.gate
+    first = call.first[e]
+    missing = n - ratio if call.index[e] == 0 else 0
+    late = width - call.head_dim
+    tokens = call.tokens
     for j in range(missing, n):
         own = j - (n - ratio)
         channel = late if own >= 0 else 0
         kv = tokens + (first + own) * stride + 4 * channel
         phase = own if own >= 0 else own + ratio
-        store_i64(table, kv)
-        store_i64(table + 8, kv + 4 * width if gate else zeros)
-        store_i64(table + 16, ape + 4 * (phase * width + channel) if ape else zeros)
-        table += ENTRY
+        candidate = table[j - missing]
+        candidate.kv = kv
+        candidate.score = kv + 4 * width if gate else zeros
+        candidate.bias = ape + 4 * (phase * width + channel) if ape else zeros
     return missing
 
 
@@ -47,84 +48,83 @@ def _few(table, n, begin, end, out, top, total):
     for c in range(begin, end, BYTES):
         m = splat(_MINUS_INFINITY)
         for j in range(n):
-            t = table + j * ENTRY
-            m = simd.at_least(load(load_i64(t + 8) + c) + load(load_i64(t + 16) + c), m)
+            m = simd.at_least(score(table[j], c), m)
         l, o = splat(_ZERO), splat(_ZERO)
         for j in range(n):
-            t = table + j * ENTRY
-            e = exp(load(load_i64(t + 8) + c) + load(load_i64(t + 16) + c) - m)
-            l, o = l + e, fma(e, load(load_i64(t) + c), o)
+            e = exp(score(table[j], c) - m)
+            l, o = l + e, fma(e, load(table[j].kv + c), o)
         store(out + c, o / l)
         store(top + c, m)
         store(total + c, l)
 
 
 @kernel
-def _forward(p, e, begin, end, scratch):
-    n, row = load_i64(p + 8 * params.T_WINDOW), 4 * load_i64(p + 8 * params.T_HEAD_DIM) * e
-    work = scratch + ENTRY * n
-    count = n - _candidates(p, e, scratch)
-    out, top = load_i64(p + 8 * params.T_POOLED) + row, load_i64(p + 8 * params.T_LSE) + row
-    total = load_i64(p + 8 * params.T_TOTAL) + row
+def _forward(call, e, begin, end, scratch):
+    n, row = call.window, 4 * call.head_dim * e
+    table, work = table_at(scratch), scratch + ENTRY * n
+    count = n - _candidates(call, e, table)
+    out, top = call.pooled + row, call.lse + row
+    total = call.total + row
     if count <= 8:
-        _few(scratch, count, begin, end, out, top, total)
+        _few(table, count, begin, end, out, top, total)
         return
-    pool.two_pass(scratch, count, begin, end, work, out)
+    pool.two_pass(table, count, begin, end, work, out)
     for c in range(0, end - begin, BYTES):
         store(top + begin + c, load(work + c))
         store(total + begin + c, load(work + end - begin + c))
 
 
 @kernel
-def _backward(p, e, begin, end, scratch, sums):
+def _backward(call, e, begin, end, scratch, sums):
     """dK_j = w_j g, dz_j = w_j g (K_j - P), and dz_j added to ``sums`` + its candidate's row."""
-    n, d = load_i64(p + 8 * params.T_WINDOW), load_i64(p + 8 * params.T_HEAD_DIM)
-    width, gate = load_i64(p + 8 * params.T_WIDTH), load_i64(p + 8 * params.T_GATE)
-    missing = _candidates(p, e, scratch)
-    pooled, lse = load_i64(p + 8 * params.T_POOLED) + 4 * d * e, load_i64(p + 8 * params.T_LSE) + 4 * d * e
-    given = load_i64(p + 8 * params.T_GIVEN) + 4 * d * e
-    away = load_i64(p + 8 * params.T_GRADIENT) - load_i64(p + 8 * params.T_TOKENS)
-    table = scratch
+    n, d = call.window, call.head_dim
+    width, gate = call.width, call.gate
+    table = table_at(scratch)
+    missing = _candidates(call, e, table)
+    pooled, lse = call.pooled + 4 * d * e, call.lse + 4 * d * e
+    given = call.given + 4 * d * e
+    away = call.gradient - call.tokens
     for j in range(missing, n):
-        kv, score, bias = load_i64(table), load_i64(table + 8), load_i64(table + 16)
+        candidate = table[j - missing]
+        kv = candidate.kv
         target, total = kv + away, sums + 4 * d * j
         for c in range(begin, end, BYTES):
-            w = exp(load(score + c) + load(bias + c) - load(lse + c)) * load(given + c)
+            w = exp(score(candidate, c) - load(lse + c)) * load(given + c)
             dz = w * (load(kv + c) - load(pooled + c))
             store(target + c, w)
             store(total + c, load(total + c) + dz)
             if gate:
                 store(target + 4 * width + c, dz)
-        table += ENTRY
 
 
 @kernel
-def _work(p):
-    number = fetch_add(p + 8 * params.T_THREADS, 1)
-    scratch = load_i64(p + 8 * params.T_SCRATCH) + number * load_i64(p + 8 * params.T_SCRATCH_BYTES)
-    windows, strip = load_i64(p + 8 * params.T_WINDOWS), load_i64(p + 8 * params.T_STRIP)
-    d, channels = load_i64(p + 8 * params.T_HEAD_DIM), load_i64(p + 8 * params.T_CHANNELS)
+def _work(call):
+    number = fetch_add(call.threads, 1)
+    scratch = call.scratch + number * call.scratch_bytes
+    windows, strip = call.windows, call.strip
+    d, channels = call.head_dim, call.channels
     blocks = (d + channels - 1) // channels
     total = (windows + strip - 1) // strip * blocks
-    back, n = load_i64(p + 8 * params.T_TOTAL) == 0, load_i64(p + 8 * params.T_WINDOW)
+    back, n = call.total == 0, call.window
     while True:
-        task = fetch_add(p + 8 * params.T_NEXT, 1)
+        task = fetch_add(call.next, 1)
         if task >= total:
             break
         at, block = task // blocks, task % blocks
         begin, end = 4 * channels * block, 4 * min(channels * (block + 1), d)
-        sums = load_i64(p + 8 * params.T_BIAS_GRADIENT) + 4 * n * d * at
+        sums = call.bias_gradient + 4 * n * d * at
         for e in range(strip * at, min(strip * (at + 1), windows)):
             if back:
-                _backward(p, e, begin, end, scratch, sums)
+                _backward(call, e, begin, end, scratch, sums)
             else:
-                _forward(p, e, begin, end, scratch)
+                _forward(call, e, begin, end, scratch)
 
 
 @cfunc("void(int64)", error_model="numpy")
 def entry(p):
     """Run a block; every thread of a launch enters here."""
-    if load_i64(p + 8 * params.T_WHAT) == params.POOL:
-        _work(p)
+    call = _pool_at(p)
+    if call.what == params.POOL:
+        _work(call)
     else:
-        training_rows.work(p)
+        training_rows.work(_rows_at(p))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import simd
-from kvcondense.backends.cpu.kernels.pool import ENTRY, inlined, kernel
+from kvcondense.backends.cpu.kernels.pool import inlined, kernel
 from kvcondense.backends.cpu.kernels.row import bf16_code, round_bf16
-from kvcondense.backends.cpu.kernels.simd import LANES, load, load_i64, store, store_i64
+from kvcondense.backends.cpu.kernels.simd import LANES, load, store
 
 
 @inlined
@@ -25,40 +25,38 @@ def _size(kind):
 
 
 @kernel
-def state_row(p, q, position):
+def state_row(call, q, position):
     """Address of the state row (or log row) of a position."""
-    table = load_i64(p + 8 * params.STATE_TABLE) + 8 * q * load_i64(p + 8 * params.STATE_TABLE_STRIDE)
-    if load_i64(p + 8 * params.PAGED):
-        page = load_i64(table + 8 * (position // load_i64(p + 8 * params.STATE_TOKENS)))
-    else:
-        page = load_i64(table)
-    return _row(p, page, position % load_i64(p + 8 * params.STATE_PAGE))
+    entry = q * call.state_table_stride
+    if call.paged:
+        entry += position // call.state_page_tokens
+    return _row(call, call.state_table[entry], position % call.state_page_rows)
 
 
 @kernel
-def _row(p, page, row):
+def _row(call, page, row):
     """Address of a row of a slot or page."""
-    rows = load_i64(p + 8 * params.STATE) + page * load_i64(p + 8 * params.STATE_PAGE_STRIDE)
-    return rows + row * load_i64(p + 8 * params.STATE_STRIDE)
+    rows = call.state + page * call.state_page_stride
+    return rows + row * call.state_stride
 
 
 @kernel
-def candidates(p, q, begin, end, current, table, zero):
+def candidates(call, q, begin, end, current, table, zero):
     """Fill the table with positions begin .. end - 1 of request q; returns how many of them come from the state.
 
     Positions from ``current`` on read the last channels, earlier ones (the window before, with overlap) the first.
     Addresses are those of channel 0; entries of rows that are not fp32 are only good for ``stage``.
     """
-    spec = load_i64(p + 8 * params.SPEC)
-    ratio, width = load_i64(spec + 8 * params.RATIO), load_i64(spec + 8 * params.WIDTH)
-    gate = load_i64(spec + 8 * params.HAS_GATE)
-    biased = gate and not load_i64(p + 8 * params.STATE_RAW)
-    late = width - load_i64(spec + 8 * params.HEAD_DIM)
-    start = load_i64(load_i64(p + 8 * params.START) + 8 * q)
-    first_token = load_i64(load_i64(p + 8 * params.QUERY_START) + 8 * q) - start
-    kv_score, stride = load_i64(p + 8 * params.KV_SCORE), load_i64(p + 8 * params.KV_STRIDE)
-    ape = load_i64(p + 8 * params.APE)
-    size, state_size = _size(load_i64(p + 8 * params.KV_KIND)), _size(load_i64(p + 8 * params.STATE_KIND))
+    spec = call.spec
+    ratio, width = spec.ratio, spec.width
+    gate = spec.has_gate
+    biased = gate and not call.state_raw
+    late = width - spec.head_dim
+    start = call.start[q]
+    first_token = call.query_start[q] - start
+    kv_score, stride = call.kv_score, call.kv_stride
+    ape = call.ape
+    size, state_size = _size(call.kv_kind), _size(call.state_kind)
     phase = begin % ratio
     for position in range(begin, end):
         channel = late if position >= current else 0
@@ -68,31 +66,31 @@ def candidates(p, q, begin, end, current, table, zero):
             kv = kv_score + (first_token + position) * stride + size * channel
             score = kv + size * width
         else:
-            kv = state_row(p, q, position) + state_size * channel
+            kv = state_row(call, q, position) + state_size * channel
             score = kv + state_size * width
             if biased:  # a stored score has its ape
                 bias = zero
-        store_i64(table, kv)
-        store_i64(table + 8, score if gate else zero)
-        store_i64(table + 16, bias)
-        table += ENTRY
+        candidate = table[position - begin]
+        candidate.kv = kv
+        candidate.score = score if gate else zero
+        candidate.bias = bias
     return min(max(start - begin, 0), end - begin)
 
 
 @kernel
-def stage(p, n, stored, table, staged, channel, channels, buffer, zero):
+def stage(call, n, stored, table, staged, channel, channels, buffer, zero):
     """Widen ``channels`` channels of the table's n rows into ``buffer`` and make ``staged`` their table.
 
     The first ``stored`` rows come from the state. Tokens are rounded to the state's type, as if they had been there.
     """
-    spec = load_i64(p + 8 * params.SPEC)
-    gate = load_i64(spec + 8 * params.HAS_GATE)
-    state_kind = load_i64(p + 8 * params.STATE_KIND)
-    rounding = state_kind == params.BF16 and load_i64(p + 8 * params.STATE) != 0
-    raw = gate and load_i64(p + 8 * params.STATE_RAW)
+    spec = call.spec
+    gate = spec.has_gate
+    state_kind = call.state_kind
+    rounding = state_kind == params.BF16 and call.state != 0
+    raw = gate and call.state_raw
     for j in range(n):
-        kind = state_kind if j < stored else load_i64(p + 8 * params.KV_KIND)
-        kv, score, bias = load_i64(table), load_i64(table + 8), load_i64(table + 16)
+        kind = state_kind if j < stored else call.kv_kind
+        kv, score, bias = table[j].kv, table[j].score, table[j].bias
         for c in range(0, channels, LANES):
             x = load_as(kind, kv, channel + c)
             if rounding:
@@ -105,34 +103,33 @@ def stage(p, n, stored, table, staged, channel, channels, buffer, zero):
             if rounding and gate and not raw:
                 z = round_bf16(z)
             store(buffer + 4 * (channels + c), z)
-        store_i64(staged, buffer)
-        store_i64(staged + 8, buffer + 4 * channels)
-        store_i64(staged + 16, zero)
+        candidate = staged[j]
+        candidate.kv = buffer
+        candidate.score = buffer + 4 * channels
+        candidate.bias = zero
         buffer += 8 * channels
-        table += ENTRY
-        staged += ENTRY
 
 
 @kernel
-def keep(p, k):
+def keep(call, k):
     """Write entry k of the plan's rows to keep: [kv | score + ape], or [kv | score], of its token to its state row."""
-    token = load_i64(load_i64(p + 8 * params.KEEP_TOKEN) + 8 * k)
+    token = call.keep_token[k]
     if token < 0:
         return
-    spec = load_i64(p + 8 * params.SPEC)
-    width, gate = load_i64(spec + 8 * params.WIDTH), load_i64(spec + 8 * params.HAS_GATE)
-    ape, kind = load_i64(p + 8 * params.APE), load_i64(p + 8 * params.KV_KIND)
-    bias_wanted = ape and not load_i64(p + 8 * params.STATE_RAW)
-    row = load_i64(load_i64(p + 8 * params.KEEP_ROW) + 8 * k)
-    page_rows = load_i64(p + 8 * params.STATE_PAGE)
-    target = _row(p, row // page_rows, row % page_rows)
-    source = load_i64(p + 8 * params.KV_SCORE) + token * load_i64(p + 8 * params.KV_STRIDE)
-    narrow = load_i64(p + 8 * params.STATE_KIND) == params.BF16
+    spec = call.spec
+    width, gate = spec.width, spec.has_gate
+    ape, kind = call.ape, call.kv_kind
+    bias_wanted = ape and not call.state_raw
+    row = call.keep_row[k]
+    page_rows = call.state_page_rows
+    target = _row(call, row // page_rows, row % page_rows)
+    source = call.kv_score + token * call.kv_stride
+    narrow = call.state_kind == params.BF16
     for c in range(0, width, LANES):
         _put(target, c, load_as(kind, source, c), narrow)
     if gate:
-        position = load_i64(load_i64(p + 8 * params.KEEP_POSITION) + 8 * k)
-        bias = ape + 4 * width * (position % load_i64(spec + 8 * params.RATIO))
+        position = call.keep_position[k]
+        bias = ape + 4 * width * (position % spec.ratio)
         for c in range(0, width, LANES):
             z = load_as(kind, source, width + c)
             if bias_wanted:
