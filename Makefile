@@ -10,7 +10,7 @@ READY := $(if $(PY),,$(VENV)/.installed)
 RUN := $(if $(PY),env PYTHONPATH=src $(PY),$(BIN)/python)
 QUIET := -p no:benchmark -W default  # whatever else is installed there, and what it warns of
 
-.PHONY: demo test test-all docs bench gpu sanitize ascend lint format clean
+.PHONY: demo test test-all fuzz docs bench gpu sanitize ascend lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,9 @@ test: $(VENV)/.installed  ## the whole test suite
 
 test-all: $(VENV)/.installed  ## the same with four times as many examples of each property
 	$(BIN)/python -m pytest --hypothesis-profile exhaustive
+
+fuzz: $(VENV)/.installed  ## hostile metadata through every door to a step: 200 000 calls, a quarter of an hour at most
+	$(BIN)/python tests/fuzz.py
 
 # Runs every block of code on the pages, then follows every link of the built site.
 docs: $(VENV)/.installed  ## the documentation site, in build/site

@@ -63,9 +63,10 @@ def gather(
     picked = by_half[token, :, half]  # [E, W, parts, d]
     if state is not None:
         stored = ~in_call & ~missing
-        address = state.layout.address(batch, request, torch.where(stored, position, start))
-        # Lanes that read nothing from the state still need a legal index; their value is dropped.
-        address = torch.where(stored, address, 0)
+        # Lanes that read nothing from the state have no address: a table need not have a page for them. They take row
+        # 0, which is dropped.
+        address = torch.zeros_like(position)
+        address[stored] = state.layout.address(batch, request.expand_as(position)[stored], position[stored])
         old = state.take(address).unflatten(2, (parts, spec.halves, d))  # [E, W, parts, c, d]
         old = old[:, torch.arange(spec.window, device=half.device), :, half].transpose(0, 1).to(rows.dtype)
         picked = torch.where(stored[:, :, None, None], old, picked)
