@@ -10,7 +10,7 @@ READY := $(if $(PY),,$(VENV)/.installed)
 RUN := $(if $(PY),env PYTHONPATH=src $(PY),$(BIN)/python)
 QUIET := -p no:benchmark -W default  # whatever else is installed there, and what it warns of
 
-.PHONY: demo test test-all fuzz docs bench gpu sanitize ascend lint format clean
+.PHONY: demo test test-all fuzz docs bench gpu sanitize triton36 ascend lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,16 @@ sanitize: $(READY)  ## memcheck and racecheck of small cases by compute-sanitize
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --error-exitcode 1 \
 		$(RUN) -m pytest tests/gpu -n 0 -m sanitizer $(QUIET)
 
+# The oldest supported Triton, whose interpreter wants an older numpy: fences, widths of loads, what launches compile.
+triton36: .venv-triton36/.installed  ## what is compiled, with Triton 3.6
+	.venv-triton36/bin/python -m pytest tests/test_aot.py tests/test_launches.py
+
+.venv-triton36/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-triton36
+	.venv-triton36/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,triton]'
+	.venv-triton36/bin/pip install --quiet --disable-pip-version-check triton==3.6.0 'numpy<2.4'
+	touch $@
+
 # triton-ascend installs under the name triton, hence the environment of its own. Needs mlir-19-tools, libmlir-19 and
 # clang-19 (Debian); no NPU.
 ascend: .venv-ascend/.installed  ## the Triton kernels, lowered for Ascend910B and run on this CPU
@@ -72,4 +82,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build $(VENV) .venv-ascend
+	rm -rf build $(VENV) .venv-ascend .venv-triton36
