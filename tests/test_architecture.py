@@ -25,7 +25,8 @@ ARROWS = {
     "ops": {
         "bound", "validate", "backends", "layout", "rope_table", "weights", "formats", "spec", "numerics", "errors",
     },
-    "bound": {"validate", "backends", "layout", "rope_table", "weights", "spec", "numerics", "errors"},
+    "planning": {"backends", "layout"},
+    "bound": {"planning", "validate", "backends", "layout", "rope_table", "weights", "spec", "numerics", "errors"},
     "validate": {"layout", "rope_table", "weights", "spec", "errors"},
     "api": {"bound", "validate", "backends", "stages", "rope_table", "layout", "weights", "spec", "numerics", "errors"},
     "golden": {
@@ -40,7 +41,8 @@ ARROWS = {
     "cachefile": {"api", "layout", "weights", "formats", "spec", "errors"},
     "stream": {"cachefile", "api", "layout", "rope_table", "weights", "formats", "spec", "config", "errors"},
     "integrations": {
-        "integrations", "api", "backends", "layout", "rope_table", "weights", "formats", "spec", "config", "errors",
+        "integrations", "planning", "api", "backends", "layout", "rope_table", "weights", "formats", "spec", "config",
+        "errors",
     },
     "parallel": {
         "parallel", "training", "api", "backends", "stages", "layout", "rope_table", "weights", "spec", "numerics",
@@ -54,12 +56,12 @@ ARROWS = {
         "spec", "numerics", "errors",
     },
     "bench": {
-        "bench", "parallel", "training", "api", "backends", "layout", "rope_table", "weights", "formats", "spec",
-        "config", "errors",
+        "bench", "parallel", "training", "planning", "api", "backends", "layout", "rope_table", "weights", "formats",
+        "spec", "config", "errors",
     },
     "cli": {
         "cli", "capacity", "visualiser", "bench", "stream", "cachefile", "checkpoint", "conformance", "golden",
-        "api", "backends", "layout",
+        "planning", "api", "backends", "layout",
         "weights", "formats", "spec", "config", "errors", "kvcondense",
     },
 }  # fmt: skip

@@ -300,7 +300,7 @@ def main() -> int:
     logging.disable_progress_bar()
     report = Report()
     with report.progress:
-        for kernel in native.STEP:
+        for kernel in native.STEP + native.PLAN:
             report.step(f"CPU kernel {kernel}")
             native.address(kernel)
         compare_rows(out, report)

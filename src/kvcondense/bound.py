@@ -24,6 +24,7 @@ from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
 from kvcondense.numerics import compute_dtype
+from kvcondense.planning import Planner
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
 from kvcondense.weights import CompressorWeights
@@ -87,7 +88,7 @@ class Bound:
         """The plan of a batch for this compressor, and for all that have its ratio, layout and pages."""
         layout = None if self.state is None else self.state.layout
         pages = None if self.cache is None else self.cache.page_rows
-        return Plan.build(self.spec, batch, state_layout=layout, page_rows=pages)
+        return Planner([(self.spec, layout, pages)]).plans(batch)[0]
 
     def condense(self, kv_score: torch.Tensor, plan: Plan) -> CondensedRows:
         """A step from kv_score [T, projected]. Mutates state and cache; raises before anything is written."""

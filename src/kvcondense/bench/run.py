@@ -149,13 +149,11 @@ class _Stepping(Kvcondense):
         super().__init__(inputs, backend, steps=_STEPS)
 
     def primed(self) -> dict[str, Any]:
-        state = super().primed()
-        self.pool = state["pool"]
-        return {**state, "plans": self.plans()}
+        return {**super().primed(), "plans": self.plans()}
 
     def plans(self) -> list[Plan]:
         start = self.inputs.case.start
-        return [self._plan(start + i, 1, self.pool) for i in range(_STEPS)]
+        return [self._plan(start + i, 1) for i in range(_STEPS)]
 
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:
         return {**state, "plans": list(state["plans"])}

@@ -12,10 +12,11 @@ from kvcondense.api import compress, condense, project
 from kvcondense.backends import Step, get_backend
 from kvcondense.bench.cases import CONFIG, PAGE_ROWS, Inputs
 from kvcondense.formats import get_format
-from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.addresses import RingLayout
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
+from kvcondense.planning import Planner
 from kvcondense.rope_table import RopeTable
 from kvcondense.weights import CompressorWeights
 
@@ -71,12 +72,15 @@ class Kvcondense:
         end = case.start + steps * case.tokens + inputs.rest.shape[1]
         self.rope = RopeTable.build(CONFIG, end + self.spec.ratio, device=self.device)
         self.pages = -(-(end // self.spec.ratio + 1) // PAGE_ROWS)
+        rows = self.spec.required_ring_rows(case.tokens if case.start else 0)
+        self.layout = RingLayout(case.batch, rows)
+        self.planner = Planner([(self.spec, self.layout, PAGE_ROWS)])
         self.new = inputs.new.flatten(0, 1)
         self.run = compress if case.hidden else condense
 
-    def _batch(self, start: int, count: int) -> RaggedBatch:
+    def _plan(self, start: int, count: int) -> Plan:
         batch = self.inputs.case.batch
-        return RaggedBatch.build(
+        _, (plan,) = self.planner.step(
             torch.arange(batch + 1, device=self.device) * count,
             start_positions=[start] * batch,
             state_slots=list(range(batch)),
@@ -84,15 +88,11 @@ class Kvcondense:
             # All of them drafts, so that the same step can be run again.
             draft_rows=count if start and count == self.inputs.case.tokens else 0,
         )
-
-    def _plan(self, start: int, count: int, pool: StatePool) -> Plan:
-        return Plan.build(self.spec, self._batch(start, count), state_layout=pool.layout, page_rows=PAGE_ROWS)
+        return plan
 
     def primed(self) -> dict[str, Any]:
         case = self.inputs.case
-        drafts = case.tokens if case.start else 0
-        rows = self.spec.required_ring_rows(drafts)
-        pool = StatePool.ring(self.spec, case.batch, rows, device=self.device)
+        pool = StatePool.ring(self.spec, case.batch, self.layout.ring_rows, device=self.device)
         if not self.checked:
             pool.tags = None
         cache = PagedCache.allocate(
@@ -102,7 +102,7 @@ class Kvcondense:
         state = {"pool": pool, "cache": cache, "position": 0}
         if case.start:
             self.feed(state, self.inputs.history)
-        plan = state["plan"] = self._plan(case.start, case.tokens, pool)
+        plan = state["plan"] = self._plan(case.start, case.tokens)
         if self.bare:
             w, rows = self.weights, torch.zeros(plan.num_windows, self.spec.head_dim, device=self.device)
             tokens = self.new[:0].float() if case.hidden else self.new
@@ -128,11 +128,11 @@ class Kvcondense:
 
     def feed(self, state: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
         start, count = state["position"], tokens.shape[1]
-        batch = self._batch(start, count)
+        plan = self._plan(start, count)
         state["position"] = start + count
         rows = self.run(
-            self.spec, tokens.flatten(0, 1), self.weights, self.rope, batch,
-            state=state["pool"], cache=state["cache"], impl=self.backend,
+            self.spec, tokens.flatten(0, 1), self.weights, self.rope, plan.batch,
+            plan=plan, state=state["pool"], cache=state["cache"], impl=self.backend,
         )  # fmt: skip
         return rows.values.view(tokens.shape[0], -1, self.spec.head_dim)
 

@@ -18,8 +18,7 @@ from kvcondense.cli.output import JsonFile, Output
 from kvcondense.config import PRESETS, ModelConfig
 from kvcondense.errors import RangeError, UnsupportedError, require_int, require_known
 from kvcondense.layout.addresses import RingLayout
-from kvcondense.layout.batch import RaggedBatch
-from kvcondense.layout.plan import Plan
+from kvcondense.planning import Planner
 
 EXAMPLE = "Example: kvcondense plan --model flash --context 1M --batch 64 --memory 80GiB --plot memory.png"
 _BYTES = ((" GiB", 1 << 30), (" MiB", 1 << 20), (" KiB", 1 << 10))
@@ -73,7 +72,7 @@ def plan(
     output = Output(json_file)
     _say(output, found, batch, room)
     seconds = _planning_time(config)
-    output.say(f"planning a step of 1024 requests: {1e6 * seconds:.0f} us, once for all layers of a ratio")
+    output.say(f"planning a decode step of 1024 requests: {1e6 * seconds:.0f} us, once for all layers")
     if plot is not None:
         _draw(config, options, tokens, room, plot)
         output.say(f"drawn to {plot}")
@@ -132,21 +131,15 @@ def _amount(name: str, text: str, unit: str) -> int:
     return int(float(number) * scale)
 
 
-def _planning_time(config: ModelConfig, requests: int = 1024, runs: int = 21) -> float:
-    """Median seconds to plan a decode step on this machine: random positions, ring state, block table."""
-    spec = next(iter(compressors(config)))
-    gen = torch.Generator().manual_seed(0)
-    pages = config.max_positions // spec.ratio // 64 + 1
-    table = torch.randint(0, 1 << 20, (1, pages), generator=gen).expand(requests, pages)
-    starts = torch.randint(0, config.max_positions, (requests,), generator=gen)
-    layout = RingLayout(requests, spec.required_ring_rows(0))
-    times = []
+def _planning_time(config: ModelConfig, requests: int = 1024, runs: int = 101) -> float:
+    """Median seconds to make a decode step's batch and plans on this machine: random positions, ring states."""
+    specs = {(spec.ratio, spec.overlap): spec for spec in compressors(config)}.values()
+    planner = Planner([(spec, RingLayout(requests, spec.required_ring_rows(0)), None) for spec in specs])
+    starts = torch.randint(0, config.max_positions, (requests,), generator=torch.Generator().manual_seed(0))
+    bounds, slots, times = torch.arange(requests + 1), torch.arange(requests), []
     for _ in range(runs):
-        batch = RaggedBatch.build(
-            torch.arange(requests + 1), start_positions=starts, state_slots=torch.arange(requests), block_table=table
-        )
         begun = time.perf_counter()
-        Plan.build(spec, batch, state_layout=layout, page_rows=64)
+        planner.step(bounds, start_positions=starts, state_slots=slots, slot_mapping=slots)
         times.append(time.perf_counter() - begun)
     return sorted(times)[runs // 2]
 

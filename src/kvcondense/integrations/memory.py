@@ -13,9 +13,9 @@ import torch
 from kvcondense.api import condense
 from kvcondense.backends import Backend
 from kvcondense.errors import KvCondenseError
-from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
+from kvcondense.planning import Planner
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
 from kvcondense.weights import CompressorWeights
@@ -40,14 +40,14 @@ class Tokens:
             return x.flatten(0, 1)
         return torch.cat([row[skip:] for row, skip in zip(x, self.skips, strict=True)])
 
-    def batch(self, device: torch.device) -> RaggedBatch:
-        """The same as metadata; sequence b has state slot b."""
+    def plans(self, planner: Planner, device: torch.device) -> tuple[Plan, ...]:
+        """The same as plans; sequence b has state slot b."""
         ends = [0]
         for length in self.lengths:
             ends.append(ends[-1] + length)
         slots = list(range(len(self.starts)))
         start_loc = torch.tensor(ends, device=device)
-        return RaggedBatch.build(start_loc, start_positions=list(self.starts), state_slots=slots)
+        return planner.step(start_loc, start_positions=self.starts, state_slots=slots)[1]
 
 
 class Memory:

@@ -18,6 +18,7 @@ from kvcondense.backends import Backend
 from kvcondense.errors import KvCondenseError, UnsupportedError
 from kvcondense.integrations.memory import Memory, Tokens
 from kvcondense.layout.plan import Plan
+from kvcondense.planning import Planner
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec, Rounding
 from kvcondense.weights import CompressorWeights
@@ -93,8 +94,8 @@ class Accelerated:
         key = (memory.spec.ratio, memory.spec.overlap, memory.pool.layout, memory.pool.data.device)
         known = self._plans.get(key)
         if known is None or known[0] != tokens:
-            batch = tokens.batch(memory.pool.data.device)
-            self._plans[key] = known = (tokens, Plan.build(memory.spec, batch, state_layout=memory.pool.layout))
+            planner = Planner([(memory.spec, memory.pool.layout, None)])
+            self._plans[key] = known = (tokens, tokens.plans(planner, memory.pool.data.device)[0])
         return known[1]
 
     def rope(self, module: Any, positions: int) -> RopeTable:

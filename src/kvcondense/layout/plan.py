@@ -15,7 +15,7 @@ from kvcondense.layout.state import Reads
 from kvcondense.spec import CompressorSpec
 
 WINDOW_FIELDS = ("window_request", "window_index", "window_slot")
-_BARRIERS, _MOST = 4, torch.iinfo(torch.int64).max
+BARRIERS, _MOST = 4, torch.iinfo(torch.int64).max
 KEEP_FIELDS = ("keep_token", "keep_request", "keep_position", "keep_row")
 
 
@@ -257,7 +257,7 @@ class Plan:
     def without_padding(self) -> Plan:
         """The same plan with its padding entries dropped."""
         windows, keeps = self.window_request >= 0, self.keep_token >= 0
-        if bool(windows.all()) and bool(keeps.all()):
+        if self.extremes.dense or (bool(windows.all()) and bool(keeps.all())):
             return self
         return replace(
             self,
@@ -297,7 +297,7 @@ def _work(
 
 
 def _counters(windows: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(windows.shape[0] + _BARRIERS, dtype=torch.int64, device=windows.device)
+    return torch.zeros(windows.shape[0] + BARRIERS, dtype=torch.int64, device=windows.device)
 
 
 def _overwrites(

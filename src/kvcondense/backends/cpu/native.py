@@ -23,8 +23,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-STEP, TRAINING = ("condense", "project"), ("training",)
-KERNELS = STEP + TRAINING
+STEP, TRAINING, PLAN = ("condense", "project"), ("training",), ("plan",)
+KERNELS = STEP + TRAINING + PLAN
 """Modules of ``kernels`` with a function ``entry`` each."""
 _SYMBOL = "kvcondense_{kernel}"
 _ENTRY = """
@@ -118,7 +118,7 @@ def _stamp() -> str:
     parts = [version("numba"), version("llvmlite"), platform.machine(), sys.platform, name, *sorted(features)]
     digest = hashlib.sha256("\n".join(parts).encode())
     here = Path(__file__).parent
-    for source in (here / "blocks.py", here / "params.py", *sorted((here / "kernels").glob("*.py"))):
+    for source in (here / "blocks.py", *sorted(here.glob("*params.py")), *sorted((here / "kernels").glob("*.py"))):
         digest.update(source.read_bytes())
     digest.update(_ENTRY.encode())
     return digest.hexdigest()[:24]
