@@ -12,9 +12,9 @@ from numba import cfunc, types
 
 from kvcondense.backends.cpu import plan_params as params
 from kvcondense.backends.cpu.kernels.pool import inlined, kernel
-from kvcondense.backends.cpu.kernels.simd import load_i64, operation, pointer, store_i64
+from kvcondense.backends.cpu.kernels.simd import operation, pointer, read, write
 
-_LARGEST = 2**63 - 1
+_I64, _LARGEST = ir.IntType(64), 2**63 - 1
 _SPREAD = 0x9E3779B97F4A7C15 - 2**64
 """An odd number whose products have well mixed high bits."""
 
@@ -22,17 +22,29 @@ _SPREAD = 0x9E3779B97F4A7C15 - 2**64
 @operation(types.int64, types.int64)
 def _load_i32(b, address):
     """One int32, widened."""
-    return b.sext(b.load(pointer(b, address, ir.IntType(32)), align=4), ir.IntType(64))
+    return b.sext(b.load(pointer(b, address, ir.IntType(32)), align=4), _I64)
 
 
-@inlined
-def _at(base, i):
-    return load_i64(base + 8 * i)
+@operation(types.int64, types.int64, types.int64)
+def _at(b, base, i):
+    """Integer i of a list."""
+    return read(b, _entry(b, base, i), _I64, 8)
 
 
-@inlined
-def _put(base, i, x):
-    store_i64(base + 8 * i, x)
+@operation(types.void, types.int64, types.int64, types.int64)
+def _put(b, base, i, x):
+    """Write integer i of a list."""
+    write(b, _entry(b, base, i), x, 8)
+
+
+@operation(types.int64, types.int64, types.int64)
+def _from(b, base, i):
+    """The list that begins at integer i of another."""
+    return _entry(b, base, i)
+
+
+def _entry(b, base, i):
+    return b.add(base, b.mul(i, ir.Constant(_I64, 8)))
 
 
 @kernel
@@ -47,7 +59,7 @@ def _take(column):
         source = base + size * row_stride * i
         if size == 8:
             for j in range(width):
-                _put(to, j, load_i64(source + 8 * stride * j))
+                _put(to, j, _at(source, stride * j))
         else:
             for j in range(width):
                 _put(to, j, _load_i32(source + 4 * stride * j))
@@ -68,7 +80,7 @@ def _columns(p):
     """Whether the columns that there are belong together; then the batch has them, and says where."""
     requests = _at(p, params.QUERY_START + params.ROWS) - 1
     for i in range(7):
-        column = p + 8 * (params.HEAD_SIZE + params.COLUMN_SIZE * i)
+        column = _from(p, params.HEAD_SIZE + params.COLUMN_SIZE * i)
         rows = _at(column, params.ROWS)
         per_request = i != 0 and i != 5
         if (rows < 0 and i < 3) or (rows >= 0 and per_request and rows != requests):
@@ -107,7 +119,7 @@ def _batch(p):
     _put(p, params.TOKENS, _at(bounds, requests))
     if _at(p, params.MAPPING + params.TO):
         enough = _at(p, params.MAPPING + params.ROWS) >= _at(bounds, requests)
-        return enough and _least(p + 8 * params.MAPPING) >= -1
+        return enough and _least(_from(p, params.MAPPING)) >= -1
     return True
 
 
@@ -327,7 +339,7 @@ def _step(p):
     if not out and not _batch(p):
         return False
     for i in range(_at(p, params.COUNT)):
-        job = p + 8 * (params.JOBS + params.JOB_SIZE * i)
+        job = _from(p, params.JOBS + params.JOB_SIZE * i)
         if not out:
             if not _count(p, job):
                 return False
