@@ -3,6 +3,9 @@
 Buffers end at unmapped pages (``guarded.py``), so that a step that leaves them would end the run.
 """
 
+import copy
+import pickle
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -329,6 +332,38 @@ def test_doors_know_formats_by_what_they_are():
     assert wide.data.shape[1] == 2 * narrow.data.shape[1]
     assert torch.equal(wide.rows.bfloat16(), narrow.rows)
     assert narrow.rows.any()
+
+
+@pytest.mark.parametrize("copy", [copy.copy, copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w))])
+def test_doors_remember_nothing_in_copies_of_weights(copy):
+    s = Setting()
+    by_bound(s)
+    other = copy(s.weights)
+    assert set(vars(other)) == {"norm", "ape", "w"}
+    assert torch.equal(other.norm, s.weights.norm)
+
+
+def test_doors_hold_no_state_or_cache():
+    """Weights live on; what was bound to them is freed when nobody else has it, at once."""
+    s = Setting()
+    by_condense(s)
+    held = [weakref.ref(s.state), weakref.ref(s.cache)]
+    w, s.state, s.cache, s.plan, s.batch = s.weights, None, None, None, None
+    assert [ref() for ref in held] == [None, None]
+    fresh = Setting()
+    fresh.weights = w
+    assert by_condense(fresh).values.shape[0] == 4
+
+
+def test_doors_look_again_at_memory_that_moved():
+    s = Setting()
+    by_condense(s)
+    s.state.data = torch.zeros(s.state.data.shape[0], s.spec.state_dim + 1)
+    with pytest.raises(KvCondenseError, match="state"):
+        by_condense(s)
+    s.state.data = s.kv_score.new_zeros(1).expand(s.state.layout.num_rows, s.spec.state_dim)
+    with pytest.raises(KvCondenseError, match="state|memory"):
+        by_condense(s)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

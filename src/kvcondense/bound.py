@@ -60,12 +60,12 @@ class _Checked:
     fixed: tuple[Any, ...]
     state: Callable[[], object]
     cache: Callable[[], object]
-    places: tuple[int, ...]
+    places: tuple[Any, ...]
     spans: tuple[tuple[int, int], ...]
     sizes: tuple[int | None, int | None]
     backends: dict[torch.dtype, Backend] = field(default_factory=dict)
 
-    def covers(self, fixed: tuple[Any, ...], state: object, cache: object, places: tuple[int, ...]) -> bool:
+    def covers(self, fixed: tuple[Any, ...], state: object, cache: object, places: tuple[Any, ...]) -> bool:
         """True if these are the very objects, with their memory where it was."""
         same = all(a is b for a, b in zip(self.fixed, fixed, strict=True))
         return same and self.state() is state and self.cache() is cache and self.places == places
@@ -188,7 +188,7 @@ def bind(
         require("cache", cache, PagedCache)
     known: _Checked | None = vars(weights).get("_bound")
     fixed, written = (spec, rope, impl), _written(state, cache)
-    places = tuple([t.data_ptr() for t in written])
+    places = tuple([(t.data_ptr(), t.stride(), t.dtype) for t in written])
     if known is None or not known.covers(fixed, state, cache, places):
         validate.layer(spec, weights, rope, state, cache, weights.norm.device)
         spans = tuple(span(t) for t in written)

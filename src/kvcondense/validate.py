@@ -121,6 +121,9 @@ def layer(
     """Check that what a layer owns fits its spec, whatever the step."""
     _weights(spec, weights, device)
     _rope(spec, rope, device)
+    for owner in (state, cache):
+        if owner is not None:
+            owner.check_memory()
     if cache is not None:
         if cache.head_dim != spec.head_dim:
             raise ShapeError("cache", f"rows of {spec.head_dim} channels", f"{cache.head_dim}")

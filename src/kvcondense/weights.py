@@ -47,6 +47,10 @@ class CompressorWeights:
     ape: torch.Tensor | None = None
     w: torch.Tensor | None = None
 
+    def __getstate__(self) -> dict[str, torch.Tensor | None]:
+        """The tensors: what was found out of them here (``bound.bind``) is of no use in a copy or elsewhere."""
+        return {"norm": self.norm, "ape": self.ape, "w": self.w}
+
     @classmethod
     def from_parts(
         cls,

@@ -37,6 +37,10 @@ class PagedCache:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        self.check_memory()
+
+    def check_memory(self) -> None:
+        """Raise unless the tensors hold these pages: their shapes, types and strides. They may have been exchanged."""
         for name, value in (("head_dim", self.head_dim), ("page_rows", self.page_rows)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RangeError(name, "an integer of at least 1", repr(value))

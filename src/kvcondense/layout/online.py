@@ -90,6 +90,10 @@ class OnlineState:
         return cls(acc, folded, log, layout, tags)
 
     def __post_init__(self) -> None:
+        self.check_memory()
+
+    def check_memory(self) -> None:
+        """Raise unless the tensors hold these values: their shapes, types and strides. They may have been exchanged."""
         slots, rows = self.layout.num_slots, self.layout.num_slots * self.layout.log_rows
         channels = self.acc.shape[-1] if self.acc.dim() else 0
         for name, t, shape, dtype in (

@@ -58,6 +58,10 @@ class StatePool:
     tags: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        self.check_memory()
+
+    def check_memory(self) -> None:
+        """Raise unless the tensors hold these rows: their shapes, types and strides. They may have been exchanged."""
         rows = self.layout.num_rows
         blocks = (rows // self.layout.block_rows, self.layout.block_rows)
         if tuple(self.data.shape[:-1]) not in ((rows,), blocks) or self.data.stride(-1) != 1:
