@@ -357,6 +357,12 @@ def test_doors_hold_no_state_or_cache():
 
 def test_doors_look_again_at_memory_that_moved():
     s = Setting()
+    bound = bind(s.spec, s.weights, s.rope, state=s.state, cache=s.cache)
+    bound.condense(s.kv_score, s.made()[1])
+    held, s.cache.data = s.cache.data, s.cache.data[:1]
+    with pytest.raises(KvCondenseError, match="the memory that was bound"):
+        bound.condense(s.kv_score, s.plan)
+    s.cache.data = held
     by_condense(s)
     s.state.data = torch.zeros(s.state.data.shape[0], s.spec.state_dim + 1)
     with pytest.raises(KvCondenseError, match="state"):

@@ -16,7 +16,7 @@ import torch
 
 from kvcondense import validate
 from kvcondense.backends import Backend, Step, fused_form, select, select_projector
-from kvcondense.errors import require
+from kvcondense.errors import KvCondenseError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.memory import check_apart, span
@@ -103,6 +103,8 @@ class Bound:
     def step(self, kv_score: torch.Tensor, plan: Plan, name: str = "kv_score") -> Step:
         """The step that kv_score, called ``name``, and a plan make, admitted."""
         validate.tokens(self.spec, name, kv_score, plan.batch.query_start_loc.device)
+        if self.checked.places != _places(_written(self.state, self.cache)):
+            raise KvCondenseError("state, cache", "the memory that was bound", "other memory", "bind them again")
         self.admit(plan, kv_score.shape[0], name)
         first, last = span(kv_score)
         for begin, end in self.checked.spans:
@@ -188,7 +190,7 @@ def bind(
         require("cache", cache, PagedCache)
     known: _Checked | None = vars(weights).get("_bound")
     fixed, written = (spec, rope, impl), _written(state, cache)
-    places = tuple([(t.data_ptr(), t.stride(), t.dtype) for t in written])
+    places = _places(written)
     if known is None or not known.covers(fixed, state, cache, places):
         validate.layer(spec, weights, rope, state, cache, weights.norm.device)
         spans = tuple(span(t) for t in written)
@@ -199,6 +201,11 @@ def bind(
 
 def _written(state: StatePool | OnlineState | None, cache: PagedCache | None) -> list[torch.Tensor]:
     return [t for owner in (state, cache) if owner is not None for t in owner.tensors.values()]
+
+
+def _places(written: list[torch.Tensor]) -> tuple[Any, ...]:
+    """Where they lie, and how."""
+    return tuple([(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in written])
 
 
 def _weakly(owner: object) -> Callable[[], object]:
