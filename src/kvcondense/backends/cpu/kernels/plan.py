@@ -147,7 +147,13 @@ def _span(job, start, length, draft):
 
 @kernel
 def _count(p, job):
-    """Windows and kept rows of a plan; False if its state cannot take this step."""
+    """Windows and kept rows of a plan; False if its state cannot take this step, or the table has too few pages.
+
+    The latter before anything is allocated for each window that a batch claims to have.
+    """
+    table, page_rows = _at(p, params.TABLE + params.TO), _at(job, params.PAGE_ROWS)
+    if table and page_rows == 0:
+        return False
     requests = _at(p, params.START + params.ROWS)
     bounds, starts = _at(p, params.QUERY_START + params.TO), _at(p, params.START + params.TO)
     drafts = _at(p, params.DRAFT + params.TO)
@@ -156,6 +162,8 @@ def _count(p, job):
         start, length = _at(starts, q), _at(bounds, q + 1) - _at(bounds, q)
         if start >= 0 and length > 0:
             first, last, low = _span(job, start, length, _at(drafts, q))
+            if table and last > first and (last - 1) // page_rows >= _at(p, params.TABLE + params.WIDTH):
+                return False
             windows += last - first
             keeps += start + length - low
             most = max(most, _at(drafts, q))
@@ -238,8 +246,6 @@ def _windows(p, job, out):
     requests, page_rows = _at(p, params.START + params.ROWS), _at(job, params.PAGE_ROWS)
     bounds, starts = _at(p, params.QUERY_START + params.TO), _at(p, params.START + params.TO)
     count, ratio = _at(job, params.WINDOWS), _at(job, params.RATIO)
-    if _at(p, params.TABLE + params.TO) and page_rows == 0:
-        return False
     _forget(p)
     e, largest, lowest, highest, shared = 0, -1, _LARGEST, -1, False
     for q in range(requests):
