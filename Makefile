@@ -10,7 +10,7 @@ READY := $(if $(PY),,$(VENV)/.installed)
 RUN := $(if $(PY),env PYTHONPATH=src $(PY),$(BIN)/python)
 QUIET := -p no:benchmark -W default  # whatever else is installed there, and what it warns of
 
-.PHONY: demo test test-all fuzz docs bench gpu sanitize triton36 ascend lint format clean
+.PHONY: demo test test-all fuzz docs bench gpu sanitize dry-run triton36 ascend lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,10 @@ sanitize: $(READY)  ## memcheck and racecheck of small cases by compute-sanitize
 		$(RUN) -m pytest tests/gpu -n 0 -m sanitizer $(QUIET)
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --error-exitcode 1 \
 		$(RUN) -m pytest tests/gpu -n 0 -m sanitizer $(QUIET)
+
+dry-run: $(VENV)/.installed  ## what would run on a GPU, step by step, with kernels interpreted and tiny cases
+	$(BIN)/python tools/on_gpu.py --stage first --stand-in --out build/dry-run
+	$(BIN)/python tools/on_gpu.py --stage second --stand-in --out build/dry-run
 
 # The oldest supported Triton, whose interpreter wants an older numpy: fences, widths of loads, what launches compile.
 triton36: .venv-triton36/.installed  ## what is compiled, with Triton 3.6
