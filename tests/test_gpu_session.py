@@ -94,7 +94,7 @@ def test_where_there_is_a_gpu_a_skipped_module_fails_the_session(tree):
 
 def test_the_makefile_needs_no_environment_of_its_own(tmp_path):
     """What ``make gpu PY=...`` would run: nothing is installed."""
-    words = ["make", "-n", "gpu", "sanitize", "PY=python3", f"VENV={tmp_path}/none"]
+    words = ["make", "--no-print-directory", "-n", "gpu", "sanitize", "PY=python3", f"VENV={tmp_path}/none"]
     lines = subprocess.run(words, cwd=TESTS.parent, capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines[0].startswith("env PYTHONPATH=src python3 -m pytest tests/gpu -n ")
     assert not [line for line in lines if "pip" in line or "venv" in line]
