@@ -23,14 +23,11 @@ from kvcondense.layout.memory import check_apart, span
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
-from kvcondense.numerics import compute_dtype
+from kvcondense.numerics import TILE, compute_dtype
 from kvcondense.planning import Planner
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
 from kvcondense.weights import CompressorWeights
-
-_TILE = 64
-"""Tokens per GEMM of a projection by the reference: see ``stages.project``."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +100,13 @@ class Bound:
     def step(self, kv_score: torch.Tensor, plan: Plan, name: str = "kv_score") -> Step:
         """The step that kv_score, called ``name``, and a plan make, admitted."""
         validate.tokens(self.spec, name, kv_score, plan.batch.query_start_loc.device)
-        if self.checked.places != _places(_written(self.state, self.cache)):
+        if self.checked.places != _places(validate.written(self.state, self.cache)):
             raise KvCondenseError("state, cache", "the memory that was bound", "other memory", "bind them again")
         self.admit(plan, kv_score.shape[0], name)
         first, last = span(kv_score)
         for begin, end in self.checked.spans:
             if begin < last and first < end:
-                check_apart(self._written, {name: kv_score})
+                check_apart(validate.written(self.state, self.cache), {name: kv_score})
         if self.state is None:
             plan.facts(self.spec).reads.check_none(plan.batch)
         elif self.state.tags is not None:
@@ -151,8 +148,7 @@ class Bound:
     def unprojected(self, x: torch.Tensor) -> torch.Tensor:
         """kv_score's shape and type without its memory: what a step is checked with before anything is projected."""
         validate.projection(self.spec, x, self.weights)
-        assert self.weights.w is not None
-        dtype = compute_dtype(torch.promote_types(x.dtype, self.weights.w.dtype))
+        dtype = compute_dtype(torch.promote_types(x.dtype, self.w.dtype))
         return x.new_zeros(1, self.spec.projected, dtype=dtype).expand(x.shape[0], -1)
 
     @property
@@ -160,11 +156,6 @@ class Bound:
         """The merged weight of the projection."""
         assert self.weights.w is not None
         return self.weights.w
-
-    @property
-    def _written(self) -> dict[str, torch.Tensor]:
-        found = {} if self.state is None else self.state.tensors
-        return found if self.cache is None else {**found, **self.cache.tensors}
 
 
 def bind(
@@ -189,23 +180,19 @@ def bind(
     if cache is not None:
         require("cache", cache, PagedCache)
     known: _Checked | None = vars(weights).get("_bound")
-    fixed, written = (spec, rope, impl), _written(state, cache)
+    fixed, written = (spec, rope, impl), validate.written(state, cache)
     places = _places(written)
     if known is None or not known.covers(fixed, state, cache, places):
         validate.layer(spec, weights, rope, state, cache, weights.norm.device)
-        spans = tuple(span(t) for t in written)
+        spans = tuple(span(t) for t in written.values())
         sizes = (None if rope is None else rope.cos.shape[0], None if cache is None else cache.num_rows)
         known = vars(weights)["_bound"] = _Checked(fixed, _weakly(state), _weakly(cache), places, spans, sizes)
     return Bound(spec, weights, rope, state, cache, latent, impl, known)
 
 
-def _written(state: StatePool | OnlineState | None, cache: PagedCache | None) -> list[torch.Tensor]:
-    return [t for owner in (state, cache) if owner is not None for t in owner.tensors.values()]
-
-
-def _places(written: list[torch.Tensor]) -> tuple[Any, ...]:
+def _places(written: dict[str, torch.Tensor]) -> tuple[Any, ...]:
     """Where they lie, and how."""
-    return tuple([(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in written])
+    return tuple([(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in written.values()])
 
 
 def _weakly(owner: object) -> Callable[[], object]:
@@ -224,7 +211,8 @@ def compress_together(bounds: Sequence[Bound], x: torch.Tensor, plans: Sequence[
         backend: Any = bound.backend(steps[-1])
         ways.append((backend, fused_form(backend, steps[-1], x, bound.w)))
     if len(bounds) > 1:
-        check_apart({f"{name} of job {i}": t for i, b in enumerate(bounds) for name, t in b._written.items()}, {"x": x})
+        all_written = [validate.written(b.state, b.cache).items() for b in bounds]
+        check_apart({f"{name} of job {i}": t for i, items in enumerate(all_written) for name, t in items}, {"x": x})
 
     def run() -> None:
         for way in dict.fromkeys(ways):
@@ -234,7 +222,7 @@ def compress_together(bounds: Sequence[Bound], x: torch.Tensor, plans: Sequence[
                 backend.run_fused(form, [s for s, _ in mine], x, [b.w for _, b in mine])
                 continue
             for step, bound in mine:
-                projected = replace(step, kv_score=select_projector(bound.impl, x, bound.w).project(x, bound.w, _TILE))
+                projected = replace(step, kv_score=select_projector(bound.impl, x, bound.w).project(x, bound.w, TILE))
                 select(bound.impl, projected).run(projected)
 
     return _run(steps, run)

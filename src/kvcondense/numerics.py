@@ -11,6 +11,9 @@ import torch
 FP32_LOWEST = torch.finfo(torch.float32).min
 """Score of an empty state slot in pypto-lib (its finite stand-in for minus infinity)."""
 
+TILE = 64
+"""Tokens per GEMM of the batch-invariant form: every GEMM has this many rows, whatever the spare ones hold."""
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 stays fp64 (for oracles); everything else is computed in fp32."""

@@ -66,7 +66,7 @@ class Operator:
     key: str
 
     def __call__(self, kv_score: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-        bound, state, cache = self.bound, self.bound.state, self.bound.cache
+        bound = self.bound
         if kv_score.dim() != 2 or kv_score.shape[1] != bound.spec.projected:
             raise ShapeError("kv_score", f"shape [any, {bound.spec.projected}]", list(kv_score.shape))
         bound.admit(plan, kv_score.shape[0])
@@ -78,9 +78,7 @@ class Operator:
             layer[2:] = [bound.rope.cos, bound.rope.sin]
         values = [getattr(plan.batch, name) for name in _BATCH]
         step = [none if t is None else t for t in values] + [getattr(plan, name) for name in _PLAN]
-        memory = [plan.counters]
-        for owner in (state, cache):
-            memory += [] if owner is None else owner.tensors.values()
+        memory = [plan.counters, *validate.written(bound.state, bound.cache).values()]
         return _condense(kv_score, layer, step, memory, self.key, plan.overwrites, bound.latent)
 
 

@@ -135,9 +135,7 @@ def layer(
             raise ShapeError("state", f"rows of {spec.state_dim} channels", f"{state.state_dim}")
         if state.device != device:
             raise DeviceError("state", f"device {device}", state.device)
-    written = {**({} if state is None else state.tensors), **({} if cache is None else cache.tensors)}
-    if written:
-        check_apart(written, _read(weights, rope))
+    check_apart(written(state, cache), _read(weights, rope))
 
 
 def geometry(spec: CompressorSpec, plan: Plan, state: StatePool | OnlineState | None, cache: PagedCache | None) -> None:
@@ -166,6 +164,11 @@ def slots(slot: Slots, rows: int, name: str = "slot_mapping") -> None:
         raise RangeError(name, f"-1 or a cache row below {rows}", worst)
     if slot.shared:
         raise RangeError(name, "a cache row of its own for each row", "rows that share one")
+
+
+def written(state: StatePool | OnlineState | None, cache: PagedCache | None) -> dict[str, torch.Tensor]:
+    """What every step of a layer writes, by name."""
+    return {name: t for owner in (state, cache) if owner is not None for name, t in owner.tensors.items()}
 
 
 def _read(weights: CompressorWeights, rope: RopeTable | None) -> dict[str, torch.Tensor]:

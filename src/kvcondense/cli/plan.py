@@ -20,6 +20,19 @@ from kvcondense.errors import RangeError, UnsupportedError, require_int, require
 from kvcondense.layout.addresses import RingLayout
 from kvcondense.planning import Planner
 
+Model = Annotated[
+    str,
+    typer.Option(help="Preset (demo, flash, pro, v41), or a model's config.json.", autocompletion=completion.models),
+]
+FormatPair = Annotated[
+    str,
+    typer.Option(
+        metavar="MAIN[,INDEXER]",
+        help="Cache formats (kvcondense info --formats).",
+        autocompletion=completion.format_pair,
+    ),
+]
+PageTokens = Annotated[int, typer.Option(help="Tokens per cache page.")]
 EXAMPLE = "Example: kvcondense plan --model flash --context 1M --batch 64 --memory 80GiB --plot memory.png"
 _BYTES = ((" GiB", 1 << 30), (" MiB", 1 << 20), (" KiB", 1 << 10))
 _TOKENS = (("M", 1 << 20), ("k", 1 << 10))
@@ -27,27 +40,15 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def plan(
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Preset (demo, flash, pro, v41), or a model's config.json.", autocompletion=completion.models
-        ),
-    ] = "flash",
+    model: Model = "flash",
     context: Annotated[str, typer.Option(help="Tokens per request: 4096, 128k, 1M (k = 1024).")] = "1M",
     batch: Annotated[int, typer.Option(help="Requests.")] = 1,
     draft: Annotated[int, typer.Option(help="Tokens of a step that may be rejected.")] = 0,
-    format: Annotated[
-        str,
-        typer.Option(
-            metavar="MAIN[,INDEXER]",
-            help="Cache formats (kvcondense info --formats).",
-            autocompletion=completion.format_pair,
-        ),
-    ] = "fp8_model1,mxfp4_indexer",
+    format: FormatPair = "fp8_model1,mxfp4_indexer",
     state: Annotated[
         str, typer.Option(help="ring, or online where windows do not overlap.", autocompletion=completion.states)
     ] = "ring",
-    page_tokens: Annotated[int, typer.Option(help="Tokens per cache page.")] = 256,
+    page_tokens: PageTokens = 256,
     memory: Annotated[str | None, typer.Option(help="How many requests fit in this: 80GiB, 141GB, bytes.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw memory against context.")] = None,
     json_file: JsonFile = None,

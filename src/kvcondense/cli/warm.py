@@ -12,10 +12,9 @@ import typer
 
 from kvcondense.backends.cpu import native
 from kvcondense.capacity import compressors, kind_of
-from kvcondense.cli import completion
 from kvcondense.cli.aot import check_compiler, workers
 from kvcondense.cli.output import JsonFile, Output
-from kvcondense.cli.plan import model_of
+from kvcondense.cli.plan import FormatPair, Model, PageTokens, model_of
 from kvcondense.errors import RangeError, UnsupportedError, require_int, require_known
 from kvcondense.formats import get_format
 
@@ -25,27 +24,15 @@ STATES = ("ring", "paged", "online")
 
 
 def warm(
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Preset (demo, flash, pro, v41), or a model's config.json.", autocompletion=completion.models
-        ),
-    ] = "flash",
+    model: Model = "flash",
     backend: Annotated[str, typer.Option(help="triton or cpu.")] = "triton",
     arch: Annotated[
         str | None, typer.Option(help="Architecture, sm_NN or gfx9NN. Default: that of the GPU that is here.")
     ] = None,
-    format: Annotated[
-        str,
-        typer.Option(
-            metavar="MAIN[,INDEXER]",
-            help="Cache formats (kvcondense info --formats).",
-            autocompletion=completion.format_pair,
-        ),
-    ] = "fp8_model1,mxfp4_indexer",
+    format: FormatPair = "fp8_model1,mxfp4_indexer",
     state: Annotated[str, typer.Option(help="ring, paged, or online where windows do not overlap.")] = "ring",
     drafts: Annotated[int, typer.Option(help="Tokens of a step that may be rejected: rings have rows for them.")] = 0,
-    page_tokens: Annotated[int, typer.Option(help="Tokens per cache page.")] = 256,
+    page_tokens: PageTokens = 256,
     jobs: Annotated[int | None, typer.Option(help="Processes that compile. Default: one per processor.")] = None,
     json_file: JsonFile = None,
 ) -> None:

@@ -94,7 +94,7 @@ class PagedLayout:
 
     def keep_start(self, spec: CompressorSpec, batch: RaggedBatch) -> torch.Tensor:
         """First position of each request [R] whose row is kept."""
-        return keep_start_of(spec, self, batch.start_positions, batch.start_positions + batch.lengths, batch)
+        return batch.start_positions if self.keep_all else _keep_start(spec, batch)
 
     def check(self, batch: RaggedBatch, spec: CompressorSpec) -> None:
         """Raise unless every page that this step reads or writes is in the table and exists."""
@@ -162,15 +162,6 @@ def _keep_start(spec: CompressorSpec, batch: RaggedBatch) -> torch.Tensor:
     """First position of each request [R] that some continuation, with all drafts rejected or none, can still read."""
     end = batch.start_positions + batch.lengths
     return torch.maximum(batch.start_positions, live_starts(spec, end - batch.draft_rows))
-
-
-def keep_start_of(
-    spec: CompressorSpec, layout: PagedLayout, start: torch.Tensor, end: torch.Tensor, batch: RaggedBatch
-) -> torch.Tensor:
-    """First kept position of requests [R] that bring positions start .. end - 1."""
-    if layout.keep_all:
-        return start
-    return torch.maximum(start, live_starts(spec, end - batch.draft_rows))
 
 
 def live_starts(spec: CompressorSpec, length: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvcondense.layout.addresses import PagedLayout, RingLayout, keep_start_of, live_starts
+from kvcondense.layout.addresses import PagedLayout, RingLayout, live_starts
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.online import OnlineLayout
 from kvcondense.spec import CompressorSpec
@@ -75,7 +75,14 @@ def sound(spec: CompressorSpec, batch: RaggedBatch, layout: Layout | None, bound
         owners = torch.zeros(layout.num_slots + 1, dtype=torch.int64, device=slot.device)
         good &= owners.index_add(0, where, torch.ones_like(where))[where] == 1
     elif isinstance(layout, PagedLayout):
-        good &= ~_lacks_pages(spec, replace(batch, query_start_loc=offsets), layout, good)
+        # What requests that are out already say must not overflow; they stay out whatever pages they seem to need.
+        live = replace(
+            batch,
+            query_start_loc=offsets,
+            start_positions=torch.where(good, start, 0),
+            draft_rows=torch.where(good, drafts, 0),
+        )
+        good &= ~_lacks_pages(spec, live, layout)
     return replace(
         batch,
         query_start_loc=offsets,
@@ -84,18 +91,16 @@ def sound(spec: CompressorSpec, batch: RaggedBatch, layout: Layout | None, bound
     )
 
 
-def _lacks_pages(spec: CompressorSpec, batch: RaggedBatch, layout: PagedLayout, live: torch.Tensor) -> torch.Tensor:
+def _lacks_pages(spec: CompressorSpec, batch: RaggedBatch, layout: PagedLayout) -> torch.Tensor:
     """Requests [R] that read or keep a row on a page that their table does not have."""
     table = batch.state_block_table
     assert table is not None
-    start = torch.where(live, batch.start_positions, 0)
-    end = start + torch.where(live, batch.lengths, 0)
+    start, end = batch.start_positions, batch.start_positions + batch.lengths
     column = torch.arange(table.shape[1], device=table.device)
     absent = (table < 0) | (table >= layout.num_pages)
-    lacking = torch.zeros_like(live)
-    for low, high in ((live_starts(spec, start), start), (keep_start_of(spec, layout, start, end, batch), end)):
-        touched = low < high
+    lacking = torch.zeros_like(start, dtype=torch.bool)
+    for low, high in ((live_starts(spec, start), start), (layout.keep_start(spec, batch), end)):
         page, last = low // layout.page_tokens, (high - 1) // layout.page_tokens
         needed = (column >= page[:, None]) & (column <= last[:, None])
-        lacking |= touched & ((last >= table.shape[1]) | (needed & absent).any(1))
+        lacking |= (low < high) & ((last >= table.shape[1]) | (needed & absent).any(1))
     return lacking

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvcondense.numerics import compute_dtype
-
-TILE = 64
-"""Tokens per GEMM of the batch-invariant form: every GEMM has this many rows, whatever the spare ones hold."""
+from kvcondense.numerics import TILE, compute_dtype
 
 
 def project(x: torch.Tensor, w: torch.Tensor, tile: int | None = TILE) -> torch.Tensor:
