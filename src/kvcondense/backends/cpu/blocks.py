@@ -19,10 +19,12 @@ LINE = 64
 class Behind:
     """Stands behind the values, not among them: the host gives nothing for it, a kernel takes its address.
 
-    of: the block that it is the first of, None for plain integers; align: where it begins.
+    of: the block that it is the first of, None for plain integers; room: how many of them the packed block has; align:
+    where it begins.
     """
 
     of: type[Block] | None = None
+    room: int = 0
     align: int = 8
 
 
@@ -31,7 +33,7 @@ Table = Annotated[int, TABLE]
 """Address of int64 values, which kernels index."""
 Real = Annotated[int, FP32_BITS]
 """Bits of an fp32, which kernels read as one."""
-Counter = Annotated[int, Behind(align=LINE)]
+Counter = Annotated[int, Behind(room=1, align=LINE)]
 """Zero at first; on a line of its own, so that threads that count do not share one."""
 
 
@@ -51,14 +53,21 @@ class Block(metaclass=_Listed):
         values = [name for name, kind in kinds.items() if not isinstance(kind, Behind)]
         offsets, size = {}, 0
         for name, kind in kinds.items():
-            align, room = (kind.align, 0 if kind.of else 8) if isinstance(kind, Behind) else (8, 8)
-            offsets[name] = size = -(-size // align) * align
-            size += room
+            behind = kind if isinstance(kind, Behind) else Behind(room=1)
+            offsets[name] = size = -(-size // behind.align) * behind.align
+            size += behind.room * (behind.of.size if behind.of else 8)
         assert list(kinds)[: len(values)] == values, "what stands behind the values is listed behind them"
         cls.kinds, cls.offsets, cls.size = kinds, offsets, size
         layout = Struct(f"{len(values)}q{size - 8 * len(values)}x")
         source = f"lambda self: array('q', pack({', '.join(f'self.{name}' for name in values)}))"
         cls.pack = eval(source, {"array": array, "pack": layout.pack})  # a loop over names takes thrice the time
+
+    @classmethod
+    def index(cls, *path: str) -> int:
+        """Where a field stands among a packed block's integers, or one of a block in it: index("slots", "rows")."""
+        name, *rest = path
+        inner = cls.kinds[name].of.index(*rest) if rest else 0
+        return cls.offsets[name] // 8 + inner
 
     def pack(self) -> array[int]:
         """The block, with zeros for what the host does not give. A field that was not assigned is an AttributeError."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from struct import Struct
 from typing import Any
 
 import torch
@@ -28,101 +29,111 @@ Job = tuple[CompressorSpec, Layout | None, int | None]
 Column = tuple[int, int, int, int, int, int]
 _FIELDS = tuple(field.name for field in fields(RaggedBatch))
 _DIMENSIONS = (1, 1, 1, 1, 2, 1, 2)  # of those fields
-_ABSENT = (0, -1, 0, 0, 0, 0, -1)
+_COLUMNS = tuple(list(params.Step.offsets.values())[-params.COLUMNS - 1 : -1])  # bytes from the block's beginning
+_ABSENT = (0, -1, 0, 0, 0, 0)
 _BYTES = {torch.int64: 8, torch.int32: 4}
 _INT64, _STRIDED, _CPU = torch.int64, torch.strided, torch.device("cpu")  # looked up once: a step takes microseconds
-_NOT_YET = (0,) * (params.JOB_SIZE - params.JOB_GIVEN)
+_put_column = Struct("7q").pack_into
+_at, _JOB = params.Step.index, params.Job.size // 8
+_STATUS, _FILL, _DRAFTS, _TOKENS, _BASE, _JOBS = map(_at, ("status", "fill", "drafts", "tokens", "base", "jobs"))
+_SEEN, _SEEN_SIZE, _REQUESTS = _at("seen"), _at("seen_size"), _at("start", "rows")
+_FIELDS_AT, _SAID = params.Job.index("window_fields"), params.Job.index("windows")
 
 
 @dataclass(frozen=True)
 class NativePlanner:
-    """Jobs of which a plan each is made, and what the kernel is told of them."""
+    """Jobs of which a plan each is made, and the block that the kernel is told of them with, without a batch."""
 
     jobs: tuple[Job, ...]
-    rules: array[int]
+    block: array[int]
 
     @classmethod
     def of(cls, jobs: Sequence[Job]) -> NativePlanner | None:
         """None where jobs are not what the kernel takes, or it cannot run here."""
         found = [_rule(*job) for job in jobs]
-        if native.problem(native.PLAN) is not None or not all(rule and max(rule) < MOST_POSITIONS for rule in found):
+        if native.problem(native.PLAN) is not None or any(rule is None for rule in found):
             return None
-        return cls(tuple(jobs), array("q", (x for rule in found for x in (*(rule or ()), *_NOT_YET))))
+        step = params.Step()
+        step.status = step.fill = step.tokens = step.base = step.seen = step.seen_size = 0
+        step.most, step.drafts, step.count = MOST_POSITIONS, -1, len(jobs)
+        block = step.pack()
+        for rule in found:
+            block += rule or ()
+        return cls(tuple(jobs), block)
 
     def step(self, values: Sequence[IntTensor | int | None]) -> tuple[RaggedBatch, tuple[Plan, ...]] | None:
         """The batch of ``values``, in the order of its fields, and its plans; None: the builders must look at it."""
-        block, sizes, end = self._head(), [], 0
+        block, columns, sizes, end = self.block[:], [], [], 0
         held: list[object] = []
-        for value, dimensions in zip(values, _DIMENSIONS, strict=True):
+        for value, dimensions, at in zip(values, _DIMENSIONS, _COLUMNS, strict=True):
             if value is None:
-                block += _ABSENT
-                continue
-            column = _uniform(value, block) if type(value) is int else _column(value, dimensions, held)
-            if column is None:
-                return None
-            block += (*column, 8 * end)
-            sizes.append(column[1] * column[2])
-            end += sizes[-1]
+                column: Column | None = _ABSENT
+            else:
+                column = _uniform(value, at, block) if type(value) is int else _column(value, dimensions, held)
+                if column is None:
+                    return None
+            columns.append(column)
+            _put_column(block, at, *column, 8 * end)
+            if value is not None:
+                sizes.append(column[1] * column[2])
+                end += sizes[-1]
         memory = torch.empty(end, dtype=_INT64, device=_CPU)
         if type(memory) is not torch.Tensor:  # a mode in which tensors have no memory
             return None
-        block[params.BASE] = memory.data_ptr()
+        block[_BASE] = memory.data_ptr()
         parts = iter(torch.unsafe_split_with_sizes(memory, sizes))
         own: list[Any] = [None if value is None else next(parts) for value in values]
-        for i, at in ((4, params.STATE_TABLE), (6, params.TABLE)):
+        for i in (4, 6):
             if own[i] is not None:
-                own[i] = own[i].view(block[at + params.ROWS], block[at + params.WIDTH])
+                own[i] = own[i].view(columns[i][1:3])
         batch = RaggedBatch(*own)
         plans = self._plans(batch, block)
         return None if plans is None else (batch, plans)
 
     def plans(self, batch: RaggedBatch) -> tuple[Plan, ...] | None:
         """The plans of a batch that there is; None: the builders must look at it."""
-        block = self._head()
-        for name, dimensions in zip(_FIELDS, _DIMENSIONS, strict=True):
+        block = self.block[:]
+        for name, dimensions, at in zip(_FIELDS, _DIMENSIONS, _COLUMNS, strict=True):
             value = getattr(batch, name)
             if value is None:
-                block += _ABSENT
+                _put_column(block, at, *_ABSENT, 0)
                 continue
             column = _column(value, dimensions, [])
             if column is None or value.dtype is not torch.int64 or not value.is_contiguous():
                 return None
-            block += (0, column[1], column[2], 0, 0, 0, column[0])
+            _put_column(block, at, 0, column[1], column[2], 0, 0, 0, column[0])
         return self._plans(batch, block)
 
-    def _head(self) -> list[int]:
-        """A block's beginning."""
-        block = [0] * params.HEAD_SIZE
-        block[params.MOST], block[params.DRAFTS], block[params.COUNT] = MOST_POSITIONS, -1, len(self.jobs)
-        return block
-
-    def _plans(self, batch: RaggedBatch, columns: list[int]) -> tuple[Plan, ...] | None:
+    def _plans(self, batch: RaggedBatch, block: array[int]) -> tuple[Plan, ...] | None:
         """Enter the kernel twice and give its integers their names."""
-        block = array("q", columns) + self.rules
         run, address = entry(native.address("plan")), block.buffer_info()[0]
         run(address)
-        if block[params.STATUS]:
+        if block[_STATUS]:
             return None
-        starts, sizes, most = range(params.JOBS, len(block), params.JOB_SIZE), [], block[params.START + params.ROWS]
+        starts, sizes, most = range(_JOBS, len(block), _JOB), [], block[_REQUESTS]
         for at in starts:
-            windows, keeps = block[at + params.WINDOWS], block[at + params.KEEPS]
+            windows, keeps = block[at + _SAID : at + _SAID + 2]
             sizes += (windows, windows, windows, keeps, keeps, keeps, keeps)
             most = max(most, windows, keeps)
         total, table = sum(sizes), 1 << (2 * most).bit_length()  # at most half full
         memory = torch.empty(total + table, dtype=_INT64, device=_CPU)
-        block[params.OUT] = out = memory.data_ptr()
-        block[params.SEEN], block[params.SEEN_SIZE] = out + 8 * total, table
+        out = memory.data_ptr()
+        for at in starts:
+            windows, keeps = block[at + _SAID : at + _SAID + 2]
+            block[at + _FIELDS_AT], block[at + _FIELDS_AT + 1] = out, out + 24 * windows
+            out += 24 * windows + 32 * keeps
+        block[_FILL], block[_SEEN], block[_SEEN_SIZE] = 1, out, table
         run(address)
-        if block[params.STATUS]:
+        if block[_STATUS]:
             return None
         parts = torch.unsafe_split_with_sizes(memory, [*sizes, table])
         made = []
         for i, (spec, layout, page_rows) in enumerate(self.jobs):
-            at = params.JOBS + params.JOB_SIZE * (i + 1)
             request, window, slot, token, owner, position, row = parts[7 * i : 7 * i + 7]
-            windows, _, largest, lowest, highest, shared, overwrites = block[at - len(_NOT_YET) : at]
+            said = block[starts[i] + _SAID : starts[i] + _JOB]
+            windows, _, largest, lowest, highest, shared, overwrites = said
             slots = Slots(lowest, highest, bool(shared))
-            reached = Extremes(block[params.TOKENS], largest * spec.ratio + 1 if windows else 0, slots, dense=True)
+            reached = Extremes(block[_TOKENS], largest * spec.ratio + 1 if windows else 0, slots, dense=True)
             counters = memory.new_zeros(windows + BARRIERS)  # steps write them, and nothing else of a plan
             plan = Plan(
                 spec.ratio, spec.overlap, batch, layout, page_rows, request, window, slot, token, owner, position, row,
@@ -132,15 +143,15 @@ class NativePlanner:
         return tuple(made)
 
 
-def _uniform(value: int, block: list[int]) -> Column | None:
+def _uniform(value: int, at: int, block: array[int]) -> Column | None:
     """The column that ``draft_rows`` as a number stands for; None if it cannot be it."""
-    if len(block) != params.DRAFT or not 0 <= value < MOST_POSITIONS:
+    if at != params.Step.offsets["draft"] or not 0 <= value < MOST_POSITIONS:
         return None
-    block[params.DRAFTS] = value
-    return 0, max(block[params.START + params.ROWS], 0), 1, 0, 0, 0
+    block[_DRAFTS] = value
+    return 0, max(block[_REQUESTS], 0), 1, 0, 0, 0
 
 
-def _rule(spec: Any, layout: Any, page_rows: Any) -> tuple[int, ...] | None:
+def _rule(spec: Any, layout: Any, page_rows: Any) -> array[int] | None:
     """What the kernel is told of a job; None if only the builders know what to make of it."""
     if type(spec) is not CompressorSpec or (page_rows is not None and (type(page_rows) is not int or page_rows < 1)):
         return None
@@ -156,7 +167,14 @@ def _rule(spec: Any, layout: Any, page_rows: Any) -> tuple[int, ...] | None:
             return None
     elif layout is not None:
         return None
-    return spec.ratio, spec.halves, kind, blocks, rows, tokens, bool(keep_all), page_rows or 0
+    job = params.Job()
+    job.ratio, job.halves, job.kind, job.blocks, job.block_rows = spec.ratio, spec.halves, kind, blocks, rows
+    job.page_tokens, job.keep_all, job.page_rows = tokens, bool(keep_all), page_rows or 0
+    if max(job.ratio, blocks, rows, tokens, job.page_rows) >= MOST_POSITIONS:
+        return None
+    job.window_fields = job.keep_fields = 0
+    job.windows = job.keeps = job.last_window = job.lowest = job.highest = job.shared = job.overwrites = 0
+    return job.pack()
 
 
 def _column(value: Any, dimensions: int, held: list[object]) -> Column | None:

@@ -67,6 +67,12 @@ def view(block: type[blocks.Block]) -> Any:
     return at
 
 
+@simd.operation(_TABLE, types.int64)
+def integers(b: Any, address: Any) -> Any:  # noqa: ARG001
+    """An address as that of int64 values."""
+    return address
+
+
 @register_model(_Table)
 @register_model(_At)
 class _AddressModel(models.PrimitiveModel):
@@ -119,6 +125,7 @@ class _SetItem(AbstractTemplate):
 
 
 @_typing(bool)
+@_typing(operator.not_)
 class _Truth(AbstractTemplate):
     def generic(self, args: Any, kws: Any) -> Signature | None:  # noqa: ARG002
         return signature(types.boolean, *args) if isinstance(args[0], _Address) else None
@@ -144,3 +151,8 @@ def _set_item(context: Any, builder: Any, sig: Signature, operands: Any) -> Any:
 @lower_builtin(bool, _Address)
 def _is_true(context: Any, builder: Any, sig: Signature, operands: Any) -> Any:  # noqa: ARG001
     return builder.icmp_signed("!=", operands[0], ir.Constant(_I64, 0))
+
+
+@lower_builtin(operator.not_, _Address)
+def _is_false(context: Any, builder: Any, sig: Signature, operands: Any) -> Any:  # noqa: ARG001
+    return builder.icmp_signed("==", operands[0], ir.Constant(_I64, 0))
