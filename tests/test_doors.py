@@ -6,7 +6,7 @@ Buffers end at unmapped pages (``guarded.py``), so that a step that leaves them 
 import copy
 import pickle
 import weakref
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -341,6 +341,52 @@ def test_doors_remember_nothing_in_copies_of_weights(copy):
     other = copy(s.weights)
     assert set(vars(other)) == {"norm", "ape", "w"}
     assert torch.equal(other.norm, s.weights.norm)
+
+
+@pytest.mark.parametrize("copy", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p)), replace])
+def test_doors_remember_nothing_in_copies_of_plans(copy):
+    """What compiled code keeps of a plan are addresses of its own tensors."""
+    s = Setting()
+    by_bound(s)
+    other = copy(s.plan)
+    assert s.plan.made
+    assert not other.made
+    assert set(vars(other)) - {"_made"} == {f.name for f in fields(s.plan)}
+    assert torch.equal(by_bound(replace_plan(Setting(), other)).values, by_bound(Setting()).values)
+
+
+def replace_plan(s, plan):
+    """The setting with another plan."""
+    s.made()
+    s.plan = plan
+    return s
+
+
+def test_doors_look_again_at_a_plan_whose_memory_moved():
+    s, other = Setting(), Setting()
+    wanted = by_bound(other)
+    by_bound(s)
+    kept = [t for t in (*vars(s.plan).values(), *vars(s.plan.batch).values()) if isinstance(t, torch.Tensor)]
+    places = [t.data_ptr() for t in kept]
+    for t in kept:
+        t.share_memory_()
+    assert places != [t.data_ptr() for t in kept]
+    again = Setting()
+    rows = bind(again.spec, again.weights, again.rope, state=again.state, cache=again.cache).condense(
+        again.kv_score, s.plan
+    )
+    assert torch.equal(rows.values, wanted.values)
+    assert torch.equal(again.cache.data, other.cache.data)
+
+
+def test_doors_look_again_at_weights_that_moved():
+    s = Setting()
+    bound = bind(s.spec, s.weights, s.rope, state=s.state, cache=s.cache)
+    bound.condense(s.kv_score, s.made()[1])
+    s.weights.norm.data = s.weights.norm.clone() * 2
+    with pytest.raises(KvCondenseError, match="weights.*the memory that was bound"):
+        bound.condense(s.kv_score, s.plan)
+    assert by_condense(s).values.shape[0] == 4
 
 
 def test_doors_hold_no_state_or_cache():

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kvcondense import validate
+from kvcondense import marks, validate
 from kvcondense.backends import Backend, Step, fused_form, select, select_projector
 from kvcondense.errors import KvCondenseError, require
 from kvcondense.layout.batch import RaggedBatch
@@ -50,8 +50,9 @@ class CondensedRows:
 class _Checked:
     """What ``bind`` has found out of a combination of objects; kept with its weights, which hold the others weakly.
 
-    spans: first and last address of each tensor that steps write; sizes: positions of the RoPE table and rows of the
-    cache; backends: the choice for each type of tokens.
+    places: of all tensors that steps read and write; spans: first and last address of each that they write; sizes:
+    positions of the RoPE table and rows of the cache; backends: the choice for each type of tokens; made: what
+    backends keep (``Step.made``).
     """
 
     fixed: tuple[Any, ...]
@@ -61,6 +62,7 @@ class _Checked:
     spans: tuple[tuple[int, int], ...]
     sizes: tuple[int | None, int | None]
     backends: dict[torch.dtype, Backend] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
 
     def covers(self, fixed: tuple[Any, ...], state: object, cache: object, places: tuple[Any, ...]) -> bool:
         """True if these are the very objects, with their memory where it was."""
@@ -100,8 +102,9 @@ class Bound:
     def step(self, kv_score: torch.Tensor, plan: Plan, name: str = "kv_score") -> Step:
         """The step that kv_score, called ``name``, and a plan make, admitted."""
         validate.tokens(self.spec, name, kv_score, plan.batch.query_start_loc.device)
-        if self.checked.places != _places(validate.written(self.state, self.cache)):
-            raise KvCondenseError("state, cache", "the memory that was bound", "other memory", "bind them again")
+        if self.checked.places != _places(self.weights, self.rope, self.state, self.cache):
+            wanted = "the memory that was bound"
+            raise KvCondenseError("weights, rope, state, cache", wanted, "other memory", "bind them again")
         self.admit(plan, kv_score.shape[0], name)
         first, last = span(kv_score)
         for begin, end in self.checked.spans:
@@ -110,7 +113,7 @@ class Bound:
         if self.state is None:
             plan.facts(self.spec).reads.check_none(plan.batch)
         elif self.state.tags is not None:
-            self.state.check_continues(self.spec, plan.batch, plan.facts(self.spec).reads)
+            marks.check(self.spec, self.state, plan, plan.facts(self.spec))
         # Backends leave rows of padding entries alone.
         make = kv_score.new_empty if plan.extremes.dense else kv_score.new_zeros
         shape, dtype = (plan.num_windows, self.spec.head_dim), compute_dtype(kv_score.dtype)
@@ -125,6 +128,7 @@ class Bound:
             cache=self.cache,
             rows=make(shape, dtype=dtype),
             latent=make(shape, dtype=dtype) if self.latent else None,
+            made=self.checked.made,
         )
 
     def backend(self, step: Step) -> Backend:
@@ -180,19 +184,25 @@ def bind(
     if cache is not None:
         require("cache", cache, PagedCache)
     known: _Checked | None = vars(weights).get("_bound")
-    fixed, written = (spec, rope, impl), validate.written(state, cache)
-    places = _places(written)
+    fixed, places = (spec, rope, impl), _places(weights, rope, state, cache)
     if known is None or not known.covers(fixed, state, cache, places):
         validate.layer(spec, weights, rope, state, cache, weights.norm.device)
-        spans = tuple(span(t) for t in written.values())
+        spans = tuple(span(t) for t in validate.written(state, cache).values())
         sizes = (None if rope is None else rope.cos.shape[0], None if cache is None else cache.num_rows)
         known = vars(weights)["_bound"] = _Checked(fixed, _weakly(state), _weakly(cache), places, spans, sizes)
     return Bound(spec, weights, rope, state, cache, latent, impl, known)
 
 
-def _places(written: dict[str, torch.Tensor]) -> tuple[Any, ...]:
-    """Where they lie, and how."""
-    return tuple([(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in written.values()])
+def _places(weights: CompressorWeights, rope: Any, state: Any, cache: Any) -> tuple[Any, ...]:
+    """Where what a step reads and writes lies, and how."""
+    found: list[Any] = [weights.norm.data_ptr(), None if weights.ape is None else weights.ape.data_ptr()]
+    if type(rope) is RopeTable:
+        found += (rope.cos.data_ptr(), rope.sin.data_ptr())
+    for owner in (state, cache):
+        if owner is not None:
+            for t in owner.memory:
+                found += (t.data_ptr(), t.shape, t.stride(), t.dtype)
+    return tuple(found)
 
 
 def _weakly(owner: object) -> Callable[[], object]:
@@ -234,10 +244,10 @@ def _run(steps: Sequence[Step], run: Callable[[], None]) -> tuple[CondensedRows,
         (s.state, s.plan, s.plan.facts(s.spec)) for s in steps if s.state is not None and s.state.tags is not None
     ]
     for state, plan, facts in marked:
-        state.begin(plan.batch, facts.dense.keep_row, facts.active)
+        marks.begin(state, plan, facts)
     run()
     for state, plan, facts in marked:
-        state.tag(plan.batch, facts.dense.keep_row, facts.dense.keep_position, facts.active)
+        marks.name(state, plan, facts)
     return tuple(
         CondensedRows(s.rows, s.plan.window_request, s.plan.window_index, s.plan.window_slot, s.latent) for s in steps
     )

@@ -26,6 +26,8 @@ class Step:
     kv_score [T, projected]; ape [r, N] or None; gamma [d]. rows [E, d] fp32 takes the finished rows, latent [E, d] (if
     not None) the rows before RoPE; E is plan.num_windows, and rows of padding entries are left as they are. The bytes
     of ``cache`` follow from its format's fields; a backend that does not check values says so for a ``strict`` cache.
+    made: what a backend keeps of spec, ape, gamma, rope, state and cache between steps, by its name; whoever gives it
+    sees to it that their memory stays where it is, but a copy of a step may have others.
     """
 
     spec: CompressorSpec
@@ -38,6 +40,7 @@ class Step:
     cache: PagedCache | None
     rows: torch.Tensor
     latent: torch.Tensor | None
+    made: dict[str, Any] | None = None
 
 
 class Backend(Protocol):

@@ -128,9 +128,14 @@ class PagedCache:
         return cls(data.view(torch.uint8), fmt, head_dim, rows.shape[1], scales)
 
     @property
+    def memory(self) -> tuple[torch.Tensor, ...]:
+        """What a step writes."""
+        return (self.data,) if self.scales is None else (self.data, self.scales)
+
+    @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a step writes, by name."""
-        return {"cache": self.data} if self.scales is None else {"cache": self.data, "cache scales": self.scales}
+        """The same by name."""
+        return dict(zip(("cache", "cache scales"), self.memory, strict=False))
 
     @property
     def num_rows(self) -> int:

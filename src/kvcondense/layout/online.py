@@ -112,9 +112,14 @@ class OnlineState:
                 raise DeviceError(f"state {name}", f"device {self.acc.device}", t.device)
 
     @property
+    def memory(self) -> tuple[torch.Tensor, ...]:
+        """What a step writes."""
+        return self.acc, self.folded, self.log
+
+    @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a step writes, by name."""
-        return {"state": self.acc, "state folded": self.folded, "state log": self.log}
+        """The same by name."""
+        return dict(zip(("state", "state folded", "state log"), self.memory, strict=True))
 
     @property
     def device(self) -> torch.device:
@@ -167,14 +172,11 @@ class OnlineState:
         if self.tags is not None and batch.state_slots is not None:
             self.tags.index_fill_(0, batch.state_slots.index_select(0, active), UNKNOWN)
 
-    def tag(
-        self, batch: RaggedBatch, address: torch.Tensor, position: torch.Tensor, active: torch.Tensor | None = None
-    ) -> None:
+    def tag(self, batch: RaggedBatch, address: torch.Tensor, position: torch.Tensor, active: torch.Tensor) -> None:
         """Record from which positions the requests of a step can go on."""
         del address, position
         if self.tags is None or batch.state_slots is None:
             return
-        active = batch.active.nonzero()[:, 0] if active is None else active
         end = batch.start_positions + batch.lengths
         pairs = torch.stack([end - batch.draft_rows, end], dim=1)
         self.tags.index_copy_(0, batch.state_slots.index_select(0, active), pairs.index_select(0, active))

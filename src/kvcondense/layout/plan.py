@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
@@ -24,12 +25,13 @@ class Facts:
     """What tags, and backends that take no padding, need of the values in a plan. Asked for once, for all layers.
 
     dense: the plan without padding; active: indices of the requests that bring tokens; reads: the state rows that they
-    go on from.
+    go on from; made: what compiled code keeps of them.
     """
 
     dense: Plan
     active: torch.Tensor
     reads: Reads
+    made: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,19 @@ class Plan:
             )
             vars(self)["_facts"] = known
         return known
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """What backends keep of this plan, by their names; neither copies nor ``replace`` take it along."""
+        memory = self.__dict__
+        known = memory.get("_made")
+        if known is None:
+            known = memory["_made"] = {}
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def num_windows(self) -> int:

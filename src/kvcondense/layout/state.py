@@ -200,8 +200,13 @@ class StatePool:
         return slot_index(name, blocks, self.layout.num_rows // self.layout.block_rows, self.data.device)
 
     @property
+    def memory(self) -> tuple[torch.Tensor, ...]:
+        """What a step writes."""
+        return (self.data,)
+
+    @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a step writes, by name."""
+        """The same by name."""
         return {"state": self.data}
 
     def check_continues(self, spec: CompressorSpec, batch: RaggedBatch, reads: Reads) -> None:
@@ -239,22 +244,16 @@ class StatePool:
             self._forget(batch, active)
             self.tags.index_fill_(0, address, UNKNOWN)
 
-    def tag(
-        self, batch: RaggedBatch, address: torch.Tensor, position: torch.Tensor, active: torch.Tensor | None = None
-    ) -> None:
-        """Record that rows ``address`` now hold ``position``; a ring forgets what it held from a request's start on.
+    def tag(self, batch: RaggedBatch, address: torch.Tensor, position: torch.Tensor, active: torch.Tensor) -> None:
+        """Record that rows ``address``, which ``begin`` has marked, now hold ``position``."""
+        del batch, active
+        if self.tags is not None:
+            self.tags.index_copy_(0, address, position)
 
-        ``active``: indices of ``batch.active``, if they are at hand.
-        """
-        if self.tags is None:
-            return
-        self._forget(batch, active)
-        self.tags.index_copy_(0, address, position)
-
-    def _forget(self, batch: RaggedBatch, active: torch.Tensor | None) -> None:
+    def _forget(self, batch: RaggedBatch, active: torch.Tensor) -> None:
+        """What a ring held from a request's start on."""
         assert self.tags is not None
         if isinstance(self.layout, RingLayout) and batch.state_slots is not None:
-            active = batch.active.nonzero()[:, 0] if active is None else active
             slots = batch.state_slots.index_select(0, active)
             rings = self.tags.view(self.layout.num_slots, self.layout.ring_rows)
             held = rings.index_select(0, slots)

@@ -8,7 +8,7 @@ import torch
 
 from kvcondense.backends.cpu import native, params, tables
 from kvcondense.backends.cpu.blocks import LINE, address
-from kvcondense.backends.cpu.threads import launch
+from kvcondense.backends.cpu.threads import SERIAL, launch
 from kvcondense.layout.plan import Plan
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
@@ -19,8 +19,6 @@ _STRIP_ROWS = 128
 """Rows of a task, for gamma's."""
 _CHANNELS = 512
 """Of a task: whole rows of 512, since first touches of a new gradient's pages cost most, and less in order."""
-_SERIAL = 1 << 16
-"""Elements below which the calling thread does it alone."""
 
 
 def can_run(spec: CompressorSpec, kv_score: torch.Tensor) -> bool:
@@ -93,9 +91,9 @@ def _run_rows(
     position: torch.Tensor,
     **tensors: torch.Tensor,
 ) -> None:
-    threads = 1 if pooled.numel() < _SERIAL else torch.get_num_threads()
+    threads = 1 if pooled.numel() < SERIAL else torch.get_num_threads()
     scratch = torch.empty(threads, 3 * spec.head_dim)
-    rule = tables.spec_block(spec, 0)
+    rule = tables.spec_block(spec)
     gamma = gamma.to(torch.float32).contiguous()
     cos, sin = (gamma, gamma) if rope is None else (t.to(torch.float32).contiguous() for t in (rope.cos, rope.sin))
     at = {name: t.data_ptr() for name, t in tensors.items()}
@@ -138,7 +136,7 @@ def _run(
     bias = None if ape is None else ape.to(torch.float32).contiguous()
     zeros = torch.zeros(spec.width)
     size = 24 * spec.window + 12 * _CHANNELS + LINE
-    serial = plan.num_windows * spec.window * spec.head_dim < _SERIAL
+    serial = plan.num_windows * spec.window * spec.head_dim < SERIAL
     threads = 1 if serial else torch.get_num_threads()
     scratch = torch.empty(threads * size, dtype=torch.uint8)
     at = {name: t.data_ptr() for name, t in tensors.items()}

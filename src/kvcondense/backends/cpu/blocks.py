@@ -63,11 +63,11 @@ class Block(metaclass=_Listed):
         cls.pack = eval(source, {"array": array, "pack": layout.pack})  # a loop over names takes thrice the time
 
     @classmethod
-    def index(cls, *path: str) -> int:
-        """Where a field stands among a packed block's integers, or one of a block in it: index("slots", "rows")."""
+    def place(cls, *path: str) -> int:
+        """Where a field stands among a packed block's integers, or one of a block in it: place("slots", "rows")."""
         name, *rest = path
-        inner = cls.kinds[name].of.index(*rest) if rest else 0
-        return cls.offsets[name] // 8 + inner
+        inner: Any = cls.kinds[name].of if rest else None
+        return cls.offsets[name] // 8 + (inner.place(*rest) if rest else 0)
 
     def pack(self) -> array[int]:
         """The block, with zeros for what the host does not give. A field that was not assigned is an AttributeError."""

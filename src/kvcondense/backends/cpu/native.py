@@ -23,8 +23,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-STEP, TRAINING, PLAN = ("condense", "project"), ("training",), ("plan",)
-KERNELS = STEP + TRAINING + PLAN
+STEP, TRAINING, PLAN, MARKS = ("condense", "project"), ("training",), ("plan",), ("marks",)
+KERNELS = STEP + TRAINING + PLAN + MARKS
 """Modules of ``kernels`` with a function ``entry`` each."""
 _SYMBOL = "kvcondense_{kernel}"
 _ENTRY = """

@@ -27,7 +27,6 @@ class Spec(Block):
     rope_dim: int
     eps: Real
     hadamard_scale: Real
-    staged: int  # channels staged at once when rows are not read as they lie; 0: never
 
 
 SMALL_FLOAT, WHOLE, PLAIN16, PLAIN32 = range(4)
@@ -71,31 +70,15 @@ class Format(Block):
     parts: Annotated[int, Behind(Part)]
 
 
-class Call(Block):
-    """One step. Addresses are 0 for what there is none of."""
+class Layer(Block):
+    """What a compressor works on, step after step. Addresses are 0 for what there is none of."""
 
     spec: Annotated[int, Spec]
-    format: Annotated[int, Format]  # 0: no cache
-    scratch: int
-    scratch_bytes: int  # of each thread
-    kv_score: int
-    kv_stride: int  # bytes from token to token
-    kv_kind: int  # FP32, BF16 or FP16
+    format: Annotated[int, Format]
     ape: int  # fp32 [r, N]
     gamma: int
     cos: int
     sin: int
-    rows: int  # fp32 [E, d]
-    latent: int  # fp32 [E, d]; 0: not asked for
-    query_start: Table
-    start: Table
-    drafts: Table
-    requests: int
-    state_table: Table  # state slots [R], or block table [R, pages]
-    state_table_stride: int  # entries from request to request
-    state_page_rows: int  # of a slot or page
-    state_page_tokens: int  # positions that share a page
-    paged: int  # 1: block table, 0: slots
     state: int  # rows of the state, or of the draft log of an online state
     state_stride: int  # bytes from row to row
     state_page_stride: int  # bytes from slot to slot or page to page
@@ -103,18 +86,48 @@ class Call(Block):
     state_raw: int  # 1: stored scores lack the ape
     acc: int  # online state: fp32 [slots, 3, d]; 0: rows
     folded: Table
-    windows: int
-    window_request: Table
-    window_index: Table
-    window_slot: Table
-    keeps: int
-    keep_token: Table
-    keep_position: Table
-    keep_row: Table
     cache: int
     page_stride: int  # bytes
     scales: int  # fp32 scales beside the pages
     scales_stride: int  # bytes from page to page
+
+
+class Work(Block):
+    """A plan, for all layers that share it."""
+
+    query_start: Table
+    start: Table
+    drafts: Table
+    state_table: Table  # state slots [R], or block table [R, pages]
+    state_table_stride: int  # entries from request to request
+    state_page_rows: int  # of a slot or page
+    state_page_tokens: int  # positions that share a page
+    paged: int  # 1: block table, 0: slots
+    window_request: Table
+    window_index: Table
+    window_slot: Table
+    keep_token: Table
+    keep_position: Table
+    keep_row: Table
+
+
+class Call(Block):
+    """One step of a layer by a plan."""
+
+    layer: Annotated[int, Layer]
+    plan: Annotated[int, Work]
+    scratch: int
+    scratch_bytes: int  # of each thread
+    staged: int  # channels staged at once when rows are not read as they lie; 0: never
+    kv_score: int
+    kv_stride: int  # bytes from token to token
+    kv_kind: int  # FP32, BF16 or FP16
+    rows: int  # fp32 [E, d]
+    latent: int  # fp32 [E, d]; 0: not asked for
+    store: int  # 1: rows go to the cache, if there is one
+    windows: int
+    requests: int  # whose online state is left open
+    keeps: int
     blocks: int  # channel blocks that a window's pool is split into
     chunk: int  # windows that a thread takes at once
     threads: Counter

@@ -34,10 +34,10 @@ _ABSENT = (0, -1, 0, 0, 0, 0)
 _BYTES = {torch.int64: 8, torch.int32: 4}
 _INT64, _STRIDED, _CPU = torch.int64, torch.strided, torch.device("cpu")  # looked up once: a step takes microseconds
 _put_column = Struct("7q").pack_into
-_at, _JOB = params.Step.index, params.Job.size // 8
+_at, _JOB = params.Step.place, params.Job.size // 8
 _STATUS, _FILL, _DRAFTS, _TOKENS, _BASE, _JOBS = map(_at, ("status", "fill", "drafts", "tokens", "base", "jobs"))
 _SEEN, _SEEN_SIZE, _REQUESTS = _at("seen"), _at("seen_size"), _at("start", "rows")
-_FIELDS_AT, _SAID = params.Job.index("window_fields"), params.Job.index("windows")
+_FIELDS_AT, _SAID = params.Job.place("window_fields"), params.Job.place("windows")
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,15 @@ class NativePlanner:
     def of(cls, jobs: Sequence[Job]) -> NativePlanner | None:
         """None where jobs are not what the kernel takes, or it cannot run here."""
         found = [_rule(*job) for job in jobs]
-        if native.problem(native.PLAN) is not None or any(rule is None for rule in found):
+        rules = [rule for rule in found if rule is not None]
+        if native.problem(native.PLAN) is not None or len(rules) < len(found):
             return None
         step = params.Step()
         step.status = step.fill = step.tokens = step.base = step.seen = step.seen_size = 0
         step.most, step.drafts, step.count = MOST_POSITIONS, -1, len(jobs)
         block = step.pack()
-        for rule in found:
-            block += rule or ()
+        for rule in rules:
+            block += rule
         return cls(tuple(jobs), block)
 
     def step(self, values: Sequence[IntTensor | int | None]) -> tuple[RaggedBatch, tuple[Plan, ...]] | None:

@@ -47,9 +47,9 @@ def _reuse(key: tuple[object, ...], owner: object, make: Callable[[], array[int]
     return known[1]
 
 
-def spec_block(spec: CompressorSpec, staged: int) -> array[int]:
-    """``staged``: channels that are staged at once, 0 if all rows are fp32."""
-    return _reuse((id(spec), staged), spec, lambda: _spec_block(spec, staged))
+def spec_block(spec: CompressorSpec) -> array[int]:
+    """What a compressor computes."""
+    return _reuse((id(spec),), spec, lambda: _spec_block(spec))
 
 
 def format_block(form: CacheFormat, head_dim: int, page_rows: int, tensor_scale: float | None) -> array[int]:
@@ -58,7 +58,7 @@ def format_block(form: CacheFormat, head_dim: int, page_rows: int, tensor_scale:
     return _reuse(key, form, lambda: _format_block(form, head_dim, page_rows, tensor_scale))
 
 
-def _spec_block(spec: CompressorSpec, staged: int) -> array[int]:
+def _spec_block(spec: CompressorSpec) -> array[int]:
     block = params.Spec()
     block.ratio, block.window, block.head_dim, block.width = spec.ratio, spec.window, spec.head_dim, spec.width
     block.has_gate = spec.has_gate
@@ -66,7 +66,6 @@ def _spec_block(spec: CompressorSpec, staged: int) -> array[int]:
     block.rotate, block.rope_dim = spec.rotate, spec.rope_dim
     block.eps = float_bits(spec.eps)
     block.hadamard_scale = float_bits(spec.head_dim**-0.5)
-    block.staged = staged
     return block.pack()
 
 

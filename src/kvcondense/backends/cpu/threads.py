@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 Entry = Callable[[int], None]
+SERIAL = 1 << 16
+"""Elements below which work stays in the calling thread: waking others takes longer."""
 
 
 @functools.cache

@@ -22,9 +22,9 @@ _call_at = fields.view(params.Call)
 @kernel
 def _pool(call, q, index, first, last, scratch, out):
     """P of window ``index`` of request q for channel bytes first .. last - 1, to out + first ..."""
-    spec = call.spec
+    spec = call.layer.spec
     ratio, n = spec.ratio, spec.window
-    row_bytes, staged = 4 * spec.head_dim, spec.staged
+    row_bytes, staged = 4 * spec.head_dim, call.staged
     work = scratch + 2 * row_bytes + ENTRY * n  # scratch: zeros, a row, the table, then what a pool needs
     end = (index + 1) * ratio
     begin = max(end - n, 0)
@@ -44,12 +44,12 @@ def _pool(call, q, index, first, last, scratch, out):
 @kernel
 def _fold(call, q, begin, stop, acc, first, last, scratch):
     """(m, l, o) at ``acc`` of positions begin .. stop - 1 of request q: stored values, then the log, then this step."""
-    spec = call.spec
-    row_bytes, staged = 4 * spec.head_dim, spec.staged
-    slot, start = call.state_table[q], call.start[q]
-    folded = call.folded[slot]
+    spec = call.layer.spec
+    row_bytes, staged = 4 * spec.head_dim, call.staged
+    slot, start = call.plan.state_table[q], call.plan.start[q]
+    folded = call.layer.folded[slot]
     stored = begin < start and folded > begin
-    old = call.acc + 3 * row_bytes * slot
+    old = call.layer.acc + 3 * row_bytes * slot
     for c in range(first, last, BYTES):
         store(acc + c, load(old + c) if stored else splat(_MINUS_INFINITY))
         store(acc + row_bytes + c, load(old + row_bytes + c) if stored else splat(_ZERO))
@@ -76,10 +76,10 @@ def _fold(call, q, begin, stop, acc, first, last, scratch):
 @kernel
 def _finish(call, e, index, scratch):
     """P of window e in its row -> norm, RoPE, Hadamard, in place, and the cache's bytes."""
-    spec = call.spec
+    spec = call.layer.spec
     d = spec.head_dim
     out, work = call.rows + 4 * d * e, scratch + 4 * d
-    row.rms_norm(out, call.gamma, spec, work)
+    row.rms_norm(out, call.layer.gamma, spec, work)
     latent = call.latent
     if latent:
         for c in range(0, 4 * d, BYTES):
@@ -87,27 +87,27 @@ def _finish(call, e, index, scratch):
     size = spec.rope_dim
     if size:
         angle = 2 * size * index * spec.ratio
-        row.rope(out, call.cos + angle, call.sin + angle, spec)
+        row.rope(out, call.layer.cos + angle, call.layer.sin + angle, spec)
     if spec.rotate:
         row.hadamard(out, spec)
-    slot = call.window_slot[e]
-    if slot >= 0 and call.format:
+    slot = call.plan.window_slot[e]
+    if slot >= 0 and call.store and call.layer.format:
         encode.put(out, slot, call, work)
 
 
 @kernel
 def _window(call, task, blocks, scratch):
     """Pool one block of channels of a window; finish the window if it was the last one."""
-    spec = call.spec
+    spec = call.layer.spec
     d = spec.head_dim
     e, block = task // blocks, task % blocks
-    q, index = call.window_request[e], call.window_index[e]
+    q, index = call.plan.window_request[e], call.plan.window_index[e]
     if q < 0:
         return
     vectors = d // LANES
     first, last = BYTES * (vectors * block // blocks), BYTES * (vectors * (block + 1) // blocks)
     out = call.rows + 4 * d * e
-    if call.acc:
+    if call.layer.acc:
         ratio = spec.ratio
         acc = scratch + 8 * d + ENTRY * spec.window
         _fold(call, q, index * ratio, (index + 1) * ratio, acc, first, last, scratch)
@@ -122,19 +122,19 @@ def _window(call, task, blocks, scratch):
 @kernel
 def _open(call, q, scratch):
     """Fold what request q commits beyond its last window into its online state."""
-    tokens, start = call.query_start[q + 1] - call.query_start[q], call.start[q]
+    tokens, start = call.plan.query_start[q + 1] - call.plan.query_start[q], call.plan.start[q]
     if start < 0 or tokens <= 0:
         return
-    spec = call.spec
+    spec = call.layer.spec
     ratio, row_bytes = spec.ratio, 4 * spec.head_dim
-    committed = start + tokens - call.drafts[q]
+    committed = start + tokens - call.plan.drafts[q]
     acc = scratch + 2 * row_bytes + ENTRY * spec.window
     _fold(call, q, committed // ratio * ratio, committed, acc, 0, row_bytes, scratch)
-    slot = call.state_table[q]
-    target = call.acc + 3 * row_bytes * slot
+    slot = call.plan.state_table[q]
+    target = call.layer.acc + 3 * row_bytes * slot
     for c in range(0, 3 * row_bytes, BYTES):
         store(target + c, load(acc + c))
-    call.folded[slot] = committed
+    call.layer.folded[slot] = committed
 
 
 @kernel
@@ -155,7 +155,7 @@ def _wait(counter, total):
 def _work(call):
     number = fetch_add(call.threads, 1)
     scratch = call.scratch + number * call.scratch_bytes
-    spec = call.spec
+    spec = call.layer.spec
     for c in range(0, 4 * spec.head_dim, BYTES):
         store(scratch + c, splat(_ZERO))
     blocks, chunk = call.blocks, call.chunk
@@ -169,7 +169,7 @@ def _work(call):
         for task in range(first, last):
             _window(call, task, blocks, scratch)
         fetch_add(done, last - first)
-    online, keeps = call.acc, call.keeps
+    online, keeps = call.layer.acc, call.keeps
     if keeps == 0 and online == 0:
         return
     _wait(done, total)

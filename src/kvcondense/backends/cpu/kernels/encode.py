@@ -223,12 +223,12 @@ def _part(row, part, code, scales, through):
 @kernel
 def put(row, slot, call, work):
     """Encode the fp32 row at ``row`` and write it to cache slot ``slot`` of the call."""
-    form = call.format
+    form = call.layer.format
     page_rows = form.page_rows
     page, at = slot // page_rows, slot % page_rows
-    base = call.cache + page * call.page_stride
+    base = call.layer.cache + page * call.layer.page_stride
     through = form.through
-    outside = call.scales
+    outside = call.layer.scales
     if form.round_row:
         last = form.parts[form.part_count - 1].last
         for i in range(0, 4 * last, BYTES):
@@ -241,7 +241,7 @@ def put(row, slot, call, work):
             code += 2 * part.first
         scales = base + part.scale_base + part.scale_stride * at
         if outside:
-            scales = outside + page * call.scales_stride + 4 * at
+            scales = outside + page * call.layer.scales_stride + 4 * at
         _part(row, part, code, scales, through)
     pad = base + form.pad_base + form.pad_stride * at
     for i in range(form.pad_bytes):

@@ -27,17 +27,17 @@ def _size(kind):
 @kernel
 def state_row(call, q, position):
     """Address of the state row (or log row) of a position."""
-    entry = q * call.state_table_stride
-    if call.paged:
-        entry += position // call.state_page_tokens
-    return _row(call, call.state_table[entry], position % call.state_page_rows)
+    entry = q * call.plan.state_table_stride
+    if call.plan.paged:
+        entry += position // call.plan.state_page_tokens
+    return _row(call, call.plan.state_table[entry], position % call.plan.state_page_rows)
 
 
 @kernel
 def _row(call, page, row):
     """Address of a row of a slot or page."""
-    rows = call.state + page * call.state_page_stride
-    return rows + row * call.state_stride
+    rows = call.layer.state + page * call.layer.state_page_stride
+    return rows + row * call.layer.state_stride
 
 
 @kernel
@@ -47,16 +47,16 @@ def candidates(call, q, begin, end, current, table, zero):
     Positions from ``current`` on read the last channels, earlier ones (the window before, with overlap) the first.
     Addresses are those of channel 0; entries of rows that are not fp32 are only good for ``stage``.
     """
-    spec = call.spec
+    spec = call.layer.spec
     ratio, width = spec.ratio, spec.width
     gate = spec.has_gate
-    biased = gate and not call.state_raw
+    biased = gate and not call.layer.state_raw
     late = width - spec.head_dim
-    start = call.start[q]
-    first_token = call.query_start[q] - start
+    start = call.plan.start[q]
+    first_token = call.plan.query_start[q] - start
     kv_score, stride = call.kv_score, call.kv_stride
-    ape = call.ape
-    size, state_size = _size(call.kv_kind), _size(call.state_kind)
+    ape = call.layer.ape
+    size, state_size = _size(call.kv_kind), _size(call.layer.state_kind)
     phase = begin % ratio
     for position in range(begin, end):
         channel = late if position >= current else 0
@@ -83,11 +83,11 @@ def stage(call, n, stored, table, staged, channel, channels, buffer, zero):
 
     The first ``stored`` rows come from the state. Tokens are rounded to the state's type, as if they had been there.
     """
-    spec = call.spec
+    spec = call.layer.spec
     gate = spec.has_gate
-    state_kind = call.state_kind
-    rounding = state_kind == params.BF16 and call.state != 0
-    raw = gate and call.state_raw
+    state_kind = call.layer.state_kind
+    rounding = state_kind == params.BF16 and call.layer.state != 0
+    raw = gate and call.layer.state_raw
     for j in range(n):
         kind = state_kind if j < stored else call.kv_kind
         kv, score, bias = table[j].kv, table[j].score, table[j].bias
@@ -113,22 +113,22 @@ def stage(call, n, stored, table, staged, channel, channels, buffer, zero):
 @kernel
 def keep(call, k):
     """Write entry k of the plan's rows to keep: [kv | score + ape], or [kv | score], of its token to its state row."""
-    token = call.keep_token[k]
+    token = call.plan.keep_token[k]
     if token < 0:
         return
-    spec = call.spec
+    spec = call.layer.spec
     width, gate = spec.width, spec.has_gate
-    ape, kind = call.ape, call.kv_kind
-    bias_wanted = ape and not call.state_raw
-    row = call.keep_row[k]
-    page_rows = call.state_page_rows
+    ape, kind = call.layer.ape, call.kv_kind
+    bias_wanted = ape and not call.layer.state_raw
+    row = call.plan.keep_row[k]
+    page_rows = call.plan.state_page_rows
     target = _row(call, row // page_rows, row % page_rows)
     source = call.kv_score + token * call.kv_stride
-    narrow = call.state_kind == params.BF16
+    narrow = call.layer.state_kind == params.BF16
     for c in range(0, width, LANES):
         _put(target, c, load_as(kind, source, c), narrow)
     if gate:
-        position = call.keep_position[k]
+        position = call.plan.keep_position[k]
         bias = ape + 4 * width * (position % spec.ratio)
         for c in range(0, width, LANES):
             z = load_as(kind, source, width + c)

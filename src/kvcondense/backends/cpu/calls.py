@@ -1,0 +1,144 @@
+"""A step as the condense kernel is told of it: a block for its layer and one for its plan, kept, and one each time.
+
+The layer's is kept with the binding (``Step.made``), which ends when memory moves; the plan's with the plan.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvcondense.backends import Step
+from kvcondense.backends.cpu import native, params, tables
+from kvcondense.backends.cpu.blocks import LINE, address
+from kvcondense.backends.cpu.threads import SERIAL, launch
+from kvcondense.layout.addresses import PagedLayout
+from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.online import OnlineLayout, OnlineState
+from kvcondense.layout.plan import Plan
+from kvcondense.layout.state import StatePool
+from kvcondense.spec import CompressorSpec
+
+KINDS = {torch.float32: params.FP32, torch.bfloat16: params.BF16, torch.float16: params.FP16}
+_STAGE_CHANNELS = 128
+_FP32, _UINT8 = torch.float32, torch.uint8
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A packed block, its address, what it was made of, and what must live as long."""
+
+    block: array[int]
+    address: int
+    of: tuple[int, ...] | list[int]
+    held: tuple[Any, ...]
+
+
+def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = True) -> None:
+    """One launch for the windows, for what is kept, or for both; ``store``: rows go to the cache."""
+    spec, plan, state, kv_score = step.spec, step.plan, step.state, step.kv_score
+    if kv_score.stride(1) != 1:
+        kv_score = kv_score.contiguous()
+    layer, work = _layer(step), _work(plan)
+    count = plan.window_request.shape[0] if windows else 0
+    kept = plan.keep_token.shape[0] if keeps and state is not None else 0
+    requests = plan.batch.start_positions.shape[0] if keeps and type(state) is OnlineState else 0
+    plain = kv_score.dtype is _FP32 and (state is None or state.dtype is _FP32)
+    staged = 0 if plain else min(_STAGE_CHANNELS, spec.head_dim)
+    threads, blocks, chunk = _split(spec, count, requests, kept)
+    scratch_bytes = 20 * spec.head_dim + (48 + 8 * staged) * spec.window + LINE
+    scratch = torch.empty(threads * scratch_bytes, dtype=_UINT8)
+    call = params.Call()
+    call.layer, call.plan = layer.address, work.address
+    call.scratch, call.scratch_bytes, call.staged = scratch.data_ptr(), scratch_bytes, staged
+    call.kv_score, call.kv_stride = kv_score.data_ptr(), kv_score.stride(0) * kv_score.itemsize
+    call.kv_kind = KINDS[kv_score.dtype]
+    call.rows, call.latent = step.rows.data_ptr(), 0 if step.latent is None else step.latent.data_ptr()
+    call.store, call.windows, call.requests, call.keeps = store, count, requests, kept
+    call.blocks, call.chunk = blocks, chunk
+    block = call.pack()
+    if blocks > 1:
+        block.frombytes(bytes(8 * count))
+    launch(native.address("condense"), address(block), threads)
+
+
+def format_block(cache: PagedCache) -> array[int]:
+    """How rows lie in the pages of a cache."""
+    scale = None if cache.tensor_scale is None else float(cache.tensor_scale)
+    return tables.format_block(cache.format, cache.head_dim, cache.page_rows, scale)
+
+
+def _layer(step: Step) -> _Kept:
+    """The block of what a step's layer has."""
+    cache, state, rope = step.cache, step.state, step.rope
+    of = (id(step.spec), id(step.ape), id(step.gamma), id(rope), id(state), id(cache))
+    known: _Kept | None = None if step.made is None else step.made.get("cpu")
+    if known is not None and known.of == of:
+        return known
+    given = (step.ape, step.gamma, None if rope is None else rope.cos, None if rope is None else rope.sin)
+    ape, gamma, cos, sin = read = [t if t is None else _fp32(t) for t in given]
+    rule, form = tables.spec_block(step.spec), None if cache is None else format_block(cache)
+    scales = None if cache is None or cache.format.tensor_scale else cache.scales
+    online = type(state) is OnlineState
+    data = None if state is None else state.log if isinstance(state, OnlineState) else state.blocks
+    layer = params.Layer()
+    layer.spec, layer.format = address(rule), 0 if form is None else address(form)
+    layer.ape, layer.gamma, layer.cos, layer.sin = (0 if t is None else t.data_ptr() for t in (ape, gamma, cos, sin))
+    layer.state, layer.state_stride, layer.state_page_stride = 0, 0, 0
+    layer.state_kind, layer.state_raw = params.FP32, type(state) is StatePool and state.layout.raw_scores
+    if data is not None:
+        size, each = data.itemsize, state.layout.log_rows if online else 1
+        layer.state, layer.state_kind = data.data_ptr(), KINDS[data.dtype]
+        layer.state_stride, layer.state_page_stride = data.stride(-2) * size, data.stride(0) * each * size
+    layer.acc, layer.folded = (state.acc.data_ptr(), state.folded.data_ptr()) if online else (0, 0)
+    layer.cache, layer.page_stride = (0, 0) if cache is None else (cache.data.data_ptr(), cache.data.stride(0))
+    layer.scales, layer.scales_stride = (0, 0) if scales is None else (scales.data_ptr(), 4 * scales.stride(0))
+    block = layer.pack()
+    made = _Kept(block, address(block), of, (rule, form, *read))
+    # What was converted, as the scale of a whole cache, may have another value by the next step.
+    lasts = all(a is b for a, b in zip(given, read, strict=True)) and not (cache and cache.format.tensor_scale)
+    if step.made is not None and lasts:
+        step.made["cpu"] = made
+    return made
+
+
+def _work(plan: Plan) -> _Kept:
+    """The block of a plan."""
+    known: _Kept | None = plan.made.get("cpu")
+    if known is not None and [place() for place in known.held] == known.of:
+        return known
+    batch, layout, work = plan.batch, plan.state_layout, params.Work()
+    paged = isinstance(layout, PagedLayout)
+    table = None if layout is None else batch.state_block_table if paged else batch.state_slots
+    read = (batch.query_start_loc, batch.start_positions, batch.draft_rows, plan.window_request, plan.window_index,
+            plan.window_slot, plan.keep_token, plan.keep_position, plan.keep_row, table)  # fmt: skip
+    asked = tuple(t.data_ptr for t in read if t is not None)
+    places = [place() for place in asked]
+    work.query_start, work.start, work.drafts, *rest = places
+    work.window_request, work.window_index, work.window_slot, *rest = rest
+    work.keep_token, work.keep_position, work.keep_row, *rest = rest
+    work.state_table, work.state_table_stride = (rest[0], table.stride(0)) if table is not None else (0, 0)
+    rows = 0 if layout is None else layout.log_rows if isinstance(layout, OnlineLayout) else layout.block_rows
+    work.state_page_rows, work.paged = max(rows, 1), paged
+    work.state_page_tokens = layout.page_tokens if isinstance(layout, PagedLayout) else 1
+    block = work.pack()
+    made = plan.made["cpu"] = _Kept(block, address(block), places, asked)
+    return made
+
+
+def _split(spec: CompressorSpec, windows: int, requests: int, kept: int) -> tuple[int, int, int]:
+    """(threads, channel blocks per window, windows taken at once) for this much work."""
+    work = (windows + requests) * spec.window * spec.head_dim + kept * spec.state_dim
+    threads = 1 if work < SERIAL else torch.get_num_threads()
+    if threads == 1:
+        return 1, 1, 1
+    if windows < threads:
+        return threads, min(-(-threads // max(windows, 1)), spec.head_dim // params.LANES), 1
+    return threads, 1, max(1, min(8, windows // (8 * threads)))
+
+
+def _fp32(t: torch.Tensor) -> torch.Tensor:
+    return t if t.dtype is _FP32 and t.is_contiguous() else t.float().contiguous()
