@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvcondense.bench import measure, peers, run
+from kvcondense.bench import decode_step, measure, peers, report, run
 from kvcondense.bench.cases import CASES, Case, make_inputs
 from kvcondense.bench.runners import Kvcondense
 from kvcondense.cli import app
@@ -116,6 +116,32 @@ def test_a_request_goes_on_from_step_to_step(monkeypatch):
     monkeypatch.setattr(peers, "installed", list)
     records = list(run.context_series("cpu", print))
     assert [(r["context"], r["runner"]) for r in records] == [(16, "cpu"), (16, "plan of a step")]
+
+
+def test_a_decode_step_is_taken_part_by_part_and_added_up(monkeypatch):
+    """One layer of each kind, two requests; peers where installed, their rows compared first."""
+    monkeypatch.setattr(decode_step, "parts", lambda: [decode_step.Part(kind, 1) for kind in ("hca", "csa", "indexer")])
+    monkeypatch.setattr(decode_step, "_REQUESTS", 2)
+    monkeypatch.setattr(measure, "_BUDGET_S", 0.01)
+    said = []
+    records = list(decode_step.decode_step("cpu", said.append))
+    assert not any("is not timed" in line for line in said), said
+    ours = {r["part"]: r["us"] for r in records if r["runner"] == "cpu"}
+    assert list(ours) == ["1 HCA", "1 CSA", "1 indexers", decode_step.PLANS, "all"]
+    assert ours["all"] == pytest.approx(sum(us for part, us in ours.items() if part != "all"), rel=0.01)
+    runners = {r["runner"] for r in records}
+    assert ("transformers" in runners) == (peers.Transformers in peers.installed())
+    table = report.decode_step(records)
+    assert f"| all | {report._number(ours['all'])} |" in table
+
+
+def test_a_decode_step_whose_rows_are_wrong_is_not_timed(monkeypatch):
+    monkeypatch.setattr(decode_step, "parts", lambda: [decode_step.Part(kind, 1) for kind in ("hca", "csa")])
+    monkeypatch.setattr(decode_step, "_REQUESTS", 1)
+    monkeypatch.setattr(decode_step, "distance", lambda runner, inputs, expected: 1.0)
+    records = list(decode_step.decode_step("cpu", print))
+    assert [r["part"] for r in records if "wrong" in r] == ["1 HCA", "1 CSA"]
+    assert {r["runner"] for r in records} == {"cpu"}
 
 
 def test_the_command_measures_prints_and_draws(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from kvcondense.rope_table import RopeTable
 _VLLM = ("save_partial_states.py", "fused_compress_quant_cache.py")
 
 
-class _Paged:
+class Paged:
     """What both have in common: the state's pages, and what an engine prepares for a step."""
 
     name, note, capturable, hidden = "", "", True, False
@@ -95,7 +95,7 @@ class _Paged:
         }
 
 
-class RtpLlm(_Paged):
+class RtpLlm(Paged):
     """rtp_llm/models_py/modules/dsv4/_compressor_vllm_triton.py of alibaba/rtp-llm."""
 
     name = "rtp-llm"
@@ -128,7 +128,7 @@ class RtpLlm(_Paged):
         )  # fmt: skip
 
 
-class Vllm(_Paged):
+class Vllm(Paged):
     """save_partial_states.py and fused_compress_quant_cache.py of vllm/models/deepseek_v4/common/ops."""
 
     name = "vllm"

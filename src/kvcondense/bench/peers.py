@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from kvcondense.bench.cases import CONFIG, FORMAT, Case, Inputs
+from kvcondense.stages.hadamard import hadamard
 
 _SINGLE = 5
 """Tokens of the history that are decoded rather than prefilled."""
@@ -61,7 +62,7 @@ class _Peer:
             else:
                 module.kv_proj, module.gate_proj = _Pick(0, spec.width), _Pick(spec.width, 2 * spec.width)
             module.position_bias.copy_(inputs.ape)
-            if spec.overlap:
+            if hasattr(module, "indexer"):
                 module.indexer = _Stop()
             for parameter in module.parameters():  # not the buffers: RoPE's frequencies stay fp32
                 parameter.data = parameter.data.to(dtype)
@@ -124,16 +125,25 @@ class Transformers(_Peer):
             num_hidden_layers=1,
             layer_types=[_LAYERS[spec.ratio]],
             mlp_layer_types=["moe"],
-            head_dim=spec.head_dim,
-            partial_rotary_factor=spec.rope_dim / spec.head_dim,
+            head_dim=CONFIG.head_dim,
+            index_head_dim=CONFIG.index_head_dim,
+            partial_rotary_factor=spec.rope_dim / CONFIG.head_dim,
             q_lora_rank=8,
             rms_norm_eps=spec.eps,
             max_position_embeddings=CONFIG.max_positions,
             compress_rope_theta=CONFIG.compress_rope_theta,
             rope_parameters={"rope_type": "default"},
         )
-        kind = modeling.DeepseekV4CSACompressor if spec.overlap else modeling.DeepseekV4HCACompressor
-        super().__init__(inputs, kind(self.config))
+        self.part = "indexer" if inputs.case.kind == "indexer" else "compressor"
+        makers = {
+            "hca": modeling.DeepseekV4HCACompressor,
+            "csa": modeling.DeepseekV4CSACompressor,
+            "indexer": modeling.DeepseekV4Indexer,
+        }
+        module: Any = makers[inputs.case.kind](self.config)
+        if self.part == "indexer":
+            module.q_b_proj = _Stop()
+        super().__init__(inputs, module)
         with torch.no_grad():
             self.module.kv_norm.weight.copy_(inputs.norm)
 
@@ -147,7 +157,8 @@ class Transformers(_Peer):
         self.module(tokens, tokens[..., :8], torch.full((1, 1), position, device=tokens.device), cache, 0)
 
     def rows(self, cache: Any) -> torch.Tensor | None:
-        return cache.layers[0].compressed_kv.get("compressor")
+        rows = cache.layers[0].compressed_kv.get(self.part)
+        return rows if rows is None or not self.spec.rotate else hadamard(rows.float())  # it does not rotate keys
 
 
 class Nano(_Peer):

@@ -31,9 +31,22 @@ def tables(records: Sequence[Record]) -> list[str]:
         found.append(markdown(records))
     if any("context" in r for r in records):
         found.append(contexts(records))
+    if any("step" in r for r in records):
+        found.append(decode_step(records))
     if any(r.get("runner") in GEMMS for r in records):
         found.append(markdown(records, gemms=True).rstrip("\n"))
     return found
+
+
+def decode_step(records: Sequence[Record]) -> str:
+    """The parts of a model's decode step by implementations."""
+    timed = [r for r in records if "step" in r and "us" in r]
+    runners = list(dict.fromkeys(r["runner"] for r in timed))
+    lines = [f"| microseconds, {timed[0]['step']} | {' | '.join(runners)} |", "|---|" + "---|" * len(runners)]
+    for part in dict.fromkeys(r["part"] for r in timed):
+        us = {r["runner"]: _number(r["us"]) for r in timed if r["part"] == part}
+        lines.append(f"| {part} | " + " | ".join(us.get(name, "-") for name in runners) + " |")
+    return "\n".join(lines)
 
 
 def context_parallel(records: Sequence[Record]) -> str:

@@ -72,23 +72,26 @@ class Kvcondense:
         end = case.start + steps * case.tokens + inputs.rest.shape[1]
         self.rope = RopeTable.build(CONFIG, end + self.spec.ratio, device=self.device)
         self.pages = -(-(end // self.spec.ratio + 1) // PAGE_ROWS)
-        rows = self.spec.required_ring_rows(case.tokens if case.start else 0)
+        rows = self.spec.required_ring_rows(steps * case.tokens if case.start else 0)
         self.layout = RingLayout(case.batch, rows)
         self.planner = Planner([(self.spec, self.layout, PAGE_ROWS)])
         self.new = inputs.new.flatten(0, 1)
         self.run = compress if case.hidden else condense
 
     def _plan(self, start: int, count: int) -> Plan:
+        # All of them drafts, so that the same step can be run again.
+        drafts = count if start and count == self.inputs.case.tokens else 0
+        return self.planner.step(**self.metadata(start, count), draft_rows=drafts)[1][0]
+
+    def metadata(self, start: int, count: int) -> dict[str, Any]:
+        """Of a step in which every request brings ``count`` tokens, for a planner."""
         batch = self.inputs.case.batch
-        _, (plan,) = self.planner.step(
-            torch.arange(batch + 1, device=self.device) * count,
-            start_positions=[start] * batch,
-            state_slots=list(range(batch)),
-            block_table=torch.arange(batch * self.pages, device=self.device).view(batch, -1),
-            # All of them drafts, so that the same step can be run again.
-            draft_rows=count if start and count == self.inputs.case.tokens else 0,
-        )
-        return plan
+        return {
+            "query_start_loc": torch.arange(batch + 1, device=self.device) * count,
+            "start_positions": torch.full((batch,), start, device=self.device),
+            "state_slots": torch.arange(batch, device=self.device),
+            "block_table": torch.arange(batch * self.pages, device=self.device).view(batch, -1),
+        }
 
     def primed(self) -> dict[str, Any]:
         case = self.inputs.case

@@ -14,6 +14,7 @@ from kvcondense.bench import measure, peer_files, records, report
 from kvcondense.bench.cases import CASES, DEVICE_CASES
 from kvcondense.bench.context_parallel import CASES as SPLITS
 from kvcondense.bench.context_parallel import run_split
+from kvcondense.bench.decode_step import DECODE_STEP, decode_step
 from kvcondense.bench.fused import LAYERS, run_layer
 from kvcondense.bench.run import CONTEXTS, context_series, run_case
 from kvcondense.bench.training import CASES as TRAINING_CASES
@@ -25,6 +26,8 @@ from kvcondense.errors import RangeError, UnsupportedError
 
 EXAMPLE = "Example: kvcondense bench --backend cpu --json timings.jsonl --plot timings.png"
 _WHAT = "kvcondense bench"
+_SERIES = {CONTEXTS: context_series, DECODE_STEP: decode_step}
+"""What is timed on a CPU beside the cases."""
 
 
 def bench(
@@ -84,11 +87,12 @@ def bench(
         cases = TRAINING_CASES if training else SPLITS
     if list_cases:
         rows = [(c.name, c.bytes, c.flops) for c in cases.values()]
-        output.table(("case", "bytes", "flops"), [*rows, (CONTEXTS, "", "")] if cases is CASES else rows)
+        more = [(name, "", "") for name in _SERIES] if cases is CASES else []
+        output.table(("case", "bytes", "flops"), [*rows, *more])
         return
     chosen = [c for c in cases.values() if not case or any(part in c.name for part in case)]
-    context = cases is CASES and (not case or any(part in CONTEXTS for part in case))
-    if not chosen and not context:
+    series = [name for name in _SERIES if cases is CASES and (not case or any(part in name for part in case))]
+    if not chosen and not series:
         raise RangeError("--case", f"part of one of: {'; '.join(cases)}", case)
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise UnsupportedError("--plot", "a file that ends in .png, .svg or .pdf", plot)
@@ -112,10 +116,11 @@ def bench(
             one_case = run_training if training else run_split
         log, rates = _start(output, on_gpu, resume)
         _measure(output, log, chosen, partial(one_case, rates=rates, say=output.say, device=_home(on_gpu)))
-        if context and CONTEXTS not in log.complete:
-            for record in context_series(backend, output.say):
-                log.add(record)
-            log.finish(CONTEXTS)
+        for name in series:
+            if name not in log.complete:
+                for record in _SERIES[name](backend, output.say):
+                    log.add(record)
+                log.finish(name)
         found = log.records
     for table in report.tables(found):
         output.say()

@@ -66,8 +66,8 @@ class Block(metaclass=_Listed):
     def place(cls, *path: str) -> int:
         """Where a field stands among a packed block's integers, or one of a block in it: place("slots", "rows")."""
         name, *rest = path
-        inner: Any = cls.kinds[name].of if rest else None
-        return cls.offsets[name] // 8 + (inner.place(*rest) if rest else 0)
+        kind: Any = cls.kinds[name]
+        return cls.offsets[name] // 8 + (kind.of.place(*rest) if rest else 0)
 
     def pack(self) -> array[int]:
         """The block, with zeros for what the host does not give. A field that was not assigned is an AttributeError."""

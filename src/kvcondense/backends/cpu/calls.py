@@ -5,6 +5,7 @@ The layer's is kept with the binding (``Step.made``), which ends when memory mov
 
 from __future__ import annotations
 
+import threading
 from array import array
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,16 @@ class _Kept:
     held: tuple[Any, ...]
 
 
+class _Own(threading.local):
+    """What a thread of the caller's uses again: nothing runs beside a call of its own."""
+
+    def __init__(self) -> None:
+        self.scratch = torch.empty(0, dtype=_UINT8)
+
+
+_own = _Own()
+
+
 def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = True) -> None:
     """One launch for the windows, for what is kept, or for both; ``store``: rows go to the cache."""
     spec, plan, state, kv_score = step.spec, step.plan, step.state, step.kv_score
@@ -50,7 +61,9 @@ def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = T
     staged = 0 if plain else min(_STAGE_CHANNELS, spec.head_dim)
     threads, blocks, chunk = _split(spec, count, requests, kept)
     scratch_bytes = 20 * spec.head_dim + (48 + 8 * staged) * spec.window + LINE
-    scratch = torch.empty(threads * scratch_bytes, dtype=_UINT8)
+    if _own.scratch.nbytes < threads * scratch_bytes:
+        _own.scratch = torch.empty(threads * scratch_bytes, dtype=_UINT8)
+    scratch = _own.scratch
     call = params.Call()
     call.layer, call.plan = layer.address, work.address
     call.scratch, call.scratch_bytes, call.staged = scratch.data_ptr(), scratch_bytes, staged

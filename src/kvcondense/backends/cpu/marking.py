@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from array import array
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from kvcondense.backends.cpu import mark_params as params
 from kvcondense.backends.cpu import native
 from kvcondense.backends.cpu.blocks import address
-from kvcondense.backends.cpu.threads import entry
+from kvcondense.backends.cpu.threads import Entry, entry
 from kvcondense.layout.addresses import RingLayout
 from kvcondense.layout.plan import Facts
 from kvcondense.layout.state import UNKNOWN, StatePool
@@ -38,8 +39,13 @@ def mark(what: int, state: StatePool, facts: Facts) -> bool:
         return False
     block = rows.block[:]  # of this call alone: other threads may use the plan, too
     block[_WHAT], block[_TAGS] = what, tags.data_ptr()
-    entry(native.address("marks"))(address(block))
+    _kernel()(address(block))
     return not block[_WRONG]
+
+
+@functools.cache
+def _kernel() -> Entry:
+    return entry(native.address("marks"))
 
 
 def _rows(state: StatePool, facts: Facts) -> _Rows:
