@@ -1,7 +1,8 @@
-# Two commands: `make demo` and `make test`. Both create .venv and install what they need.
+# Two commands: `make demo` and `make test`. Both create .venv and install what they need, and say how long that took.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --disable-pip-version-check $(if $(CI),--quiet) -c constraints.txt
 # `make gpu PY=python3`: an interpreter that has torch, Triton and pytest; nothing is installed, sources are used as they
 # lie here. JOBS: pytest's workers.
 PY ?=
@@ -12,14 +13,23 @@ QUIET := -p no:benchmark -W default  # whatever else is installed there, and wha
 
 .PHONY: demo test test-all fuzz docs bench gpu sanitize dry-run triton36 ascend lint format clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,transformers,bench,triton]'
-	DEBIAN_FRONTEND=noninteractive sh tools/chromium.sh $(BIN)/python
-	touch $@
+# What the demo needs, with pip's own bars; then the rest, for tests, pages and pictures.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	@echo "Installing torch, transformers and matplotlib in $(VENV) (a minute or two) ..."
+	@began=$$(date +%s) && $(PYTHON) -m venv $(VENV) && \
+		$(PIP) -e '.[demo]' && \
+		echo "Installed in $$(($$(date +%s) - began)) s."
+	@touch $@
 
-demo: $(VENV)/.installed  ## a real compressor on a real text, checked against transformers
-	@echo "About half a minute on two cores; first, torch and transformers are imported ..."
+$(VENV)/.installed: $(VENV)/.demo
+	@echo "Installing linters, test tools, documentation tools and a browser in $(VENV) (a minute or two) ..."
+	@began=$$(date +%s) && \
+		$(PIP) -e '.[dev,docs,demo,bench,triton]' && \
+		DEBIAN_FRONTEND=noninteractive sh tools/chromium.sh $(BIN)/python && \
+		echo "Installed in $$(($$(date +%s) - began)) s."
+	@touch $@
+
+demo: $(VENV)/.demo  ## a real compressor on a real text, checked against transformers
 	$(BIN)/python tools/demo.py --out build/demo
 
 test: $(VENV)/.installed  ## the whole test suite

@@ -26,7 +26,8 @@ ARROWS = {
         "bound", "validate", "backends", "layout", "rope_table", "weights", "formats", "spec", "numerics", "errors",
     },
     "planning": {"backends", "layout"},
-    "bound": {"planning", "validate", "backends", "layout", "rope_table", "weights", "spec", "numerics", "errors"},
+    "marks": {"backends", "layout", "spec"},
+    "bound": {"planning", "marks", "validate", "backends", "layout", "rope_table", "weights", "spec", "numerics", "errors"},
     "validate": {"layout", "rope_table", "weights", "spec", "errors"},
     "api": {"bound", "validate", "backends", "stages", "rope_table", "layout", "weights", "spec", "numerics", "errors"},
     "golden": {
@@ -56,8 +57,8 @@ ARROWS = {
         "spec", "numerics", "errors",
     },
     "bench": {
-        "bench", "parallel", "training", "planning", "api", "backends", "layout", "rope_table", "weights", "formats",
-        "spec", "config", "errors",
+        "bench", "parallel", "training", "planning", "api", "bound", "backends", "layout", "stages", "rope_table",
+        "weights", "formats", "spec", "config", "errors",
     },
     "cli": {
         "cli", "capacity", "visualiser", "bench", "stream", "cachefile", "checkpoint", "conformance", "golden",

@@ -244,7 +244,7 @@ def test_every_command_has_help_with_an_example_and_json(command):
 def test_info_says_what_can_run():
     report = stdout_json("info", "--json", "-")
     assert report["backends"] == {"cpu": None, "triton": None, "reference": None}
-    assert {k["name"] for k in report["kernels"]} == {"condense", "project", "training", "plan"}
+    assert {k["name"] for k in report["kernels"]} == {"condense", "project", "training", "plan", "marks"}
     assert report["versions"]["torch"] == torch.__version__
     table = {row["compressor"]: row for row in report["compressors"]}
     assert table["flash HCA"]["state"] == "512 KiB"

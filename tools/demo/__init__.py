@@ -1,0 +1,1 @@
+"""What ``tools/demo.py`` does: a model, comparisons, a report of them, a picture."""
