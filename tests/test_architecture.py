@@ -27,7 +27,9 @@ ARROWS = {
     },
     "planning": {"backends", "layout"},
     "marks": {"backends", "layout", "spec"},
-    "bound": {"planning", "marks", "validate", "backends", "layout", "rope_table", "weights", "spec", "numerics", "errors"},
+    "bound": {
+        "planning", "marks", "validate", "backends", "layout", "rope_table", "weights", "spec", "numerics", "errors",
+    },
     "validate": {"layout", "rope_table", "weights", "spec", "errors"},
     "api": {"bound", "validate", "backends", "stages", "rope_table", "layout", "weights", "spec", "numerics", "errors"},
     "golden": {

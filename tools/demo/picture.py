@@ -38,7 +38,8 @@ def draw(found: Found, file: Path) -> None:
     """Four panels: tokens become rows, bytes, the rows themselves, and distances beside what is allowed."""
     plt.rcParams.update({"font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "text.color": _INK})
     figure = plt.figure(figsize=(11.6, 9.4), layout="constrained")
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(1.1, 1.5, 1.5))
+    parts: Any = figure.subfigures(3, 1, height_ratios=(1.1, 1.5, 1.5))
+    top, middle, bottom = parts
     _windows(top.subplots())
     _bytes(found, middle.subplots())
     _rows(found, bottom)
@@ -50,7 +51,10 @@ def _windows(axes: Any) -> None:
     """The text's first tokens, and the windows that become rows of CSA: 8 tokens each, 4 of them new."""
     axes.set(xlim=(-0.5, _TOKENS - 0.5), ylim=(-2.6, 1.2))
     axes.axis("off")
-    axes.set_title("1  Every 4 tokens (bytes of a text) become one row; windows overlap by 4", loc="left")
+    axes.set_title(
+        "1  Every 4 tokens (here: bytes) become one row of CSA, which reads the 4 before them, too (light)",
+        loc="left",
+    )
     text = " ".join(TEXT.read_text(encoding="utf-8").split())
     for i, letter in enumerate(text[:_TOKENS]):
         axes.text(
