@@ -25,7 +25,7 @@ ARROWS = {
     "ops": {
         "bound", "validate", "backends", "layout", "rope_table", "weights", "formats", "spec", "numerics", "errors",
     },
-    "planning": {"backends", "layout"},
+    "planning": {"backends", "layout", "errors"},
     "bound": {"planning", "validate", "backends", "layout", "rope_table", "weights", "spec", "numerics", "errors"},
     "validate": {"layout", "rope_table", "weights", "spec", "errors"},
     "api": {"bound", "validate", "backends", "stages", "rope_table", "layout", "weights", "spec", "numerics", "errors"},

@@ -146,6 +146,7 @@ def test_what_is_warm_is_not_compiled_again(tmp_path):
         "project_pool_kernel",
         "project_keep_kernel",
         "finish_kernel",
+        "plan_kernel",
     }
     made, before, new = map(int, run(COMPILES, str(tmp_path), **cache).split())
     assert made >= 8

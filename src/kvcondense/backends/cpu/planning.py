@@ -44,7 +44,7 @@ class NativePlanner:
     @classmethod
     def of(cls, jobs: Sequence[Job]) -> NativePlanner | None:
         """None where jobs are not what the kernel takes, or it cannot run here."""
-        found = [_rule(*job) for job in jobs]
+        found = [rule_of(*job) for job in jobs]
         if native.problem(native.PLAN) is not None or not all(rule and max(rule) < MOST_POSITIONS for rule in found):
             return None
         return cls(tuple(jobs), array("q", (x for rule in found for x in (*(rule or ()), *_NOT_YET))))
@@ -140,8 +140,8 @@ def _uniform(value: int, block: list[int]) -> Column | None:
     return 0, max(block[params.START + params.ROWS], 0), 1, 0, 0, 0
 
 
-def _rule(spec: Any, layout: Any, page_rows: Any) -> tuple[int, ...] | None:
-    """What the kernel is told of a job; None if only the builders know what to make of it."""
+def rule_of(spec: Any, layout: Any, page_rows: Any) -> tuple[int, ...] | None:
+    """What kernels are told of a job, in the order of ``plan_params``; None if only the builders can judge it."""
     if type(spec) is not CompressorSpec or (page_rows is not None and (type(page_rows) is not int or page_rows < 1)):
         return None
     kind, blocks, rows, tokens, keep_all = params.STATELESS, 0, 0, 1, False
