@@ -130,8 +130,8 @@ class StaticPlans:
     def refill(self, batch: RaggedBatch | None = None) -> None:
         """Plan what ``self.batch`` holds now, or takes over from ``batch`` first, in place of what the plans hold.
 
-        As by ``Plan.copy_``, counters are zero and facts forgotten. On a GPU, without ``batch``, that is one launch, which
-        allocates nothing and may be captured; replays do not forget facts that somebody asked for in between.
+        As by ``Plan.copy_``, counters are zero and facts forgotten. On a GPU, without ``batch``, that is one launch; it
+        allocates nothing and may be captured. Replays do not forget facts that somebody asked for in between.
         Raises, before anything is written, ShapeError if the batch has another shape, and RangeError if a plan was used
         with buffers that are too small for its bounds, after it took over one that reached less.
         """

@@ -1,4 +1,4 @@
-"""Static plans by one launch, interpreted: entry for entry those of ``Plan.build_static``, whatever the metadata says."""
+"""Static plans by one launch, interpreted: those of ``Plan.build_static``, entry for entry, from any metadata."""
 
 import json
 import os
@@ -209,14 +209,72 @@ def test_requests_that_fill_several_blocks(requests, paged):
 
 def test_a_query_start_loc_that_falls():
     spec = SPECS["r2"]
-    for values in ([0, 5, 3, 8], [3, 2, 1, 0], [0, 9, 9, 70], [-4, 2, 4, 6], [0, 2, -1, 2], [2**62, -(2**63), 1, 4]):
-        batch = RaggedBatch(torch.tensor(values), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
-        jobs, bounds = [(spec, None, None)], Bounds(10, 10, 0, None)
+    long = list(range(2 * launcher.INTERPRETED_BLOCK + 2))
+    long[launcher.INTERPRETED_BLOCK - 1] = 50  # the next block is behind it
+    for values in (
+        long,
+        [0, 5, 3, 8],
+        [3, 2, 1, 0],
+        [0, 9, 9, 70],
+        [-4, 2, 4, 6],
+        [0, 2, -1, 2],
+        [2**62, -(2**63), 1, 4],
+    ):
+        nothing = torch.zeros(len(values) - 1, dtype=torch.int64)
+        batch, jobs = RaggedBatch(torch.tensor(values), nothing, nothing), [(spec, None, None)]
+        bounds = Bounds(max(10, len(values)), 10, 0, None)
         same(static(jobs, batch, bounds, [None]).plans, by_torch(jobs, batch, bounds, [None]))
+
+
+@pytest.mark.parametrize("state", ["ring", "paged", "online"])
+def test_what_is_just_inside_and_just_outside(state, monkeypatch):
+    """One value at a time: the last that is in its bounds, and the first that is not."""
+    monkeypatch.setattr(launcher, "INTERPRETED_BLOCK", 8)
+    names = ["r2", "hca"] if state == "online" else ["r2", "csa"]
+    jobs = [(SPECS[n], layout_of(state, SPECS[n], 4), 3) for n in names]
+    most = torch.iinfo(torch.int64).max // 3
+    where = {"state_slots": torch.tensor([3, 0])}
+    if state == "paged":
+        where = {"state_block_table": torch.tensor([[7] * 9, [8] * 9])}
+    table = {"block_table": torch.full((2, 9), 11)}
+    base = RaggedBatch(torch.tensor([0, 5, 9]), torch.tensor([35, 40]), torch.tensor([1, 0]), **where, **table)
+    bounds, rows, edges = Bounds(9, 5, 1, 44), [36, 35], []
+    for name, index, values in (
+        ("query_start_loc", 0, [-1, 1]),
+        ("query_start_loc", 1, [3, 4, 6, 9, 10]),
+        ("query_start_loc", 2, [4, 5, 8, 10]),
+        ("start_positions", 0, [-1, 0, 38, 39, 40]),
+        ("start_positions", 1, [2, 4, 41]),
+        ("draft_rows", 0, [-1, 0, 2, 6]),
+        ("state_slots", 0, [-1, 1, 2, 4, 0]),
+        ("state_block_table", (0, 6), [-1, 599, 600]),
+        ("state_block_table", (0, 7), [-1, 0, 599, 600]),
+        ("block_table", (0, 6), [-1, most - 1, most]),
+        ("block_table", (1, 3), [-1, 10, 12, most - 1, most]),
+    ):
+        for value in values if getattr(base, name) is not None else ():
+            spoilt = getattr(base, name).clone()
+            spoilt[index] = value
+            edges.append(replace(base, **{name: spoilt}))
+    for width in range(1, 9):
+        edges.append(replace(base, block_table=base.block_table[:, :width]))
+        edges.append(replace(base, block_table=None, slot_mapping=torch.arange(30, 30 + width)))
+        if state == "paged":
+            edges.append(replace(base, state_block_table=base.state_block_table[:, :width]))
+    # Nothing is kept behind a boundary without overlap: it is the rows that are read that need a page.
+    edges.append(replace(base, start_positions=torch.tensor([37, 5]), query_start_loc=torch.tensor([0, 5, 6])))
+    for width in range(1, 9) if state == "paged" else ():
+        edges.append(
+            replace(edges[-1], state_block_table=base.state_block_table[:, :width], draft_rows=base.draft_rows * 0)
+        )
+    for batch in edges:
+        for limit, most in ((bounds, rows), (replace(bounds, positions=None), [None] * 2)):
+            same(static(jobs, batch, limit, most).plans, by_torch(jobs, batch, limit, most))
 
 
 def test_nothing_lies_outside_the_tensors():
     """Every tensor of a hostile batch, and the plans' own memory, end where memory does."""
+    real = torch.empty
     for seed in range(4):
         for paged in (False, True):
             jobs, batch, bounds = many(7, paged=paged, seed=seed)
@@ -224,7 +282,6 @@ def test_nothing_lies_outside_the_tensors():
                 getattr(batch, name)[seed] = value
             held = {f.name: t if (t := getattr(batch, f.name)) is None else guarded(t) for f in fields(batch)}
             with pytest.MonkeyPatch.context() as patch:
-                real = torch.empty
                 patch.setattr(torch, "empty", lambda *size, **more: guarded(real(*size, **more)))
                 found = static(jobs, RaggedBatch(**held), bounds, [50] * 3)
             same(found.plans, by_torch(jobs, found.batch, bounds, [50] * 3))

@@ -92,8 +92,9 @@ class StaticPlanner:
 
         block = INTERPRETED_BLOCK if interpreted() else BLOCK
         options: dict[str, Any] = {"BLOCK": block, "num_warps": WARPS, "enable_fp_fusion": False}
+        operands: Any = (self.described, self.memory, *self.tensors)
         with on_device(self.memory.device):
-            plan_kernel[(len(self.plans),)](self.described, self.memory, *self.tensors, **options)
+            plan_kernel[(len(self.plans),)](*operands, **options)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class _Place:
 
     @property
     def strides(self) -> tuple[int, int, int]:
-        """From one array to the next: of those for each request, for each window with the counters, for each kept row."""
+        """From one array to the next: of requests, of windows (with the counters) and of kept rows."""
         return _aligned(self.requests + 1), _aligned(self.windows + BARRIERS), _aligned(self.keeps)
 
     @property
