@@ -256,6 +256,7 @@ def test_what_is_just_inside_and_just_outside(state, monkeypatch):
             spoilt = getattr(base, name).clone()
             spoilt[index] = value
             edges.append(replace(base, **{name: spoilt}))
+    values = len(edges)
     for width in range(1, 9):
         edges.append(replace(base, block_table=base.block_table[:, :width]))
         edges.append(replace(base, block_table=None, slot_mapping=torch.arange(30, 30 + width)))
@@ -267,9 +268,10 @@ def test_what_is_just_inside_and_just_outside(state, monkeypatch):
         edges.append(
             replace(edges[-1], state_block_table=base.state_block_table[:, :width], draft_rows=base.draft_rows * 0)
         )
-    for batch in edges:
-        for limit, most in ((bounds, rows), (replace(bounds, positions=None), [None] * 2)):
-            same(static(jobs, batch, limit, most).plans, by_torch(jobs, batch, limit, most))
+    tried = [(batch, bounds, rows) for batch in edges]
+    tried += [(batch, replace(bounds, positions=None), [None] * 2) for batch in edges[:values]]
+    for batch, limit, most in tried:
+        same(static(jobs, batch, limit, most).plans, by_torch(jobs, batch, limit, most))
 
 
 def test_nothing_lies_outside_the_tensors():
