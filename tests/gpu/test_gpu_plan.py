@@ -35,7 +35,7 @@ def layout_of(state, spec, slots):
 
 
 def batch_of(gen, state, cache, requests, most):
-    """Requests of which a tenth are spoilt in several ways; a wrong offset, which is rare, takes those after it along."""
+    """Requests of which a tenth are spoilt in each way; a wrong offset is rare, as it takes those after it along."""
     counts = integers(gen, 0, most + 1, requests)
     where = {}
     if state in ("ring", "online"):
