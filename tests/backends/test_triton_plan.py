@@ -1,9 +1,5 @@
 """Static plans by one launch, interpreted: those of ``Plan.build_static``, entry for entry, from any metadata."""
 
-import json
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import fields, replace
 
@@ -388,53 +384,3 @@ def test_views_with_strides_and_odd_addresses_are_taken():
     shifted[1:] = batch.start_positions
     batch = replace(batch, state_block_table=wide[:, 1:61], start_positions=shifted[1:])
     same(static(jobs, batch, bounds, [None] * 3).plans, by_torch(jobs, batch, bounds, [None] * 3))
-
-
-MIXED = """
-import json, random, sys
-from dataclasses import replace
-import torch
-from kvcondense import CompressorSpec, ModelConfig, RaggedBatch
-from kvcondense.backends.triton.launches import recorded
-from kvcondense.backends.triton.planning import StaticPlanner
-from kvcondense.layout.addresses import PagedLayout, RingLayout
-from kvcondense.layout.extremes import Bounds
-
-chance, flash = random.Random(4), ModelConfig.FLASH
-specs = [CompressorSpec.hca(flash), CompressorSpec.csa(flash)]
-memory = torch.zeros(1 << 16, dtype=torch.int64)
-
-def some(*shape):
-    at = chance.randrange(64)
-    count = 1
-    for size in shape:
-        count *= size
-    return memory[at : at + count].view(shape)
-
-steps = 0
-with recorded("sm_90") as launches:
-    while steps < 10_000:
-        requests, paged, pages = chance.randrange(1, 65), chance.random() < 0.5, chance.randrange(1, 90)
-        batch = RaggedBatch(
-            some(requests + 1), some(requests), some(requests),
-            state_slots=None if paged else some(requests), state_block_table=some(requests, pages) if paged else None,
-            slot_mapping=some(chance.randrange(1, 99)) if chance.random() < 0.5 else None,
-            block_table=some(requests, pages),
-        )
-        jobs = [(s, PagedLayout(16, 16) if paged else RingLayout(8, s.required_ring_rows(8)), 64) for s in specs]
-        jobs = chance.sample(jobs + [(s, None, 64) for s in specs], chance.randrange(1, 5))
-        bounds = Bounds(chance.randrange(1, 999), chance.randrange(1, 999), chance.randrange(9), 4096)
-        planner = StaticPlanner.of(jobs, batch, bounds, [chance.randrange(999) for _ in jobs])
-        for _ in range(5):
-            planner.fill()
-            steps += 1
-print(json.dumps({"steps": steps, "compiled": [l.name for l in launches]}))
-"""
-
-
-def test_mixed_steps_compile_the_kernel_once():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    words = [sys.executable, "-c", MIXED]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"steps": 10_000, "compiled": ["plan_kernel"]}

@@ -17,7 +17,7 @@ from kvcondense.layout.batch import MOST_POSITIONS, RaggedBatch
 from kvcondense.layout.extremes import Bounds, Extremes
 from kvcondense.layout.plan import BARRIERS, KEEP_FIELDS, WINDOW_FIELDS, Plan, may_overwrite
 
-BLOCK, INTERPRETED_BLOCK, WARPS = 512, 32, 8
+BLOCK, INTERPRETED_BLOCK, WARPS = 256, 32, 8
 """Requests, windows or kept rows that a program takes at a time, and its warps."""
 _MOST = torch.iinfo(torch.int64).max
 _FIELDS = tuple(field.name for field in fields(RaggedBatch))
