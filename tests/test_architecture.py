@@ -25,7 +25,7 @@ ARROWS = {
     "ops": {
         "bound", "validate", "backends", "layout", "rope_table", "weights", "formats", "spec", "numerics", "errors",
     },
-    "planning": {"backends", "layout"},
+    "planning": {"backends", "layout", "errors"},
     "marks": {"backends", "layout", "spec"},
     "bound": {
         "planning", "marks", "validate", "backends", "layout", "rope_table", "weights", "spec", "numerics", "errors",

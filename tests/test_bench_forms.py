@@ -24,7 +24,7 @@ def named(name):
 def test_every_variant_is_a_form_or_finishes_no_row():
     asked = {f.variant for f in forms() if f.requests == COUNTS[0]}
     for v in set(variants()) - asked:
-        assert (v.kind, v.form, v.state) == ("hca", "decode", ""), v.name
+        assert v.form == "plan" or (v.kind, v.form, v.state) == ("hca", "decode", ""), v.name
     names = [f.name for f in forms()]
     assert len(names) == len(set(names))
     for count in COUNTS[1:]:

@@ -105,6 +105,52 @@ def test_mixed_steps_compile_each_form_once_or_twice():
     assert found["forms"] >= 20
 
 
+PLANS = """
+import json, random, sys
+from dataclasses import replace
+import torch
+from kvcondense import CompressorSpec, ModelConfig, RaggedBatch
+from kvcondense.backends.triton.launches import recorded
+from kvcondense.backends.triton.planning import StaticPlanner
+from kvcondense.layout.addresses import PagedLayout, RingLayout
+from kvcondense.layout.extremes import Bounds
+
+chance, flash = random.Random(4), ModelConfig.FLASH
+specs = [CompressorSpec.hca(flash), CompressorSpec.csa(flash)]
+memory = torch.zeros(1 << 16, dtype=torch.int64)
+
+def some(*shape):
+    at = chance.randrange(64)
+    count = 1
+    for size in shape:
+        count *= size
+    return memory[at : at + count].view(shape)
+
+steps = 0
+with recorded("sm_90") as launches:
+    while steps < 10_000:
+        requests, paged, pages = chance.randrange(1, 65), chance.random() < 0.5, chance.randrange(1, 90)
+        batch = RaggedBatch(
+            some(requests + 1), some(requests), some(requests),
+            state_slots=None if paged else some(requests), state_block_table=some(requests, pages) if paged else None,
+            slot_mapping=some(chance.randrange(1, 99)) if chance.random() < 0.5 else None,
+            block_table=some(requests, pages),
+        )
+        jobs = [(s, PagedLayout(16, 16) if paged else RingLayout(8, s.required_ring_rows(8)), 64) for s in specs]
+        jobs = chance.sample(jobs + [(s, None, 64) for s in specs], chance.randrange(1, 5))
+        bounds = Bounds(chance.randrange(1, 999), chance.randrange(1, 999), chance.randrange(9), 4096)
+        planner = StaticPlanner.of(jobs, batch, bounds, [chance.randrange(999) for _ in jobs])
+        for _ in range(5):
+            planner.fill()
+            steps += 1
+print(json.dumps({"steps": steps, "compiled": [l.name for l in launches]}))
+"""
+
+
+def test_plans_of_every_shape_compile_one_kernel_once():
+    assert json.loads(run(PLANS)) == {"steps": 10_000, "compiled": ["plan_kernel"]}
+
+
 COMPILES = """
 import sys
 from pathlib import Path
@@ -146,6 +192,7 @@ def test_what_is_warm_is_not_compiled_again(tmp_path):
         "project_pool_kernel",
         "project_keep_kernel",
         "finish_kernel",
+        "plan_kernel",
     }
     made, before, new = map(int, run(COMPILES, str(tmp_path), **cache).split())
     assert made >= 8

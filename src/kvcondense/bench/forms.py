@@ -52,7 +52,9 @@ def forms() -> list[Form]:
 
 
 def _finishes_a_row(v: Variant) -> bool:
-    """False where a step of few tokens, without a state, ends no window."""
+    """False of plans, and where a step of few tokens, without a state, ends no window."""
+    if v.form == "plan":
+        return False
     return bool(v.state) or v.form not in ("decode", "together") or COUNTS[0] * v.compressor.window <= decode.TOKENS
 
 

@@ -105,7 +105,8 @@ def _line(r: compiler.Compiled) -> str:
         return f"{r.arch:<7} {r.variant:<52} {r.kernel:<19} FAILED {r.error}"
     numbers = f"{_number(r.registers):>4} registers {_number(r.spills):>3} spilled {_number(r.shared):>6} B shared"
     matrix = f", {r.matrix} matrix" if r.matrix else ""
-    return f"{r.arch:<7} {r.variant:<52} {r.kernel:<19} {numbers}  {r.num_warps} warps x {r.block} channels{matrix}"
+    unit = "entries" if r.kernel == "plan_kernel" else "channels"
+    return f"{r.arch:<7} {r.variant:<52} {r.kernel:<19} {numbers}  {r.num_warps} warps x {r.block} {unit}{matrix}"
 
 
 def _summary(arch: str, results: Iterable[compiler.Compiled]) -> str:

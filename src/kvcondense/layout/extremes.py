@@ -44,6 +44,12 @@ class Extremes:
     slots: Slots | None
     dense: bool
 
+    @classmethod
+    def of_static(cls, tokens: int, positions: int | None, cache_rows: int | None) -> Extremes:
+        """Of a static plan with these bounds."""
+        slots = None if cache_rows is None else Slots(-1, cache_rows - 1, False)
+        return cls(tokens, positions, slots, dense=False)
+
 
 @dataclass(frozen=True)
 class Bounds:

@@ -183,14 +183,9 @@ class Plan:
             page_rows=page_rows,
             **{n: torch.where(live, t, -1) for n, t in zip(WINDOW_FIELDS, (request, window, slot), strict=True)},
             **{n: torch.where(kept, t, -1) for n, t in zip(KEEP_FIELDS, (token, owner, position, row), strict=True)},
-            overwrites=_may_overwrite(spec, state_layout, longest),
+            overwrites=may_overwrite(spec, state_layout, longest),
             counters=_counters(window),
-            extremes=Extremes(
-                tokens=max_tokens,
-                positions=max_positions,
-                slots=None if cache_rows is None else Slots(-1, cache_rows - 1, False),
-                dense=False,
-            ),
+            extremes=Extremes.of_static(max_tokens, max_positions, cache_rows),
             given=given,
         )
 
@@ -206,11 +201,15 @@ class Plan:
             raise KvCondenseError("overwrites", "a plan whose kept rows replace no row that it reads", "one that may")
         names = (*WINDOW_FIELDS, *KEEP_FIELDS)
         check_fields(self, other, names)
-        self._check_admitted(other.extremes)
+        self.check_admitted(other.extremes)
         self.batch.copy_(other.batch)
-        object.__setattr__(self, "extremes", replace(other.extremes, dense=False))
+        self.renew(other.extremes)
         copy_fields(self, other, names)
         self.counters.zero_()  # whatever a step that was broken off has left
+
+    def renew(self, extremes: Extremes) -> None:
+        """Forget what was known of the values: others take their place, which reach ``extremes``."""
+        object.__setattr__(self, "extremes", replace(extremes, dense=False))
         vars(self).pop("_facts", None)
 
     def admitted_to(self, tokens: int, positions: int | None, cache_rows: int | None) -> None:
@@ -223,7 +222,7 @@ class Plan:
             least = tuple(b if a is None else a if b is None else min(a, b) for a, b in zip(known, sizes, strict=True))
             memory["_admitted"] = least
 
-    def _check_admitted(self, new: Extremes) -> None:
+    def check_admitted(self, new: Extremes) -> None:
         """Raise RangeError if buffers that this plan was used with, as by a graph, are too small for another one."""
         tokens, positions, rows = vars(self).get("_admitted", (None, None, None))
         reached = (
@@ -330,7 +329,7 @@ def _overwrites(
     return reads is not None and bool(torch.isin(row, reads).any())
 
 
-def _may_overwrite(spec: CompressorSpec, layout: Layout | None, max_query_len: int) -> bool:
+def may_overwrite(spec: CompressorSpec, layout: Layout | None, max_query_len: int) -> bool:
     """``_overwrites`` for every batch whose requests have at most ``max_query_len`` tokens."""
     if isinstance(layout, RingLayout):
         return max_query_len + spec.window - 1 > layout.ring_rows

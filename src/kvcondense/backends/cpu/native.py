@@ -118,7 +118,12 @@ def _stamp() -> str:
     parts = [version("numba"), version("llvmlite"), platform.machine(), sys.platform, name, *sorted(features)]
     digest = hashlib.sha256("\n".join(parts).encode())
     here = Path(__file__).parent
-    for source in (here / "blocks.py", *sorted(here.glob("*params.py")), *sorted((here / "kernels").glob("*.py"))):
+    for source in (
+        here.parent / "jobs.py",
+        here / "blocks.py",
+        *sorted(here.glob("*params.py")),
+        *sorted((here / "kernels").glob("*.py")),
+    ):
         digest.update(source.read_bytes())
     digest.update(_ENTRY.encode())
     return digest.hexdigest()[:24]

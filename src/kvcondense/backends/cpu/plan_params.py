@@ -9,7 +9,6 @@ from typing import Annotated
 
 from kvcondense.backends.cpu.blocks import Behind, Block, Table
 
-STATELESS, RING, PAGED, ONLINE = range(4)
 COLUMNS = 7
 
 

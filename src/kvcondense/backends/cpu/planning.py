@@ -17,15 +17,11 @@ import torch
 from kvcondense.backends.cpu import native
 from kvcondense.backends.cpu import plan_params as params
 from kvcondense.backends.cpu.threads import entry
-from kvcondense.layout.addresses import PagedLayout, RingLayout
+from kvcondense.backends.jobs import Job, Rule, rule_of
 from kvcondense.layout.batch import MOST_POSITIONS, IntTensor, RaggedBatch
-from kvcondense.layout.extremes import Extremes, Layout, Slots
-from kvcondense.layout.online import OnlineLayout
+from kvcondense.layout.extremes import Extremes, Slots
 from kvcondense.layout.plan import BARRIERS, Plan
-from kvcondense.spec import CompressorSpec
 
-Job = tuple[CompressorSpec, Layout | None, int | None]
-"""What a plan is made for: a compressor, the layout of its state, the rows of its cache's pages."""
 Column = tuple[int, int, int, int, int, int]
 _FIELDS = tuple(field.name for field in fields(RaggedBatch))
 _DIMENSIONS = (1, 1, 1, 1, 2, 1, 2)  # of those fields
@@ -50,7 +46,7 @@ class NativePlanner:
     @classmethod
     def of(cls, jobs: Sequence[Job]) -> NativePlanner | None:
         """None where jobs are not what the kernel takes, or it cannot run here."""
-        found = [_rule(*job) for job in jobs]
+        found = [rule_of(*job) for job in jobs]
         rules = [rule for rule in found if rule is not None]
         if native.problem(native.PLAN) is not None or len(rules) < len(found):
             return None
@@ -59,7 +55,7 @@ class NativePlanner:
         step.most, step.drafts, step.count = MOST_POSITIONS, -1, len(jobs)
         block = step.pack()
         for rule in rules:
-            block += rule
+            block += _told(rule)
         return cls(tuple(jobs), block)
 
     def step(self, values: Sequence[IntTensor | int | None]) -> tuple[RaggedBatch, tuple[Plan, ...]] | None:
@@ -152,27 +148,10 @@ def _uniform(value: int, at: int, block: array[int]) -> Column | None:
     return 0, max(block[_REQUESTS], 0), 1, 0, 0, 0
 
 
-def _rule(spec: Any, layout: Any, page_rows: Any) -> array[int] | None:
-    """What the kernel is told of a job; None if only the builders know what to make of it."""
-    if type(spec) is not CompressorSpec or (page_rows is not None and (type(page_rows) is not int or page_rows < 1)):
-        return None
-    kind, blocks, rows, tokens, keep_all = params.STATELESS, 0, 0, 1, False
-    if type(layout) is RingLayout:
-        kind, blocks, rows = params.RING, layout.num_slots, layout.ring_rows
-    elif type(layout) is PagedLayout:
-        kind, blocks, rows = params.PAGED, layout.num_pages, layout.page_rows
-        tokens, keep_all = layout.page_tokens, layout.keep_all
-    elif type(layout) is OnlineLayout:
-        kind, blocks, rows = params.ONLINE, layout.num_slots, layout.log_rows
-        if type(blocks) is not int or type(rows) is not int or min(blocks, rows) < 0:
-            return None
-    elif layout is not None:
-        return None
+def _told(rule: Rule) -> array[int]:
+    """What the kernel is told of a job."""
     job = params.Job()
-    job.ratio, job.halves, job.kind, job.blocks, job.block_rows = spec.ratio, spec.halves, kind, blocks, rows
-    job.page_tokens, job.keep_all, job.page_rows = tokens, bool(keep_all), page_rows or 0
-    if max(job.ratio, blocks, rows, tokens, job.page_rows) >= MOST_POSITIONS:
-        return None
+    job.ratio, job.halves, job.kind, job.blocks, job.block_rows, job.page_tokens, job.keep_all, job.page_rows = rule
     job.window_fields = job.keep_fields = 0
     job.windows = job.keeps = job.last_window = job.lowest = job.highest = job.shared = job.overwrites = 0
     return job.pack()

@@ -61,7 +61,7 @@ def compile_variant(variant: Variant, arch: str) -> list[Compiled]:
 
 
 def _compile(variant: Variant, launch: Launch, arch: str) -> Compiled:
-    head = Compiled(variant.name, arch, launch.name, launch.constants.block, launch.options["num_warps"], 0.0)
+    head = Compiled(variant.name, arch, launch.name, launch.block, launch.options["num_warps"], 0.0)
     start = time.perf_counter()
     try:
         built = launch.compile(arch)

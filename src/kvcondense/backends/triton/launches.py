@@ -37,6 +37,12 @@ class Launch:
         """The ``Constants`` that the kernel is compiled for."""
         return self.constexprs[self.kernel.arg_names.index("c"),]
 
+    @property
+    def block(self) -> int:
+        """Channels that a program takes at a time; of the planner, entries."""
+        names = self.kernel.arg_names
+        return self.constants.block if "c" in names else self.constexprs[names.index("BLOCK"),]
+
     def compile(self, arch: str) -> Any:
         """Triton's compiled kernel, which its cache on disk then holds."""
         import triton

@@ -87,6 +87,11 @@ def choose(device: torch.device, spec: CompressorSpec, rows: int) -> Choice:
     return choose_for(architecture(device), spec.ratio, spec.window, spec.head_dim, rows)
 
 
+def threads(device: torch.device) -> bool:
+    """True if a program on this device is threads, which barriers join."""
+    return table().get(architecture(device), table()[ANY])["counters"]
+
+
 def fused_tokens(device: torch.device) -> int | None:
     """Least tokens of a step that is fused with its projection on this device; None: no step is."""
     return table().get(architecture(device), table()[ANY])["fused_tokens"]

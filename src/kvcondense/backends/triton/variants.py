@@ -16,11 +16,13 @@ import torch
 from kvcondense.backends import Step
 from kvcondense.backends.triton import TritonBackend, decode, fused, tuning
 from kvcondense.backends.triton.launches import Launch, recorded
+from kvcondense.backends.triton.planning import StaticPlanner
 from kvcondense.config import ModelConfig
 from kvcondense.errors import UnsupportedError
 from kvcondense.formats import FORMATS
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.extremes import Bounds
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
@@ -37,8 +39,9 @@ class Variant:
     """One step: which compressor, kind of state, types of tokens and state ("" for none), format and rows.
 
     form: "step", or from hidden states: "tiles", "decode", "together" (decode with the indexer's step) or "project",
-    which is no step. drafts: of a step, which rings have rows for; page_rows: of the cache. spec, beside: the
-    compressor if it is not the one of that kind in ``specs``, and the variant whose step shares the launch.
+    which is no step; or "plan", static plans, whose kernel serves all compressors. drafts: of a step, which rings have
+    rows for; page_rows: of the cache. spec, beside: the compressor if it is not the one of that kind in ``specs``, and
+    the variant whose step shares the launch.
     """
 
     kind: str
@@ -63,16 +66,21 @@ class Variant:
     @property
     def multiplies(self) -> bool:
         """True if its kernels project."""
-        return self.form != "step"
+        return self.form not in ("step", "plan")
 
     @property
     def name(self) -> str:
         """Short and unique."""
+        if self.form == "plan":
+            return self.form
         if self.multiplies:
             return "-".join((self.kind, self.form, self.state or "stateless", self.state_type, self.format or "rows"))
         extra = ("latent",) * self.latent + (self.rounding.value,) * (self.rounding is Rounding.FUSED)
         return "-".join((self.kind, self.state or "stateless", self.tokens, self.state_type, f"{self.rows}rows",
                          self.format or "rows", *extra))  # fmt: skip
+
+
+PLAN = Variant("hca", "", form="plan")
 
 
 @functools.cache
@@ -115,12 +123,14 @@ def _variants() -> Iterator[Variant]:
                 beside = Variant("indexer", state, "bf16", state_type, _MAIN["indexer"])
                 yield Variant(kind, state, "bf16", state_type, main, form="together", beside=beside)
         yield Variant(kind, "", "bf16", form="project")
+    yield PLAN
 
 
 def of_model(
     compressors: dict[str, CompressorSpec], formats: tuple[str, str], state: str, drafts: int, page_tokens: int
 ) -> list[Variant]:
-    """Steps of a model: unfused, in tiles, and in one launch, a CSA layer's two compressors together as well as alone.
+    """Steps of a model: unfused, in tiles, and in one launch, a CSA layer's two compressors together as well as alone;
+    and their static plans.
 
     compressors: by a name in which the indexer's is "indexer"; formats: of main rows and of indexer keys; state: ring,
     paged, or online where windows do not overlap; page_tokens: of a page of the cache.
@@ -140,7 +150,7 @@ def of_model(
         elif indexer is not None and spec.ratio == indexer.compressor.ratio and held != "online":
             found.append(replace(small, form="together", beside=indexer))
         found.append(replace(small, state="", format="", form="project"))
-    return found
+    return [*found, PLAN]
 
 
 def _fits(form: Any, spec: CompressorSpec) -> bool:
@@ -169,6 +179,12 @@ def launches(variant: Variant, arch: str) -> list[Launch]:
 
 def _launch(variant: Variant, arch: str) -> None:
     spec = variant.compressor
+    if variant.form == "plan":
+        batch = RaggedBatch.build([0, _TOKENS], start_positions=[0])
+        planner = StaticPlanner.of([(spec, None, None)], batch, Bounds(_TOKENS, _TOKENS, 0, None), [None])
+        assert planner is not None
+        planner.fill()
+        return
     choice = tuning.choose_for(arch, spec.ratio, spec.window, spec.head_dim, variant.rows)
     x = torch.zeros(_TOKENS, _HIDDEN, dtype=torch.bfloat16)
     if variant.form == "project":

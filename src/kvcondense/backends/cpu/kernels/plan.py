@@ -10,6 +10,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import cfunc, types
 
+from kvcondense.backends import jobs
 from kvcondense.backends.cpu import plan_params as params
 from kvcondense.backends.cpu.kernels import fields
 from kvcondense.backends.cpu.kernels.pool import inlined, kernel
@@ -115,9 +116,9 @@ def _span(job, start, length, draft):
     first = start // ratio
     behind = start - first * ratio + length
     last = first if behind < ratio else first + behind // ratio
-    if kind == params.STATELESS:
+    if kind == jobs.STATELESS:
         return first, last, start + length
-    if kind == params.ONLINE:
+    if kind == jobs.ONLINE:
         return first, last, start + length - draft
     if job.keep_all:
         return first, last, start
@@ -150,9 +151,9 @@ def _count(step, job):
     job.windows = windows
     job.keeps = keeps
     kind, rows, halves = job.kind, job.block_rows, job.halves
-    if kind == params.ONLINE:
+    if kind == jobs.ONLINE:
         return halves == 1 and most <= rows
-    if kind == params.RING or (kind == params.PAGED and job.page_tokens > rows):
+    if kind == jobs.RING or (kind == jobs.PAGED and job.page_tokens > rows):
         return rows >= halves * job.ratio - 1 + max(1, most)
     return True
 
@@ -261,15 +262,15 @@ def _keeps(step, job):
     bounds, starts = step.query_start.to, step.start.to
     drafts, slots = step.draft.to, step.slots.to
     out, count, ratio, halves = job.keep_fields, job.keeps, job.ratio, job.halves
-    paged = kind == params.PAGED
-    if kind != params.STATELESS and not (step.state_table.to if paged else slots):
+    paged = kind == jobs.PAGED
+    if kind != jobs.STATELESS and not (step.state_table.to if paged else slots):
         return False
     _forget(step)
     k, overwrites = 0, False
     for q in range(requests):
         start, token = starts[q], bounds[q]
         length = bounds[q + 1] - token
-        if start < 0 or length <= 0 or kind == params.STATELESS:
+        if start < 0 or length <= 0 or kind == jobs.STATELESS:
             continue
         first, last, low = _span(job, start, length, drafts[q])
         end, oldest, row = start + length, _live_start(first, ratio, halves), 0
@@ -283,7 +284,7 @@ def _keeps(step, job):
             if slot < 0 or slot >= job.blocks or _seen(step, slot, True):
                 return False
             row = slot * rows + low % max(rows, 1)
-            overwrites = overwrites or (kind == params.RING and last > first and end - oldest > rows)
+            overwrites = overwrites or (kind == jobs.RING and last > first and end - oldest > rows)
         for position in range(low, end):
             if paged:
                 row = _page_row(step, job, q, position)
