@@ -91,7 +91,7 @@ def test_what_is_shown_is_the_plan(browser, tmp_path):
                  "lost": range(sure + step["accepted"], end), "read": [p for p, _ in step["reads"]]}  # fmt: skip
         for kind, positions in kinds.items():
             assert [p for words, p in cells if kind in words.split()] == list(positions)
-        slots = view.page.eval_on_selector_all("#cache b", "cells => cells.map(c => Number(c.dataset.slot))")
+        slots = view.page.eval_on_selector_all("#cache b[tabindex]", "cells => cells.map(c => Number(c.dataset.slot))")
         assert set(slots) >= {w[1] for w in step["windows"]}
         for index, slot, rope in step["windows"]:
             assert f"window {index}: pools" in view.page.inner_text("#events")

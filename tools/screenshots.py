@@ -34,7 +34,7 @@ def main() -> None:
                     view.select_option("#chunk", "5")
                     view.select_option("#drafts", "3")
                     view.fill("#step", "7")
-                    view.focus("#cache b:last-child")
+                    view.locator("#cache b[tabindex]").last.focus()
                 view.screenshot(path=folder / f"{name}-{width}.png", full_page=True)
                 print(folder / f"{name}-{width}.png")
         browser.close()

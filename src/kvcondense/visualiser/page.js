@@ -7,7 +7,7 @@ let trace = null, at = 0, timer = null;
 const kindOf = (t) => t.state.kind === "ring" ? `ring of ${t.state.block_rows}` : `pages of ${t.state.block_rows}`;
 const chunkOf = (t) => t.scenario.chunk >= t.scenario.prompt ? `all ${t.scenario.prompt}` : String(t.scenario.chunk);
 const KEYS = { ratio: (t) => String(t.spec.ratio), chunk: chunkOf, drafts: (t) => String(t.scenario.drafts), state: kindOf };
-const ORDER = ["ratio", "chunk", "drafts", "state"];
+const ORDER = ["ratio", "chunk", "drafts", "state"], PAGES = 12;
 
 // Fill each control with what is left under the choices before it; keep a choice that is still possible.
 function choose() {
@@ -25,7 +25,7 @@ function load(t) {
   trace = t; at = 0;
   $("step").max = t.steps.length - 1;
   $("about-state").textContent = `${kindOf(t)} rows, ${t.state.row_bytes} bytes each; a row shows the position it holds`;
-  $("about-cache").textContent = `${t.cache.format}, pages of ${t.cache.page_rows} rows, ${t.cache.page_bytes} bytes; hover or focus a row`;
+  $("about-cache").textContent = `${t.cache.format}, pages of ${t.cache.page_rows} rows, ${t.cache.page_bytes} bytes each; hover or focus a row for its place and bytes`;
   show();
 }
 
@@ -98,22 +98,33 @@ function show() {
   for (const row of used) {
     if (trace.state.kind === "paged" && row % trace.state.block_rows === 0) { const line = document.createElement("span"); line.textContent = `page ${row / trace.state.block_rows}`; state.push(line); }
     const p = keeps.has(row) ? keeps.get(row) : rows.get(row);
-    const b = cell(p === undefined ? "" : p, [p === undefined && "empty", keeps.has(row) ? "new" : readRows.has(row) && "read"],
+    const b = cell(p === undefined ? "\u2013" : p, [p === undefined && "empty", keeps.has(row) ? "new" : readRows.has(row) && "read"],
       `state row ${row}${readRows.has(row) ? `, read: position ${rows.get(row)}` : ""}${keeps.has(row) ? `, written: position ${keeps.get(row)}` : ""}`);
     b.dataset.row = row;
     state.push(b);
   }
   $("rows").replaceChildren(...state);
-  // Cache rows so far, the newest last.
-  const cached = new Map();
+  // The pages that hold rows, in the order of the block table; a cell is a cache row, and below it its window.
+  const cached = new Map(), lines = trace.cache.page_rows;
   trace.steps.slice(0, at + 1).forEach((step, n) => step.windows.forEach(([index, slot, rope]) => cached.set(index, { index, slot, rope, now: n === at })));
   const visible = Math.floor((sure + s.accepted) / r);
-  $("cache").replaceChildren(...[...cached.values()].slice(-64).map((w) => {
-    const b = cell(w.index, [w.index >= visible ? "lost" : w.now && "new"], w.index >= visible ? "ended by a rejected draft: not visible, written again later" : "");
-    b.tabIndex = 0;
-    b.dataset.slot = w.slot;
-    b.onmouseenter = b.onfocus = () => bytes(w);
-    return b;
+  const entries = [...new Set([...cached.keys()].map((index) => Math.floor(index / lines)))].slice(-PAGES);
+  $("cache").replaceChildren(...entries.flatMap((entry) => {
+    const page = Math.floor(cached.get(Math.max(...[...cached.keys()].filter((i) => Math.floor(i / lines) === entry))).slot / lines);
+    const line = document.createElement("span");
+    line.textContent = `page ${page} (block_table[${entry}]): cache rows ${page * lines} to ${page * lines + lines - 1}`;
+    return [line, ...[...Array(lines).keys()].map((i) => {
+      const w = cached.get(entry * lines + i), row = page * lines + i;
+      if (!w) return cell(row, ["empty"], "not written yet");
+      const b = cell(row, [w.index >= visible ? "lost" : w.now && "new"], w.index >= visible ? "ended by a rejected draft: not visible, written again later" : "");
+      const small = document.createElement("small");
+      small.textContent = `window ${w.index}`;
+      b.append(small);
+      b.tabIndex = 0;
+      b.dataset.slot = w.slot;
+      b.onmouseenter = b.onfocus = () => bytes(w);
+      return b;
+    })];
   }));
   $("bytes").textContent = "";
   $("strip").replaceChildren();
@@ -122,7 +133,7 @@ function show() {
   if (s.reads.length) events.push(`reads ${s.reads.length} rows of the state, positions ${s.reads[0][0]} to ${s.reads.at(-1)[0]}`);
   for (const [index, slot, rope] of s.windows) {
     const begin = Math.max((index + 1) * r - trace.spec.window, 0);
-    events.push(`window ${index}: pools positions ${begin} to ${(index + 1) * r - 1}, rotated at ${rope}, to cache row ${slot} (page ${Math.floor(slot / trace.cache.page_rows)}, row ${slot % trace.cache.page_rows})`);
+    events.push(`window ${index}: pools positions ${begin} to ${(index + 1) * r - 1}, rotated at ${rope}, to cache row ${slot} (page ${Math.floor(slot / lines)}, line ${slot % lines})`);
   }
   if (!s.windows.length) events.push("no window ends: the cache stays as it is");
   if (s.keeps.length) events.push(`keeps ${s.keeps.length} rows, positions ${s.keeps[0][0]} to ${s.keeps.at(-1)[0]}`);
@@ -146,7 +157,9 @@ function bytes(w) {
     return box;
   })));
   const fields = trace.cache.row_bytes[row].map(([name, first, last]) => `${name} ${first}..${last - 1}`).join(", ");
-  $("bytes").textContent = `window ${w.index}, RoPE at position ${w.rope}: page ${page}, row ${row}; bytes of the page: ${fields}`;
+  const lines = trace.cache.page_rows, entry = Math.floor(w.index / lines);
+  $("bytes").textContent = `window ${w.index}, RoPE at position ${w.rope}: block_table[${w.index} div ${lines} = ${entry}] is page ${page}, `
+    + `line ${w.index} mod ${lines} = ${row}, so cache row ${page} * ${lines} + ${row} = ${w.slot}; bytes of the page: ${fields}`;
 }
 
 function go(n) { at = Math.min(Math.max(n, 0), trace.steps.length - 1); show(); }
