@@ -35,12 +35,12 @@ def per_token(model: DeepseekV4ForCausalLM, ids: torch.Tensor, contexts: list[in
     cache, done, medians, tokens, logits = DynamicCache(config=model.config), 0, [], [], ids
     for context in contexts:
         for begin in range(done, context, CHUNK):
-            logits = model(ids[:, begin : min(begin + CHUNK, context)], past_key_values=cache).logits
+            logits = model(ids[:, begin : min(begin + CHUNK, context)], None, None, cache).logits
         times = []
         for _ in range(STEPS):
             tokens.append(int(logits[0, -1].argmax()))
             start = time.perf_counter()
-            logits = model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits
+            logits = model(torch.tensor([tokens[-1:]]), None, None, cache).logits
             times.append(1e3 * (time.perf_counter() - start))
         done, medians = context + STEPS, [*medians, statistics.median(times)]
     return medians, tokens

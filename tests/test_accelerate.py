@@ -66,7 +66,7 @@ def test_chunks_and_steps_are_the_same(model):
     def in_chunks():
         cache, at, found = cache_of(model), 0, []
         for count in (3, 1, 127, 1, 1, 130, 37):
-            found.append(model(ids()[:, at : at + count], past_key_values=cache).logits)
+            found.append(model(ids()[:, at : at + count], None, None, cache).logits)
             at += count
         return torch.cat(found, dim=1)
 
@@ -93,19 +93,19 @@ def test_caches_are_reset_selected_and_repeated(model):
     prompt = ids()
     with accelerate(model):
         cache = cache_of(model)
-        model(ids(seed=5), past_key_values=cache)
+        model(ids(seed=5), None, None, cache)
         for layer in cache.layers:
             layer.reset()
-        first = model(prompt, past_key_values=cache).logits
+        first = model(prompt, None, None, cache).logits
         assert close(first, model(prompt).logits)
         cache.batch_repeat_interleave(2)
         token = torch.tensor([[7], [7], [9], [9]])
-        logits = model(token, past_key_values=cache).logits
+        logits = model(token, None, None, cache).logits
         assert close(logits[::2], logits[1::2])  # a library's GEMM may give equal rows of a batch other last bits
         rows = cache.layers[1].kvcondense["compressor"].visible
         assert torch.equal(rows[::2], rows[1::2])
         cache.batch_select_indices(torch.tensor([3, 0]))
-        last = model(token[:2], past_key_values=cache).logits
+        last = model(token[:2], None, None, cache).logits
         sequence = torch.cat([prompt[[1, 0]], torch.tensor([[9], [7]]), token[:2]], dim=1)
         assert close(last[:, -1], model(sequence).logits[:, -1])
         with pytest.raises(UnsupportedError, match="crop"):
@@ -115,11 +115,11 @@ def test_caches_are_reset_selected_and_repeated(model):
 def test_rows_are_not_copied_step_by_step(model):
     with accelerate(model):
         cache = cache_of(model)
-        model(ids(1, 280), past_key_values=cache)
+        model(ids(1, 280), None, None, cache)
         memory = cache.layers[1].kvcondense["compressor"]
         places = set()
         for step in range(200):
-            model(torch.full((1, 1), 1 + step % 9), past_key_values=cache)
+            model(torch.full((1, 1), 1 + step % 9), None, None, cache)
             places.add(memory.rows.data_ptr())
         assert memory.seen == (480,)
         assert memory.visible.shape[1] == 120
@@ -136,11 +136,11 @@ def test_what_needs_gradients_goes_the_original_way(model):
         model.zero_grad()
         with torch.no_grad():
             cache = cache_of(model)
-            model(prompt, past_key_values=cache)
+            model(prompt, None, None, cache)
         with pytest.raises(UnsupportedError, match="no_grad"):
-            model(prompt[:, :1], past_key_values=cache)
+            model(prompt[:, :1], None, None, cache)
     with pytest.raises(UnsupportedError, match="past_key_values"):
-        model(prompt[:, :1], past_key_values=cache)
+        model(prompt[:, :1], None, None, cache)
 
 
 def test_half_precision_stays_close(model):
@@ -162,11 +162,11 @@ def test_it_refuses(model):
             accelerate(model)
         cache = cache_of(model)
         with pytest.raises(KvCondenseError, match="position_ids"):
-            model(ids(1, 8), position_ids=torch.arange(4, 12)[None], past_key_values=cache)
+            model(ids(1, 8), None, torch.arange(4, 12)[None], cache)
         cache = cache_of(model)
-        model(ids(1, 8), past_key_values=cache)
+        model(ids(1, 8), None, None, cache)
         with pytest.raises(KvCondenseError, match="go on at"):
-            model(ids(1, 2), position_ids=torch.arange(9, 11)[None], past_key_values=cache)
+            model(ids(1, 2), None, torch.arange(9, 11)[None], cache)
         with pytest.raises(KvCondenseError, match="follow one another"):
-            model(ids(1, 2), position_ids=torch.tensor([[8, 10]]), past_key_values=cache)
+            model(ids(1, 2), None, torch.tensor([[8, 10]]), cache)
     done.undo()  # once more is nothing

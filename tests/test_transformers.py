@@ -60,9 +60,9 @@ def model(tmp_path_factory):
     tokens = torch.randint(0, 64, (1, TOKENS), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         # transformers' declared abilities: a prefill, then single tokens.
-        model.model(tokens[:, :270], past_key_values=cache, use_cache=True)
+        model.model(tokens[:, :270], None, None, cache, use_cache=True)
         for t in range(270, TOKENS):
-            model.model(tokens[:, t : t + 1], past_key_values=cache, use_cache=True)
+            model.model(tokens[:, t : t + 1], None, None, cache, use_cache=True)
     outputs = {
         (layer, part): cache.layers[layer].compressed_kv[name][0]
         for layer, part, name in ((CSA, "main", "compressor"), (CSA, "indexer", "indexer"), (HCA, "main", "compressor"))

@@ -1,11 +1,8 @@
-"""What timings look like: lines, a Markdown table, and bars."""
+"""What timings look like as lines and Markdown tables."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from kvcondense.bench.fused import GEMM
 from kvcondense.bench.records import Record
@@ -18,23 +15,23 @@ def line(record: Record) -> str:
     return f"  {record['runner']:<28} {record['cache']:<5} {record['us']:>11.1f} us {ratio:>8.2f} x floor"
 
 
-def tables(records: Sequence[Record]) -> list[str]:
-    """The Markdown tables that these records make."""
+def tables(records: Sequence[Record]) -> dict[str, str]:
+    """The Markdown tables that these records make, by their titles."""
     if any("saved_bytes" in r for r in records):
-        return [training(records)]
+        return {"Forward and backward": training(records)}
     if any("moved_bytes" in r for r in records):
-        return [context_parallel(records)]
+        return {"A sequence on several processes": context_parallel(records)}
     if any(r.get("runner") == GEMM for r in records):
-        return [fused(records)]
-    found = []
+        return {"Steps from hidden states": fused(records)}
+    found = {}
     if any("case" in r for r in records):
-        found.append(markdown(records))
+        found["Steps, warm, medians"] = markdown(records)
     if any("context" in r for r in records):
-        found.append(contexts(records))
+        found["A token, by context"] = contexts(records)
     if any("step" in r for r in records):
-        found.append(decode_step(records))
+        found["A whole decode step"] = decode_step(records)
     if any(r.get("runner") in GEMMS for r in records):
-        found.append(markdown(records, gemms=True).rstrip("\n"))
+        found["Ways to project"] = markdown(records, gemms=True).rstrip("\n")
     return found
 
 
@@ -124,65 +121,3 @@ def contexts(records: Sequence[Record]) -> str:
 
 def _number(us: float) -> str:
     return f"{us:.0f}" if us >= 100 else f"{us:.1f}"
-
-
-def plot(records: Sequence[Record], path: Path) -> None:
-    """``chart`` to a file."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    drawn = chart(records)
-    drawn.savefig(path, dpi=130)
-    plt.close(drawn)
-
-
-def chart(records: Sequence[Record], *, tall: bool = False) -> Any:
-    """Bars per case, logarithmic, with the floor as a line; below, time per token by context if it was measured.
-
-    tall: bars go to the right, cases below each other, for a narrow page.
-    """
-    from matplotlib import pyplot as plt
-
-    timed = [r for r in records if r.get("cache") == "warm"]
-    cases, runners = (list(dict.fromkeys(r[key] for r in timed)) for key in ("case", "runner"))
-    contexts = [r for r in records if "context" in r]
-    heights = [1 + 1.3 * len(cases) if tall else 6, 4][: 1 + bool(contexts)]
-    figure, axes = plt.subplots(
-        len(heights), 1, figsize=(4.6 if tall else 12, sum(heights)), squeeze=False, layout="constrained",
-        height_ratios=heights,
-    )  # fmt: skip
-    bars = axes[0][0]
-    width = 0.8 / max(len(runners), 1)
-    for k, name in enumerate(runners):
-        of = {r["case"]: r["us"] for r in timed if r["runner"] == name}
-        at = [i + (k - (len(runners) - 1) / 2) * width for i, case in enumerate(cases) if case in of]
-        drawn = (bars.barh if tall else bars.bar)(at, [of[c] for c in cases if c in of], width, label=name)
-        bars.bar_label(drawn, fmt=lambda v: _number(v), fontsize=6, rotation=0 if tall else 90, padding=2)
-    for i, case in enumerate(cases):
-        floor = next(r["floor_us"] for r in timed if r["case"] == case)
-        ends = ([i - 0.45, i + 0.45], [floor, floor])
-        bars.plot(*(ends[::-1] if tall else ends), color="black", lw=1, label="floor" if i == 0 else None)
-    names = [textwrap.fill(c, 18) for c in cases]
-    if tall:
-        bars.invert_yaxis()
-        bars.set(xscale="log", xlabel="microseconds, warm")
-        bars.set_xlim(right=bars.get_xlim()[1] * 5)
-        bars.set_yticks(range(len(cases)), names, fontsize=7)
-    else:
-        bars.set(yscale="log", ylabel="microseconds, warm")
-        bars.set_ylim(top=bars.get_ylim()[1] * 3)
-        bars.set_xticks(range(len(cases)), names, fontsize=7)
-    figure.legend(loc="outside upper center", ncols=2 if tall else 6, fontsize=8)
-    if contexts:
-        lines = axes[1][0]
-        for name in dict.fromkeys(r["runner"] for r in contexts):
-            of_runner = [r for r in contexts if r["runner"] == name]
-            lines.plot([r["context"] for r in of_runner], [r["us"] for r in of_runner], marker="o", label=name)
-        lines.set_xscale("log", base=2)
-        lines.set_yscale("log")
-        lines.set_xlabel("tokens of context")
-        lines.set_ylabel("microseconds per token, ratio 4")
-        lines.legend(fontsize=8)
-    return figure
