@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvcondense import files
 from kvcondense.errors import RangeError, UnsupportedError
 
 Record = dict[str, Any]
@@ -23,20 +24,21 @@ def text(record: Record) -> str:
 class Log:
     """Records of a run. The first says what it ran on; ``{"complete": part}`` comes behind the records of a part.
 
-    path: a file, "-" for standard output, or None. kept: an earlier run's, that are not made again.
+    path: a file, "-" for standard output, or None. kept: an earlier run's, that are not made again. keep_old: what the
+    file holds goes to one of the same name with a ~ behind it, since it is long until the new one is complete.
     """
 
-    def __init__(self, path: Path | None, head: Record, kept: Sequence[Record] = ()) -> None:
+    def __init__(self, path: Path | None, head: Record, kept: Sequence[Record] = (), *, keep_old: bool = False) -> None:
         self.records: list[Record] = [head, *kept]
         self.complete = {r["complete"] for r in kept if "complete" in r}
         self._path = path
         lines = "".join(map(text, self.records))
-        if path is None or str(path) == "-":
+        if path is None or str(path) == "-" or (path.exists() and not path.is_file()):
             self._write(lines)
             return
-        beside = path.with_name(path.name + ".new")  # the old file is whole until the new one is
-        beside.write_text(lines, encoding="utf-8")
-        os.replace(beside, path)
+        if keep_old and path.is_file() and path.stat().st_size:
+            shutil.copy2(path, path.with_name(path.name + "~"))
+        files.write(path, lines)
 
     def _write(self, lines: str) -> None:
         if self._path is None:

@@ -59,7 +59,8 @@ class GoldenCase:
         limit = min(PRESETS[self.preset].max_positions, MAX_POSITIONS)
         for start in starts:
             if not 0 <= start < limit:
-                raise RangeError("start_pos", f"0..{limit - 1} (preset {self.preset})", start)
+                argument, got = ("start_pos", start) if self.start_pos else ("history", self.history)
+                raise RangeError(argument, f"positions 0..{limit - 1} (preset {self.preset})", got)
         return starts
 
 
