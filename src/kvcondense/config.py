@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kvcondense.errors import CheckpointError, DtypeError, RangeError, ShapeError, UnsupportedError, require_int
+from kvcondense.errors import (
+    CheckpointError,
+    DtypeError,
+    KvCondenseError,
+    RangeError,
+    ShapeError,
+    UnsupportedError,
+    require_int,
+)
 from kvcondense.files import require_file
 
 _MAX_CONFIG_BYTES = 4 << 20
@@ -103,8 +111,11 @@ class ModelConfig:
             raise CheckpointError(str(path), "a JSON object", error) from error
         if not isinstance(data, dict):
             raise CheckpointError(str(path), "a JSON object", type(data).__name__)
-        text = _object("text_config", data.get("text_config", data))
-        return _parse(text, name=path.parent.name or "model")
+        try:
+            text = _object("text_config", data.get("text_config", data))
+            return _parse(text, name=path.parent.name or "model")
+        except KvCondenseError as error:
+            raise type(error)(f"{path}: {error.argument}", error.expected, error.got, error.hint) from error
 
 
 def _get(data: dict[str, Any], key: str) -> Any:

@@ -19,21 +19,25 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Links stay links. What is no file (a terminal, a pipe, /dev/null) gets the bytes at the end.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        with tempfile.TemporaryDirectory() as folder:
-            made = Path(folder) / f"result{path.suffix}"
-            yield made
-            with made.open("rb") as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target)
-        return
-    made, target = _beside(path), path.resolve()
     try:
-        yield made
-        if target.exists():
-            shutil.copymode(target, made)
-        os.replace(made, target)
-    finally:
-        made.unlink(missing_ok=True)
+        if path.exists() and not path.is_file():
+            with tempfile.TemporaryDirectory() as folder:
+                made = Path(folder) / f"result{path.suffix}"
+                yield made
+                with made.open("rb") as source, path.open("wb") as target:
+                    shutil.copyfileobj(source, target)
+            return
+        made, target = _beside(path), path.resolve()
+        try:
+            yield made
+            if target.exists():
+                shutil.copymode(target, made)
+            os.replace(made, target)
+        finally:
+            made.unlink(missing_ok=True)
+    except OSError as error:  # a full disk names no file, and nobody knows the one beside
+        error.filename = str(path)
+        raise
 
 
 def write(path: str | Path, text: str) -> None:

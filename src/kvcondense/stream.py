@@ -238,7 +238,7 @@ class Sequence:
             return 0 if self._holds_last(hidden, 0) else self.position
         first, end = hidden.first_position, hidden.first_position + hidden.tokens
         if not first <= self.position <= end:
-            raise RangeError("hidden states", f"positions that reach {self.position}", f"{first}..{end - 1}")
+            raise RangeError("first_position", f"positions that reach {self.position}", f"{first}..{end - 1}")
         if self.position > first and not self._holds_last(hidden, first):
             raise KvCondenseError(
                 "hidden states",

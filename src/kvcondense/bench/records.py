@@ -47,8 +47,12 @@ class Log:
             sys.stdout.write(lines)
             sys.stdout.flush()
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(lines)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:  # a full disk names no file
+            error.filename = str(self._path)
+            raise
 
     def add(self, record: Record) -> None:
         """Keep a record; it is in the file when this returns."""
@@ -64,13 +68,13 @@ class Log:
 def read(path: Path, argument: str, what: str) -> list[Record]:
     """Records of a file that ``what`` made, without a last line that was cut off; ``argument``: named in errors."""
     if path.stat().st_size > _MOST_BYTES:
-        raise RangeError(argument, f"at most {_MOST_BYTES} bytes", path.stat().st_size)
+        raise RangeError(argument, f"a file of at most {_MOST_BYTES} bytes", f"{path}, of {path.stat().st_size}")
     try:
         *lines, rest = path.read_text(encoding="utf-8").split("\n")  # a whole line ends in one
         records = [json.loads(line) for line in lines if line]
         if rest and (last := _parsed(rest)) is not None:
             records.append(last)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnsupportedError(argument, f"JSON lines of {what}", f"{path} ({error})") from error
     if not records or not all(isinstance(r, dict) for r in records) or "machine" not in records[0]:
         raise UnsupportedError(argument, f"JSON lines of {what}", path)
@@ -80,7 +84,7 @@ def read(path: Path, argument: str, what: str) -> list[Record]:
 def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -24,7 +24,12 @@ from kvcondense.cli.output import Output, fit, width
 from kvcondense.errors import KvCondenseError
 
 HOLDS, DOES_NOT_HOLD, NOT_ASKED, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
-_ALIASES = {"impl": ("backend",), "indexer_format": ("format",), "config": ("model", "preset", "checkpoint")}
+_ALIASES = {
+    "impl": ("backend",),
+    "indexer_format": ("format",),
+    "config": ("model", "preset", "checkpoint"),
+    "hidden states": ("hidden",),
+}
 """What the library calls what an option of another name says."""
 _MEMORY = ("allocate memory", "out of memory", "overflow")
 

@@ -9,22 +9,24 @@ import typer
 
 from kvcondense.cli import names
 from kvcondense.cli.output import JsonFile, Quiet
-from kvcondense.cli.values import FilePageTokens, IndexerFormat, Strict, TensorScale, one_of
+from kvcondense.cli.values import FilePageTokens, IndexerFormat, Strict, TensorScale, one_of, whole
 
 EXAMPLE = "Example: kvcondense compress --checkpoint DIR --layer 2 --hidden h.safetensors --out cache.safetensors"
 
 
 def compress(
     checkpoint: Annotated[Path, typer.Option(help="Model directory: config.json and safetensors files.")],
-    layer: Annotated[int, typer.Option(help="Layer whose compressors to run (main and, in CSA layers, indexer).")],
+    layer: Annotated[
+        int, typer.Option(help="Layer whose compressors to run (main and, in CSA layers, indexer).", **whole(0))
+    ],
     hidden: Annotated[Path, typer.Option(help="Safetensors file with the layer's hidden states [T, D].")],
     out: Annotated[Path, typer.Option(help="Result: rows, live state and header, as safetensors.")],
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens per step.")] = 1024,
-    limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many tokens.")] = None,
+    chunk: Annotated[int, typer.Option(help="Tokens per step.", **whole(1))] = 1024,
+    limit: Annotated[int | None, typer.Option(help="Stop after this many tokens.", **whole(1))] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the sequence that --out holds.")] = False,
     first_position: Annotated[
         int | None,
-        typer.Option(min=0, help="Position of the file's first token (default: its metadata, else see --resume)."),
+        typer.Option(help="Position of the file's first token (default: its metadata, else see --resume).", **whole(0)),
     ] = None,
     tensor: Annotated[str | None, typer.Option(help="Name of the hidden states in the file.")] = None,
     format: Annotated[

@@ -10,7 +10,7 @@ import typer
 from kvcondense.cli import names
 from kvcondense.cli.output import JsonFile, Quiet
 from kvcondense.cli.paths import ReportFile
-from kvcondense.cli.values import Seed, completer, positive
+from kvcondense.cli.values import Seed, completer, positive, whole
 
 EXAMPLE = "Example: kvcondense conformance --adapter kvcondense.backends.reference --soak 2"
 FAILS = "an invariant is broken, or a mutant survives"
@@ -27,11 +27,11 @@ def conformance(
     mutants: Annotated[bool, typer.Option("--mutants", help="Check that every wrong compressor is caught.")] = False,
     soak_minutes: Annotated[
         float | None,
-        typer.Option("--soak", metavar="MINUTES", help="Random histories for so many minutes.", callback=positive),
+        typer.Option("--soak", help="Random histories for so many minutes.", **positive("MINUTES")),
     ] = None,
     replay: Annotated[Path | None, typer.Option(help="Play the case in this file and judge it.")] = None,
     seed: Seed = 0,
-    rounds: Annotated[int, typer.Option(min=1, max=1_000_000, help="Times as many histories per invariant.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Times as many histories per invariant.", **whole(1, 1_000_000))] = 1,
     case_file: Annotated[Path, typer.Option(help="Where a failing case is written.")] = Path("kvcondense-case.json"),
     report_file: ReportFile = None,
     quiet: Quiet = False,

@@ -9,7 +9,7 @@ import typer
 
 from kvcondense.cli import names
 from kvcondense.cli.output import JsonFile, Quiet
-from kvcondense.cli.values import completer, one_of
+from kvcondense.cli.values import completer, one_of, whole
 
 EXAMPLE = "Example: kvcondense explain --kind csa --prompt 22 --chunk 5 --drafts 3 --trace trace.json --page trace.html"
 _MOST = 1 << 20
@@ -23,19 +23,19 @@ def explain(
             help="csa, hca or indexer; of v41: 'ratio 2' or 'ratio 1'.", autocompletion=completer(names.KINDS)
         ),
     ] = "csa",
-    prompt: Annotated[int, typer.Option(min=0, max=_MOST, help="Tokens before the first decoded one.")] = 22,
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prefill step.")] = 8,
+    prompt: Annotated[int, typer.Option(help="Tokens before the first decoded one.", **whole(0, _MOST))] = 22,
+    chunk: Annotated[int, typer.Option(help="Tokens of a prefill step.", **whole(1))] = 8,
     drafts: Annotated[
-        int, typer.Option(min=0, max=_MOST, help="Drafts of a decode step; step i accepts i mod (drafts + 1).")
+        int, typer.Option(help="Drafts of a decode step; step i accepts i mod (drafts + 1).", **whole(0, _MOST))
     ] = 3,
-    steps: Annotated[int, typer.Option(min=0, max=_MOST, help="Decode steps.")] = 6,
+    steps: Annotated[int, typer.Option(help="Decode steps.", **whole(0, _MOST))] = 6,
     ring_rows: Annotated[
-        int | None, typer.Option(min=1, max=_MOST, help="Rows of the state's ring (default: the least).")
+        int | None, typer.Option(help="Rows of the state's ring (default: the least).", **whole(1, _MOST))
     ] = None,
     state_page: Annotated[
-        int | None, typer.Option(min=1, max=_MOST, help="Rows of a state page, instead of a ring.")
+        int | None, typer.Option(help="Rows of a state page, instead of a ring.", **whole(1, _MOST))
     ] = None,
-    page_rows: Annotated[int, typer.Option(min=1, max=1 << 16, help="Rows of a cache page.")] = 4,
+    page_rows: Annotated[int, typer.Option(help="Rows of a cache page.", **whole(1, 1 << 16))] = 4,
     format: Annotated[
         str | None, typer.Option(help="Cache format (kvcondense info --formats).", **one_of(names.FORMATS))
     ] = None,

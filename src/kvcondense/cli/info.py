@@ -9,7 +9,7 @@ import typer
 
 from kvcondense.cli import names
 from kvcondense.cli.output import JsonFile, Quiet
-from kvcondense.cli.values import one_of
+from kvcondense.cli.values import one_of, whole
 
 EXAMPLE = "Example: kvcondense info --format fp8_model1 --error"
 
@@ -33,7 +33,7 @@ def info(
         Path | None, typer.Option(metavar="DIR", help="List the compressors of a model directory, from headers alone.")
     ] = None,
     head_dim: Annotated[
-        int, typer.Option(min=1, max=1 << 16, help="Channels, for formats that take any number.")
+        int, typer.Option(help="Channels, for formats that take any number.", **whole(1, 1 << 16))
     ] = names.EXAMPLE_DIM,
     quiet: Quiet = False,
     json_file: JsonFile = None,

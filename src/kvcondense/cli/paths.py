@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from kvcondense import files
+from kvcondense.cli import names
 from kvcondense.errors import UnsupportedError
 
 ReportFile = Annotated[
@@ -54,6 +55,11 @@ def check(options: Mapping[str, Any], typed: Mapping[str, str]) -> None:
             got = f"{folder} ({'a file' if folder.exists() else 'no such folder'})"
             hint = f"{folder.parent} has it" if folder.name == "config.json" and folder.exists() else ""
             raise UnsupportedError(typed[name], "a model's folder", got, hint)
+    if "model" in options and options["model"] not in names.MODELS:
+        path = Path(options["model"])
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise UnsupportedError(typed["model"], "a folder with a config.json", f"{path}, without one")
+        files.require_file(path / "config.json" if path.is_dir() else path, "a model's config.json", typed["model"])
     read, written = list(_read(options, typed)), {}
     for name, kind in WRITTEN.items():
         path = options.get(name)
@@ -99,6 +105,8 @@ def _read(options: Mapping[str, Any], typed: Mapping[str, str]) -> Iterator[tupl
         yield typed["peer_file"], Path(text.partition("=")[2])
     for name in ("model", *FOLDERS):
         path = options.get(name)
+        if path in names.MODELS:
+            continue
         if path is not None and Path(path).is_dir():
             for file in _of_model(Path(path)):
                 yield typed[name], file

@@ -9,7 +9,7 @@ import typer
 
 from kvcondense.cli import names
 from kvcondense.cli.output import JsonFile, Quiet
-from kvcondense.cli.values import FormatPair, Model, PageTokens, one_of
+from kvcondense.cli.values import FormatPair, Model, PageTokens, one_of, whole
 
 EXAMPLE = "Example: kvcondense plan --model flash --context 1M --batch 64 --memory 80GiB --plot memory.png"
 
@@ -17,8 +17,8 @@ EXAMPLE = "Example: kvcondense plan --model flash --context 1M --batch 64 --memo
 def plan(
     model: Model = "flash",
     context: Annotated[str, typer.Option(help="Tokens per request: 4096, 128k, 1M (k = 1024).")] = "1M",
-    batch: Annotated[int, typer.Option(min=1, help="Requests.")] = 1,
-    draft: Annotated[int, typer.Option(min=0, help="Tokens of a step that may be rejected.")] = 0,
+    batch: Annotated[int, typer.Option(help="Requests.", **whole(1))] = 1,
+    draft: Annotated[int, typer.Option(help="Tokens of a step that may be rejected.", **whole(0))] = 0,
     format: FormatPair = "fp8_model1,mxfp4_indexer",
     state: Annotated[
         str, typer.Option(help="ring, or online where windows do not overlap.", **one_of(names.STATES))

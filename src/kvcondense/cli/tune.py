@@ -27,7 +27,7 @@ def tune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be chosen and write nothing.")] = False,
     budget: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="Begin no class of steps that would end later.", callback=positive),
+        typer.Option(help="Begin no class of steps that would end later.", **positive("SECONDS")),
     ] = None,
     jobs: Jobs = None,
     quiet: Quiet = False,

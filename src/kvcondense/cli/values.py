@@ -38,11 +38,40 @@ def completer(known: Iterable[str]) -> Callable[[str], list[str]]:
     return lambda incomplete: [name for name in offered if name.startswith(incomplete)]
 
 
-def positive(context: typer.Context, value: float | None) -> float | None:
-    """A callback of typer.Option: a finite number above 0."""
-    if value is not None and not context.resilient_parsing and not (math.isfinite(value) and value > 0):
-        raise typer.BadParameter(f"expected a finite number above 0, got {value:g}.")
-    return value
+def whole(low: int, high: int | None = None) -> dict[str, Any]:
+    """Options of a typer.Option that takes a whole number from ``low`` on, up to ``high`` where there is an end."""
+    range_ = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
+
+    def parse(text: str | int) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < low or (high is not None and value > high):
+            raise typer.BadParameter(f"expected {range_}, got {_short(text)}.")
+        return value
+
+    return {"parser": parse, "metavar": "N"}
+
+
+def positive(metavar: str = "X") -> dict[str, Any]:
+    """Options of a typer.Option that takes a finite number above 0."""
+
+    def parse(text: str | float) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value > 0):
+            raise typer.BadParameter(f"expected a finite number above 0, got {_short(text)}.")
+        return value
+
+    return {"parser": parse, "metavar": metavar}
+
+
+def _short(text: object) -> str:
+    """What was typed, unless it goes on and on."""
+    return repr(text) if len(repr(text)) <= 80 else f"{str(text)[:60]!r}... ({len(str(text))} characters)"
 
 
 def _format_pair(context: typer.Context, value: str) -> str:
@@ -97,18 +126,18 @@ FormatPair = Annotated[
     ),
 ]
 MOST_PAGE_TOKENS = 1 << 20
-PageTokens = Annotated[int, typer.Option(min=1, max=MOST_PAGE_TOKENS, help="Tokens per cache page.")]
+PageTokens = Annotated[int, typer.Option(help="Tokens per cache page.", **whole(1, MOST_PAGE_TOKENS))]
 IndexerFormat = Annotated[
     str | None,
     typer.Option(help="Cache format of the indexer's rows (default: --format, which must fit).",
                  **one_of(names.FORMATS)),
 ]  # fmt: skip
 FilePageTokens = Annotated[
-    int, typer.Option(min=1, max=MOST_PAGE_TOKENS, help="Tokens per page, of formats that have pages.")
+    int, typer.Option(help="Tokens per page, of formats that have pages.", **whole(1, MOST_PAGE_TOKENS))
 ]
-TensorScale = Annotated[float | None, typer.Option(help="The scale of fp8_tensor.", callback=positive)]
+TensorScale = Annotated[float | None, typer.Option(help="The scale of fp8_tensor.", **positive())]
 Strict = Annotated[
     bool, typer.Option("--strict/--saturate", help="Refuse values that the format cannot hold, or saturate them.")
 ]
-Seed = Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Seed of the random numbers.")]
-Jobs = Annotated[int | None, typer.Option(min=1, max=4096, help="Processes that compile. Default: one per processor.")]
+Seed = Annotated[int, typer.Option(help="Seed of the random numbers.", **whole(0, (1 << 32) - 1))]
+Jobs = Annotated[int | None, typer.Option(help="Processes that compile. Default: one per processor.", **whole(1, 4096))]

@@ -9,7 +9,7 @@ import typer
 from kvcondense.cli import names
 from kvcondense.cli.output import JsonFile, Quiet
 from kvcondense.cli.paths import ReportFile
-from kvcondense.cli.values import Seed, one_of, positive
+from kvcondense.cli.values import Seed, one_of, positive, whole
 
 EXAMPLE = "Example: kvcondense verify --kind csa --history 1000 --start-pos 1000,1003 --no-rotate"
 FAILS = "an output is not what it must be, or the --mutant is caught"
@@ -20,7 +20,7 @@ def verify(
         str | None,
         typer.Option(help="hca (ratio 128, default), csa (ratio 4, overlapping) or indexer.", **one_of(names.KINDS)),
     ] = None,
-    ratio: Annotated[int | None, typer.Option(help="128 for hca, 4 for csa: instead of --kind.")] = None,
+    ratio: Annotated[int | None, typer.Option(help="128 for hca, 4 for csa: instead of --kind.", **whole(1))] = None,
     preset: Annotated[
         str, typer.Option(help="Constants of the model: demo, flash or pro.", **one_of(names.MODELS))
     ] = "demo",
@@ -28,7 +28,7 @@ def verify(
         str, typer.Option(help="Backend to check, or auto.", **one_of(names.BACKENDS, "auto"))
     ] = "reference",
     history: Annotated[
-        int, typer.Option(min=0, max=(1 << 17) - 1, help="Random earlier tokens; 0 is the original's empty state.")
+        int, typer.Option(help="Random earlier tokens; 0 is the original's empty state.", **whole(0, (1 << 17) - 1))
     ] = 1000,
     start_pos: Annotated[
         str | None, typer.Option(help="Position of the decoded token, or one per row: 127 or 127,1000,1003.")
@@ -37,8 +37,8 @@ def verify(
     format: Annotated[
         str, typer.Option(help="Cache format; kvcondense info --formats lists them.", **one_of(names.FORMATS))
     ] = "bf16",
-    batch: Annotated[int, typer.Option(min=1, max=1024, help="Rows decoded together.")] = 4,
-    scale: Annotated[float, typer.Option(help="Standard deviation of x (with history).", callback=positive)] = 1.0,
+    batch: Annotated[int, typer.Option(help="Rows decoded together.", **whole(1, 1024))] = 4,
+    scale: Annotated[float, typer.Option(help="Standard deviation of x (with history).", **positive())] = 1.0,
     seed: Seed = 0,
     mutant: Annotated[
         str | None,

@@ -8,7 +8,7 @@ import typer
 
 from kvcondense.cli import names
 from kvcondense.cli.output import JsonFile, Quiet
-from kvcondense.cli.values import FormatPair, Jobs, Model, PageTokens, completer, one_of
+from kvcondense.cli.values import FormatPair, Jobs, Model, PageTokens, completer, one_of, whole
 
 EXAMPLE = "Example: kvcondense warm --model flash --backend triton --drafts 3 --json warm.json"
 FAILS = "a kernel does not compile"
@@ -30,7 +30,7 @@ def warm(
         str, typer.Option(help="ring, paged, or online where windows do not overlap.", **one_of(names.WARM_STATES))
     ] = "ring",
     drafts: Annotated[
-        int, typer.Option(min=0, max=1024, help="Tokens of a step that may be rejected: rings have rows for them.")
+        int, typer.Option(help="Tokens of a step that may be rejected: rings have rows for them.", **whole(0, 1024))
     ] = 0,
     page_tokens: PageTokens = names.PAGE_TOKENS,
     jobs: Jobs = None,

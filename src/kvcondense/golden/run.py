@@ -62,7 +62,7 @@ def rules(inputs: GoldenInputs) -> dict[str, str]:
     rows += "or 2^-7 of the row's RMS" if spec.rotate else "or, on RoPE channels, 3.3 * 2^-8 of the pair's length"
     cache = rows if fmt.name == "bf16" else f"{rows}, and two steps of {fmt.name}"
     states = "1e-3 + 1e-3 |e|"
-    return {"kv": rows, "kv_state": states, "score_state": states, "kv_cache": cache, "kv_bytes": "0"}
+    return {"kv": rows, "kv_state": states, "score_state": states, "kv_cache": cache, "kv_bytes": "nothing"}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from kvcondense.conformance.cases import Case
 from kvcondense.conformance.invariants import INVARIANTS, Outcome, check, first_failure, play, whole
 from kvcondense.conformance.mutants import MUTANTS
 from kvcondense.conformance.soak import soak
-from kvcondense.errors import CheckpointError
+from kvcondense.errors import CheckpointError, KvCondenseError
 
 CORRECT = ("reference:ring", "reference:paged", "reference:online")
 _MAX_CASE_BYTES = 1 << 20
@@ -178,9 +178,13 @@ def _soak(
 
 
 def _replay(output: Output, make: Factory, file: Path) -> tuple[bool, dict[str, Any]]:
-    if file.stat().st_size > _MAX_CASE_BYTES:
-        raise CheckpointError(str(file), f"at most {_MAX_CASE_BYTES} bytes", file.stat().st_size)
-    case = Case.from_json(file.read_text(encoding="utf-8"))
+    size = file.stat().st_size
+    if size > _MAX_CASE_BYTES:
+        raise CheckpointError("--replay", f"a file of at most {_MAX_CASE_BYTES} bytes", f"{file}, of {size}")
+    try:
+        case = Case.from_json(file.read_text(encoding="utf-8"))
+    except (KvCondenseError, UnicodeDecodeError) as error:
+        raise CheckpointError("--replay", "a case that conformance wrote", f"{file} ({error})") from error
     found, steps = {}, 0
     judges = {i.judge: i.name for i in INVARIANTS if i.judge is not None} | {whole: "rows and state"}
     for judge, name in judges.items():

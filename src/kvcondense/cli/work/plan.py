@@ -97,10 +97,10 @@ def _state(line: Line, kind: str) -> str:
 
 
 def model_of(name: str) -> ModelConfig:
-    """A preset, unless there is a file or folder of that name; else what the config.json says."""
-    path = Path(name)
-    if name in PRESETS and not path.is_file() and not (path / "config.json").is_file():
+    """A preset, or what a config.json, or that of a folder, says."""
+    if name in PRESETS:
         return PRESETS[name]
+    path = Path(name)
     return ModelConfig.from_json(path / "config.json" if path.is_dir() else path)
 
 
