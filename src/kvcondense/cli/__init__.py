@@ -5,7 +5,8 @@ Modules here say what can be typed and import no torch; those in ``work`` do it.
 
 from __future__ import annotations
 
-import contextlib
+import io
+import os
 import sys
 from typing import Annotated
 
@@ -53,7 +54,10 @@ add(app, info.info, info.EXAMPLE)
 
 
 def main() -> None:
-    """Entry point. Names of files that are no text are printed with escapes rather than not at all."""
-    with contextlib.suppress(AttributeError, ValueError):
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    """Entry point. Names of files that are no text are printed with escapes, and closed streams are not missed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it is open as long as the process
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()

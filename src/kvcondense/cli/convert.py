@@ -15,7 +15,7 @@ EXAMPLE = "Example: kvcondense convert cache.safetensors --out fp8.safetensors -
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Cache file that kvcondense compress wrote.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Cache file that kvcondense compress wrote.")],
     out: Annotated[Path, typer.Option(help="Result: the same rows, state and header; replaced whole.")],
     format: Annotated[
         str | None,
