@@ -7,6 +7,7 @@ the module of that name in ``kvcondense.cli.work``, is imported when it is wante
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import os
@@ -31,6 +32,8 @@ _ALIASES = {
     "hidden states": ("hidden",),
 }
 """What the library calls what an option of another name says."""
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+# What torch says in a RuntimeError.
 _MEMORY = ("allocate memory", "out of memory", "overflow")
 
 
@@ -93,15 +96,16 @@ def ending(typed: Mapping[str, str]) -> Iterator[None]:
         _leave_stdout()
         raise typer.Exit(UNREAD) from None
     except OSError as error:
+        where = error.filename or ("standard output" if error.errno in _FULL else "the system")
         if error.filename is None:
             _leave_stdout()
-        _stop(f"{error.filename or 'standard output'}: {error.strerror or error}")
+        _stop(f"{where}: {error.strerror or error}")
     except ImportError as error:
         _stop(f"{error.name or 'a package'}: it cannot be imported ({error}); is it installed?")
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(part in str(error) for part in _MEMORY):
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(part in str(error) for part in _MEMORY):
             _fault()
-        _stop("there is not enough memory for this: ask for less (batch, tokens, rows, processes)")
+        _stop("this is more than memory or a number can hold: ask for less (batch, tokens, rows, processes)")
     except Exception:
         _fault()
 

@@ -33,6 +33,7 @@ def run(
     if list_variants:
         for v in chosen:
             output.say(v.name)
+        output.finish({"variants": [v.name for v in chosen]})
         return None
     check_compiler("aot")
     targets = tuple(dict.fromkeys(arch or compiler.ARCHITECTURES))

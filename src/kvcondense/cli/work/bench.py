@@ -52,6 +52,7 @@ def run(
     if list_cases:
         rows = [(c.name, c.bytes, c.flops) for c in cases.values()]
         output.table(("case", "bytes", "flops"), [*rows, (CONTEXTS, "", "")] if cases is CASES else rows)
+        output.finish({"cases": [{"case": c.name, "bytes": c.bytes, "flops": c.flops} for c in cases.values()]})
         return None
     chosen = [c for c in cases.values() if not case or any(part in c.name for part in case)]
     context = cases is CASES and (not case or any(part in CONTEXTS for part in case))
