@@ -36,7 +36,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         finally:
             made.unlink(missing_ok=True)
     except OSError as error:  # a full disk names no file, and nobody knows the one beside
-        error.filename = str(path)
+        if error.errno is not None:
+            error.filename = str(path)
         raise
 
 
