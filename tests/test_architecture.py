@@ -13,11 +13,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ARROWS = {
     "errors": set(),
     "numerics": set(),
-    "config": {"errors"},
+    "config": {"files", "errors"},
     "spec": {"config", "errors"},
     "formats": {"formats", "errors"},
     "rope_table": {"config", "errors"},
-    "weights": {"spec", "errors"},
+    "weights": {"files", "spec", "errors"},
     "checkpoint": {"weights", "spec", "config", "errors"},
     "layout": {"layout", "formats", "spec", "errors"},
     "stages": {"layout", "spec", "numerics", "errors"},
@@ -41,7 +41,8 @@ ARROWS = {
         "spec", "config", "numerics", "errors",
     },
     "snapshot": {"backends", "layout", "spec", "errors"},
-    "cachefile": {"api", "layout", "weights", "formats", "spec", "errors"},
+    "files": {"errors"},
+    "cachefile": {"files", "api", "layout", "weights", "formats", "spec", "errors"},
     "stream": {"cachefile", "api", "layout", "rope_table", "weights", "formats", "spec", "config", "errors"},
     "integrations": {
         "integrations", "planning", "api", "backends", "layout", "rope_table", "weights", "formats", "spec", "config",
@@ -59,11 +60,11 @@ ARROWS = {
         "spec", "numerics", "errors",
     },
     "bench": {
-        "bench", "parallel", "training", "planning", "api", "bound", "backends", "layout", "stages", "rope_table",
-        "weights", "formats", "spec", "config", "errors",
+        "bench", "files", "parallel", "training", "planning", "api", "bound", "backends", "layout", "stages",
+        "rope_table", "weights", "formats", "spec", "config", "errors",
     },
     "cli": {
-        "cli", "capacity", "visualiser", "bench", "stream", "cachefile", "checkpoint", "conformance", "golden",
+        "cli", "files", "capacity", "visualiser", "bench", "stream", "cachefile", "checkpoint", "conformance", "golden",
         "planning", "api", "backends", "layout",
         "weights", "formats", "spec", "config", "errors", "kvcondense",
     },

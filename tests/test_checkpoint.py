@@ -12,7 +12,7 @@ from kvcondense import CompressorSpec, CompressorWeights
 from kvcondense import checkpoint as module
 from kvcondense.checkpoint import compressors
 from kvcondense.cli import app
-from kvcondense.errors import CheckpointError, UnsupportedError
+from kvcondense.errors import CheckpointError
 
 EXPECTED = [(1, "main"), (1, "indexer"), (2, "main"), (3, "main"), (3, "indexer")]
 
@@ -91,4 +91,5 @@ def test_what_is_missing_is_named(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "compress_ratios": [0] * 5}))
     result = CliRunner().invoke(app, ["info", "--checkpoint", str(folder)])
-    assert isinstance(result.exception, UnsupportedError)
+    assert result.exit_code == 2
+    assert "--checkpoint: expected a model with compressors" in result.output

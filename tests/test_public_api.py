@@ -1,4 +1,4 @@
-"""The public surface is small and pinned, and importing it needs torch alone."""
+"""The public surface is small and pinned, and using it needs torch alone."""
 
 import subprocess
 import sys

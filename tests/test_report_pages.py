@@ -64,4 +64,4 @@ def test_pages_stand_alone_on_a_phone(pages):
 
 
 def test_a_page_of_another_kind_is_refused(tmp_path):
-    assert "html" in str(CliRunner().invoke(app, ["verify", "--report", str(tmp_path / "x.pdf")]).exception)
+    assert "html" in run("verify", "--report", tmp_path / "x.pdf", status=2)

@@ -19,7 +19,7 @@ COMMANDS = [
     "conformance --adapter cpu", "verify --kind csa --history 40", "verify --mutant overlap-ignored --kind csa",
     "explain --kind hca --prompt 130 --chunk 65", "plan --memory 80GiB --batch 64 --context 128k", "aot --list",
 ]  # fmt: skip
-NAMES = [app_command.name for app_command in app.registered_commands]
+NAMES = [one.name for one in app.registered_commands]
 BASELINE = os.path.join(os.path.dirname(__file__), "..", "benchmarks", "baselines", "cpu.jsonl")
 
 
@@ -58,7 +58,7 @@ def test_tables_wrap_between_words_or_become_paragraphs(monkeypatch, capsys):
     ("command", "hint"),
     [
         ("info --format fp8_mode", "did you mean fp8_model1?; kvcondense info --formats"),
-        ("plan --model flsh", "did you mean flash?; or name a model's config.json"),
+        ("plan --model flsh", "did you mean flash?; or name a model's folder or config.json"),
         ("verify --kind cs", "did you mean csa?"),
         ("verify --backend cuda", "kvcondense info says"),
         ("verify --mutant ape-droped", "did you mean ape-dropped?"),

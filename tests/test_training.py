@@ -245,7 +245,7 @@ def test_bad_input_is_an_error():
 
 def test_the_bench_compares_and_prints(tmp_path, monkeypatch):
     case = replace(bench.CASES["training 8192, ratio 4"], tokens=64)
-    monkeypatch.setattr("kvcondense.cli.bench.TRAINING_CASES", {case.name: case})
+    monkeypatch.setattr("kvcondense.cli.work.bench.TRAINING_CASES", {case.name: case})
     monkeypatch.setattr(measure.Rates, "measure", lambda: measure.Rates(memory=1e9, cache=1e10, gemm=1e11))
     file = tmp_path / "t.jsonl"
     result = CliRunner().invoke(app, ["bench", "--training", "--json", str(file)])

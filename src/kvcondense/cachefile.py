@@ -8,7 +8,6 @@ fp32, the rows that the next token needs. The header says what it is, in JSON.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 
 from kvcondense.api import store
 from kvcondense.errors import CheckpointError, require_int, require_known
+from kvcondense.files import replacing
 from kvcondense.formats import FORMATS, CacheFormat, get_format
 from kvcondense.layout.cache import PagedCache
 from kvcondense.spec import CompressorSpec, Rounding
@@ -74,6 +74,7 @@ class CacheFile:
 
     def save(self, path: Path) -> None:
         """Write the file; ``path`` keeps its old content until the new one is complete."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {}
@@ -81,19 +82,19 @@ class CacheFile:
             n = part.spec.visible_rows(self.position)
             tensors.update({f"{name}.{k}": t for k, t in _stored(part.cache, n).items()})
             tensors[f"{name}.state"] = part.state
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            save_file(tensors, temporary, metadata={_HEADER: json.dumps(self.header(), sort_keys=True)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        header = {_HEADER: json.dumps(self.header(), sort_keys=True)}
+        with replacing(path) as made:
+            try:
+                save_file(tensors, made, metadata=header)
+            except SafetensorError as error:  # a full disk
+                raise CheckpointError(str(path), "room for the file", error) from error
 
     @classmethod
     def load(cls, path: Path) -> CacheFile:
         """Read a file; raises CheckpointError if header and tensors do not agree. Sizes are checked before reading."""
         with open_safetensors(path) as handle:
             found = _read_header(path, handle.metadata() or {})
-            position, layer = (require_int(f"{path.name} {key}", found.get(key), 0) for key in ("position", "layer"))
+            position, layer = (require_int(f"{path} {key}", found.get(key), 0) for key in ("position", "layer"))
             digest, entries = _entry(path, found, "last_hidden_sha256", str), _entry(path, found, "parts", dict)
             parts = {name: _part(path, handle, name, about, position) for name, about in entries.items()}
         return cls(layer, position, digest, parts)
@@ -201,7 +202,7 @@ def _cache(fmt: CacheFormat, head_dim: int, page_rows: int, tensors: dict[str, t
 
 def _part(path: Path, handle: Any, name: str, about: Any, position: int) -> CachePart:
     """One compressor of an open file, checked against its header before any tensor is read."""
-    label = f"{path.name} parts.{name}"
+    label = f"{path} parts.{name}"
     if not isinstance(about, dict):
         raise CheckpointError(label, "an object", _short(about))
     spec, fmt = _spec(label, about), _format(label, about)
@@ -221,13 +222,13 @@ def _part(path: Path, handle: Any, name: str, about: Any, position: int) -> Cach
 
 def _tensor(path: Path, handle: Any, name: str, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
     if name not in handle.keys():  # noqa: SIM118 - a handle is no dict
-        raise CheckpointError(f"{path.name} {name}", "a tensor", "nothing")
+        raise CheckpointError(f"{path} {name}", "a tensor", "nothing")
     got = list(handle.get_slice(name).get_shape())
     if got != shape:
-        raise CheckpointError(f"{path.name} {name}", f"shape {shape}", f"shape {got}")
+        raise CheckpointError(f"{path} {name}", f"shape {shape}", f"shape {got}")
     tensor = handle.get_tensor(name)
     if tensor.dtype != dtype:
-        raise CheckpointError(f"{path.name} {name}", str(dtype), tensor.dtype)
+        raise CheckpointError(f"{path} {name}", str(dtype), tensor.dtype)
     return tensor
 
 
@@ -254,21 +255,20 @@ def _format(label: str, about: dict[str, Any]) -> CacheFormat:
 def _entry(label: object, found: dict[str, Any], key: str, kind: type) -> Any:
     value = found.get(key)
     if not isinstance(value, kind):
-        where = label.name if isinstance(label, Path) else label
-        raise CheckpointError(f"{where} {key}", f"a JSON {kind.__name__}", _short(value))
+        raise CheckpointError(f"{label} {key}", f"a JSON {kind.__name__}", _short(value))
     return value
 
 
 def _read_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     text = metadata.get(_HEADER)
     if text is None or len(text) > _MAX_HEADER_BYTES:
-        raise CheckpointError(path.name, f"a {_HEADER!r} header of at most {_MAX_HEADER_BYTES} bytes", "none")
+        raise CheckpointError(str(path), f"a {_HEADER!r} header of at most {_MAX_HEADER_BYTES} bytes", "none")
     try:
         header = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path.name} header", "a JSON object", error) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} header", "a JSON object", error) from error
     if not isinstance(header, dict) or header.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path.name} header", f"an object of schema {SCHEMA}", _short(header))
+        raise CheckpointError(f"{path} header", f"an object of schema {SCHEMA}", _short(header))
     return header
 
 

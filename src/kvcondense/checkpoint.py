@@ -70,7 +70,7 @@ def compressors(directory: str | Path, config: ModelConfig | None = None) -> Ite
 def _header(path: Path, name: str) -> StoredTensor:
     with open_safetensors(path) as handle:
         if name not in handle.keys():  # noqa: SIM118 - a handle is no dict
-            raise CheckpointError(name, f"to be in {path.name}", "a missing tensor")
+            raise CheckpointError(name, f"to be in {path}", "a missing tensor")
         part = handle.get_slice(name)
         shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
     count = 1

@@ -8,9 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kvcondense.errors import CheckpointError, DtypeError, RangeError, ShapeError, UnsupportedError, require_int
+from kvcondense.errors import (
+    CheckpointError,
+    DtypeError,
+    KvCondenseError,
+    RangeError,
+    ShapeError,
+    UnsupportedError,
+    require_int,
+)
+from kvcondense.files import require_file
 
 _MAX_CONFIG_BYTES = 4 << 20
+_MAX_SIZE = 1 << 31
+_LARGEST = 1e300
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in ("hidden_size", "num_hidden_layers", "max_positions", "head_dim", "index_head_dim"):
-            require_int(field, getattr(self, field), low=1)
+            if require_int(field, getattr(self, field), low=1) > _MAX_SIZE:
+                raise RangeError(field, f"at most {_MAX_SIZE}", getattr(self, field))
         require_int("rope_dim", self.rope_dim, low=0)
         for field in ("eps", "compress_rope_theta"):
             if not (math.isfinite(getattr(self, field)) and getattr(self, field) > 0):
@@ -90,19 +102,20 @@ class ModelConfig:
 
         Raises a ``KvCondenseError`` that names the key when one is missing, malformed or contradicts another.
         """
-        path = Path(path)
+        path = require_file(path, "a config.json")
         if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise CheckpointError(str(path.name), f"at most {_MAX_CONFIG_BYTES} bytes", path.stat().st_size)
+            raise CheckpointError(str(path), f"at most {_MAX_CONFIG_BYTES} bytes", path.stat().st_size)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(str(path.name), "a JSON object", error) from error
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(str(path), "a JSON object", error) from error
         if not isinstance(data, dict):
-            raise CheckpointError(str(path.name), "a JSON object", type(data).__name__)
-        text = data.get("text_config", data)
-        if not isinstance(text, dict):
-            raise DtypeError("text_config", "an object", type(text).__name__)
-        return _parse(text, name=path.parent.name or "model")
+            raise CheckpointError(str(path), "a JSON object", type(data).__name__)
+        try:
+            text = _object("text_config", data.get("text_config", data))
+            return _parse(text, name=path.parent.name or "model")
+        except KvCondenseError as error:
+            raise type(error)(f"{path}: {error.argument}", error.expected, error.got, error.hint) from error
 
 
 def _get(data: dict[str, Any], key: str) -> Any:
@@ -111,8 +124,26 @@ def _get(data: dict[str, Any], key: str) -> Any:
     return data[key]
 
 
+def _object(name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DtypeError(name, "an object", type(value).__name__)
+    return value
+
+
+def _list(name: str, value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise DtypeError(name, "a list", type(value).__name__)
+    return value
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise DtypeError(name, "a string", type(value).__name__)
+    return value
+
+
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
         raise DtypeError(name, "a finite number", repr(value))
     return float(value)
 
@@ -129,7 +160,7 @@ def _agree(name: str, values: dict[str, Any]) -> Any:
 
 
 def _parse(data: dict[str, Any], name: str) -> ModelConfig:
-    model_type = _get(data, "model_type")
+    model_type = _text("model_type", _get(data, "model_type"))
     generations = {"deepseek_v4": "v4", "deepseek_v41": "v4.1", "deepseek_v41_text": "v4.1"}
     if model_type not in generations:
         raise UnsupportedError("config.json key 'model_type'", f"one of {', '.join(generations)}", repr(model_type))
@@ -172,8 +203,13 @@ def _parse(data: dict[str, Any], name: str) -> ModelConfig:
         ),
         index_head_dim=_get(data, "index_head_dim"),
         overlap_ratios=overlap,
-        kv_source_layers=tuple(_get(data, "kv_source_layer_ids")) if generation == "v4.1" else None,
+        kv_source_layers=_sources(data) if generation == "v4.1" else None,
     )
+
+
+def _sources(data: dict[str, Any]) -> tuple[int, ...]:
+    ids = _list("kv_source_layer_ids", _get(data, "kv_source_layer_ids"))
+    return tuple(require_int(f"kv_source_layer_ids[{i}]", layer, low=0) for i, layer in enumerate(ids))
 
 
 def _ratios(data: dict[str, Any], generation: str, layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -181,8 +217,7 @@ def _ratios(data: dict[str, Any], generation: str, layers: int) -> tuple[tuple[i
     from_list = from_types = None
     overlap: tuple[int, ...] = (4,) if generation == "v4" else ()
     if (listed := data.get("compress_ratios")) is not None:
-        if not isinstance(listed, list):
-            raise DtypeError("compress_ratios", "a list of integers", type(listed).__name__)
+        listed = _list("compress_ratios", listed)
         from_list = tuple(require_int(f"compress_ratios[{i}]", r, low=0) for i, r in enumerate(listed))
         extra = require_int("num_nextn_predict_layers", data.get("num_nextn_predict_layers", 0), low=0)
         if len(from_list) not in (layers, layers + extra):
@@ -190,7 +225,8 @@ def _ratios(data: dict[str, Any], generation: str, layers: int) -> tuple[tuple[i
                 "compress_ratios", f"{layers} entries, or {layers + extra} with MTP layers", f"{len(from_list)} entries"
             )
     if (types := data.get("layer_types")) is not None and generation == "v4":
-        rates = _get(data, "compress_rates")
+        rates = _object("compress_rates", _get(data, "compress_rates"))
+        types = [_text(f"layer_types[{i}]", kind) for i, kind in enumerate(_list("layer_types", types))]
         table = {
             "sliding_attention": 0,
             "compressed_sparse_attention": rates.get("compressed_sparse_attention"),
@@ -219,9 +255,7 @@ def _yarn(data: dict[str, Any], compress_rope: dict[str, Any]) -> Yarn | None:
     for name, block in (("rope_scaling", data.get("rope_scaling")), ("rope_parameters.compress", compress_rope)):
         if not block:
             continue
-        if not isinstance(block, dict):
-            raise DtypeError(name, "an object", type(block).__name__)
-        kind = block.get("rope_type", block.get("type", "default"))
+        kind = _object(name, block).get("rope_type", block.get("type", "default"))
         if kind == "default":
             found.append(None)
             continue

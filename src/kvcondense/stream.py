@@ -16,8 +16,8 @@ import torch
 from kvcondense.api import compress
 from kvcondense.cachefile import PAGE_TOKENS, CacheFile, CachePart, empty_cache, first_difference
 from kvcondense.config import ModelConfig
-from kvcondense.errors import CheckpointError, KvCondenseError, RangeError, ShapeError
-from kvcondense.formats import get_format
+from kvcondense.errors import CheckpointError, KvCondenseError, RangeError, ShapeError, UnsupportedError
+from kvcondense.formats import FORMATS, CacheFormat, get_format
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.snapshot import export_live, import_live
@@ -63,11 +63,11 @@ class HiddenFile:
             if name is None and tensor is None and len(names) == 1:
                 name = names[0]
             if name is None:
-                raise CheckpointError(str(path.name), f"a tensor called {' or '.join(wanted)}", ", ".join(names[:8]))
+                raise CheckpointError(str(path), f"a tensor called {' or '.join(wanted)}", ", ".join(names[:8]))
             shape = list(handle.get_slice(name).get_shape())
             metadata = handle.metadata() or {}
         if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 1):
-            raise ShapeError(name, "shape [T, D] or [1, T, D]", f"shape {shape}")
+            raise ShapeError(f"{path} {name}", "shape [T, D] or [1, T, D]", f"shape {shape}")
         if first_position is None:
             text = metadata.get("first_position")
             if text is not None and not text.isdecimal():
@@ -127,7 +127,7 @@ class Sequence:
             spec = CompressorSpec.for_layer(config, layer, part, rounding=rounding)
             fmt = get_format(format)
             if part == "indexer":
-                spec, fmt = replace(spec, rotate=rotate), get_format(indexer_format or format)
+                spec, fmt = replace(spec, rotate=rotate), _indexer_format(spec, format, indexer_format)
             cache = empty_cache(spec, fmt, 0, page_tokens=page_tokens, tensor_scale=tensor_scale, strict=strict)
             weights = CompressorWeights.load(checkpoint, spec, layer, hidden_size=config.hidden_size, part=part)
             digest = _digest(*(t for t in (weights.w, weights.ape, weights.norm) if t is not None))
@@ -154,13 +154,13 @@ class Sequence:
         wanted = {**self.file().header(), "position": file.position, "last_hidden_sha256": file.last_hidden}
         if (difference := first_difference(wanted, file.header())) is not None:
             where, expected, got = difference
-            raise KvCondenseError(f"{path.name} {where}", expected, got)
+            raise KvCondenseError(f"{path} {where}", expected, got)
         self.torn = True
         for name, c in self.parts.items():
             found = file.parts[name].cache
             scales = [None if s is None else float(s) for s in (c.cache.tensor_scale, found.tensor_scale)]
             if scales[0] != scales[1]:
-                raise KvCondenseError(f"{path.name} {name}.scales", str(scales[0]), scales[1])
+                raise KvCondenseError(f"{path} {name}.scales", str(scales[0]), scales[1])
             c.cache = replace(found, strict=c.cache.strict)
             import_live(c.spec, c.state, self._at(file.position), file.parts[name].state)
         self.position, self.last_hidden, self.torn = file.position, file.last_hidden, False
@@ -238,7 +238,7 @@ class Sequence:
             return 0 if self._holds_last(hidden, 0) else self.position
         first, end = hidden.first_position, hidden.first_position + hidden.tokens
         if not first <= self.position <= end:
-            raise RangeError("hidden states", f"positions that reach {self.position}", f"{first}..{end - 1}")
+            raise RangeError("first_position", f"positions that reach {self.position}", f"{first}..{end - 1}")
         if self.position > first and not self._holds_last(hidden, first):
             raise KvCondenseError(
                 "hidden states",
@@ -257,6 +257,20 @@ class Sequence:
     @staticmethod
     def _at(position: int) -> RaggedBatch:
         return RaggedBatch.build([0, 0], start_positions=[position], state_slots=[0])
+
+
+def _indexer_format(spec: CompressorSpec, main: str, indexer: str | None) -> CacheFormat:
+    """The format of an indexer's rows: its own, or the main rows' if that fits; the error says which do."""
+    fmt = get_format(indexer or main)
+    if indexer is None and fmt.head_dim not in (None, spec.head_dim):
+        fitting = [f.name for f in FORMATS.values() if f.head_dim in (None, spec.head_dim)]
+        raise UnsupportedError(
+            "indexer_format",
+            f"a format for the indexer's rows of {spec.head_dim} channels",
+            f"none, and format {main} is for rows of {fmt.head_dim}",
+            f"one of {', '.join(fitting)}",
+        )
+    return fmt
 
 
 def _grown(cache: PagedCache, rows: int) -> PagedCache:

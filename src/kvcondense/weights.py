@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from kvcondense.errors import CheckpointError, RangeError, require
+from kvcondense.files import require_file
 from kvcondense.spec import CompressorSpec
 
 _MAX_INDEX_BYTES = 64 << 20
@@ -114,15 +115,15 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
         if index.stat().st_size > _MAX_INDEX_BYTES:
-            raise CheckpointError(index.name, f"at most {_MAX_INDEX_BYTES} bytes", index.stat().st_size)
+            raise CheckpointError(str(index), f"at most {_MAX_INDEX_BYTES} bytes", index.stat().st_size)
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             entries = [(str(k), str(v)) for k, v in weight_map.items()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(index.name, "an object with a weight_map", repr(error)) from error
+            raise CheckpointError(str(index), "an object with a weight_map", repr(error)) from error
         for name, file in entries:
             if Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{index.name} entry {name!r}", "a safetensors file of the same folder", file)
+                raise CheckpointError(f"{index} entry {name!r}", "a safetensors file of the same folder", file)
         return {name: directory / file for name, file in entries}
     # Results and hidden states may lie in the same folder: the conventional name comes first.
     model = directory / "model.safetensors"
@@ -141,12 +142,11 @@ def open_safetensors(path: Path, device: torch.device | str = "cpu"):  # noqa: A
     """``safetensors.safe_open`` with this library's errors."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise CheckpointError(path.name, "a safetensors file", "no such file")
+    require_file(path, "a safetensors file")
     try:
         return safe_open(str(path), framework="pt", device=str(device))
     except SafetensorError as error:
-        raise CheckpointError(path.name, "a valid safetensors file", error) from error
+        raise CheckpointError(str(path), "a valid safetensors file", error) from error
 
 
 def find_names(files: dict[str, Path], spec: CompressorSpec, layer: int, part: str) -> dict[str, str]:
@@ -176,7 +176,7 @@ def find_names(files: dict[str, Path], spec: CompressorSpec, layer: int, part: s
 def _read(path: Path, name: str, shape: tuple[int, ...], device: torch.device | str) -> torch.Tensor:
     with open_safetensors(path, device) as handle:
         if name not in handle.keys():  # noqa: SIM118 - a handle is no dict
-            raise CheckpointError(name, f"to be in {path.name}", "a missing tensor")
+            raise CheckpointError(name, f"to be in {path}", "a missing tensor")
         got = tuple(handle.get_slice(name).get_shape())
         if got != shape:
             raise CheckpointError(name, f"shape {list(shape)}", f"shape {list(got)}")

@@ -59,7 +59,9 @@ def command(*words: object) -> Path:
         subprocess.run([sys.executable, "-m", "kvcondense", *line], check=True, stdout=subprocess.DEVNULL)
     else:
         with contextlib.redirect_stdout(io.StringIO()):
-            app(line, standalone_mode=False)
+            status = app(line, standalone_mode=False)
+        if status:
+            raise SystemExit(status)
     return Path(line[line.index("--out") + 1])
 
 

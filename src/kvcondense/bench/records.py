@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvcondense import files
 from kvcondense.errors import RangeError, UnsupportedError
 
 Record = dict[str, Any]
@@ -23,20 +24,21 @@ def text(record: Record) -> str:
 class Log:
     """Records of a run. The first says what it ran on; ``{"complete": part}`` comes behind the records of a part.
 
-    path: a file, "-" for standard output, or None. kept: an earlier run's, that are not made again.
+    path: a file, "-" for standard output, or None. kept: an earlier run's, that are not made again. keep_old: what the
+    file holds goes to one of the same name with a ~ behind it, since it is long until the new one is complete.
     """
 
-    def __init__(self, path: Path | None, head: Record, kept: Sequence[Record] = ()) -> None:
+    def __init__(self, path: Path | None, head: Record, kept: Sequence[Record] = (), *, keep_old: bool = False) -> None:
         self.records: list[Record] = [head, *kept]
         self.complete = {r["complete"] for r in kept if "complete" in r}
         self._path = path
         lines = "".join(map(text, self.records))
-        if path is None or str(path) == "-":
+        if path is None or str(path) == "-" or (path.exists() and not path.is_file()):
             self._write(lines)
             return
-        beside = path.with_name(path.name + ".new")  # the old file is whole until the new one is
-        beside.write_text(lines, encoding="utf-8")
-        os.replace(beside, path)
+        if keep_old and path.is_file() and path.stat().st_size:
+            shutil.copy2(path, path.with_name(path.name + "~"))
+        files.write(path, lines)
 
     def _write(self, lines: str) -> None:
         if self._path is None:
@@ -45,8 +47,12 @@ class Log:
             sys.stdout.write(lines)
             sys.stdout.flush()
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(lines)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:  # a full disk names no file
+            error.filename = str(self._path)
+            raise
 
     def add(self, record: Record) -> None:
         """Keep a record; it is in the file when this returns."""
@@ -62,13 +68,13 @@ class Log:
 def read(path: Path, argument: str, what: str) -> list[Record]:
     """Records of a file that ``what`` made, without a last line that was cut off; ``argument``: named in errors."""
     if path.stat().st_size > _MOST_BYTES:
-        raise RangeError(argument, f"at most {_MOST_BYTES} bytes", path.stat().st_size)
+        raise RangeError(argument, f"a file of at most {_MOST_BYTES} bytes", f"{path}, of {path.stat().st_size}")
     try:
         *lines, rest = path.read_text(encoding="utf-8").split("\n")  # a whole line ends in one
         records = [json.loads(line) for line in lines if line]
         if rest and (last := _parsed(rest)) is not None:
             records.append(last)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnsupportedError(argument, f"JSON lines of {what}", f"{path} ({error})") from error
     if not records or not all(isinstance(r, dict) for r in records) or "machine" not in records[0]:
         raise UnsupportedError(argument, f"JSON lines of {what}", path)
@@ -78,7 +84,7 @@ def read(path: Path, argument: str, what: str) -> list[Record]:
 def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

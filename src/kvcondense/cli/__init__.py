@@ -1,40 +1,63 @@
-"""The ``kvcondense`` command: verify, conformance, compress, convert, plan, explain, bench, tune, aot, warm, info."""
+"""The ``kvcondense`` command: verify, conformance, compress, convert, plan, explain, bench, tune, aot, warm, info.
+
+Modules here say what can be typed and import no torch; those in ``work`` do it.
+"""
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+from typing import Annotated
 
 import typer
 
+import kvcondense
 from kvcondense.cli import aot, bench, compress, conformance, convert, explain, info, plan, tune, verify, warm
-from kvcondense.cli.output import fit, width
-from kvcondense.errors import KvCondenseError
+from kvcondense.cli.command import add
 
 app = typer.Typer(
     name="kvcondense",
-    help="The DeepSeek-V4 KV compressor: check it, run it on a checkpoint, see what this machine can do.",
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command("verify", epilog=verify.EXAMPLE)(verify.verify)
-app.command("conformance", epilog=conformance.EXAMPLE)(conformance.conformance)
-app.command("compress", epilog=compress.EXAMPLE)(compress.compress)
-app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
-app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
-app.command("explain", epilog=explain.EXAMPLE)(explain.explain)
-app.command("bench", epilog=bench.EXAMPLE)(bench.bench)
-app.command("tune", epilog=tune.EXAMPLE)(tune.tune)
-app.command("aot", epilog=aot.EXAMPLE)(aot.aot)
-app.command("warm", epilog=warm.EXAMPLE)(warm.warm)
-app.command("info", epilog=info.EXAMPLE)(info.info)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"kvcondense {kvcondense.__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Exit status 0: it holds, or is done; 1: it does not hold; 2: it could not be asked.")
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """The DeepSeek-V4 KV compressor: check it, run it on a checkpoint, see what this machine can do."""
+
+
+add(app, verify.verify, verify.EXAMPLE, verify.FAILS)
+add(app, conformance.conformance, conformance.EXAMPLE, conformance.FAILS)
+add(app, compress.compress, compress.EXAMPLE)
+add(app, convert.convert, convert.EXAMPLE)
+add(app, plan.plan, plan.EXAMPLE)
+add(app, explain.explain, explain.EXAMPLE)
+add(app, bench.bench, bench.EXAMPLE, bench.FAILS)
+add(app, tune.tune, tune.EXAMPLE, tune.FAILS)
+add(app, aot.aot, aot.EXAMPLE, aot.FAILS)
+add(app, warm.warm, warm.EXAMPLE, warm.FAILS)
+add(app, info.info, info.EXAMPLE)
 
 
 def main() -> None:
-    """Entry point: errors raised on purpose, and files that cannot be used, end with exit status 2 and one line."""
-    try:
-        app()
-    except (KvCondenseError, OSError) as error:
-        sys.stderr.write(fit(f"error: {error}", width()) + "\n")
-        sys.exit(2)
+    """Entry point. Names of files that are no text are printed with escapes, and closed streams are not missed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it is open as long as the process
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -14,9 +15,12 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from kvcondense import files
+
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE ('-': standard output).")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors alone: the exit status, and --json, say the rest.")]
 _HANG, _GAP = 6, 2
 _Item = TypeVar("_Item")
 
@@ -29,14 +33,20 @@ def width() -> int | None:
 
 
 class Output:
-    """Lines go to standard output, or to standard error if the JSON takes its place. No colour, no control codes."""
+    """Lines go to standard output, or to standard error if the JSON takes its place. No colour, no control codes.
 
-    def __init__(self, json_file: Path | None) -> None:
+    quiet: there are no lines.
+    """
+
+    def __init__(self, json_file: Path | None, *, quiet: bool = False) -> None:
         self.json_file = json_file
         self.to_stdout = str(json_file) == "-"
+        self.quiet = quiet
 
     def say(self, text: str = "", *, wrap: bool = True) -> None:
         """Print lines; what does not fit is continued below, indented, unless it should not be."""
+        if self.quiet:
+            return
         columns = width() if wrap else None
         typer.echo("\n".join(fit(line, columns) for line in text.split("\n")), err=self.to_stdout)
 
@@ -45,6 +55,8 @@ class Output:
 
         Where even that does not fit, each row becomes a paragraph: its first cell, then the others by name.
         """
+        if self.quiet:
+            return
         lines = [[str(value) for value in row] for row in (columns, *rows)]
         widths = _widths(lines, width())
         if widths is None:
@@ -69,7 +81,7 @@ class Output:
     def track(self, items: Iterable[_Item], total: int, what: str) -> Iterator[_Item]:
         """The items, behind a bar that says how far they are; in a pipe, where nothing moves, without one."""
         stream = sys.stderr if self.to_stdout else sys.stdout
-        if not stream.isatty():
+        if self.quiet or not stream.isatty():
             yield from items
             return
         from rich.console import Console
@@ -81,11 +93,20 @@ class Output:
         """Write ``result`` where --json said, if it said so."""
         if self.json_file is None:
             return
-        text = json.dumps(result, indent=2) + "\n"
+        text = json.dumps(_finite(result), indent=2, allow_nan=False) + "\n"
         if self.to_stdout:
             typer.echo(text, nl=False)
         else:
-            self.json_file.write_text(text, encoding="utf-8")
+            files.write(self.json_file, text)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fit(line: str, columns: int | None) -> str:

@@ -1,59 +1,52 @@
-"""``kvcondense verify``: the golden run of the original kernel, and the mutants that it must catch."""
+"""``kvcondense verify``, as it is typed: the golden run of the original kernel, and the mutants that it must catch."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from kvcondense.backends import Backend, get_backend
-from kvcondense.cli import completion, page
-from kvcondense.cli.output import JsonFile, Output
-from kvcondense.cli.page import ReportFile
-from kvcondense.conformance.adapter import load_factory
-from kvcondense.conformance.invariants import first_failure
-from kvcondense.conformance.mutants import MUTANTS
-from kvcondense.errors import DtypeError, RangeError, require_known
-from kvcondense.golden.compare import Comparison
-from kvcondense.golden.inputs import GoldenCase, make_inputs
-from kvcondense.golden.run import compare, run_backend, run_reference
-from kvcondense.spec import Rounding
+from kvcondense.cli import names
+from kvcondense.cli.output import JsonFile, Quiet
+from kvcondense.cli.paths import ReportFile
+from kvcondense.cli.values import Seed, one_of, positive, whole
 
 EXAMPLE = "Example: kvcondense verify --kind csa --history 1000 --start-pos 1000,1003 --no-rotate"
+FAILS = "an output is not what it must be, or the --mutant is caught"
 
 
 def verify(
     kind: Annotated[
         str | None,
-        typer.Option(
-            help="hca (ratio 128; the default), csa (ratio 4, overlapping) or indexer.", autocompletion=completion.kinds
-        ),
+        typer.Option(help="hca (ratio 128, default), csa (ratio 4, overlapping) or indexer.", **one_of(names.KINDS)),
     ] = None,
-    ratio: Annotated[int | None, typer.Option(help="128 for hca, 4 for csa: instead of --kind.")] = None,
+    ratio: Annotated[int | None, typer.Option(help="128 for hca, 4 for csa: instead of --kind.", **whole(1))] = None,
     preset: Annotated[
-        str, typer.Option(help="Constants of the model: demo, flash or pro.", autocompletion=completion.models)
+        str, typer.Option(help="Constants of the model: demo, flash or pro.", **one_of(names.MODELS))
     ] = "demo",
     backend: Annotated[
-        str, typer.Option(help="Backend to check, or auto.", autocompletion=completion.backends)
+        str, typer.Option(help="Backend to check, or auto.", **one_of(names.BACKENDS, "auto"))
     ] = "reference",
-    history: Annotated[int, typer.Option(help="Random earlier tokens; 0 is the original's empty state.")] = 1000,
+    history: Annotated[
+        int, typer.Option(help="Random earlier tokens; 0 is the original's empty state.", **whole(0, (1 << 17) - 1))
+    ] = 1000,
     start_pos: Annotated[
         str | None, typer.Option(help="Position of the decoded token, or one per row: 127 or 127,1000,1003.")
     ] = None,
     rotate: Annotated[bool, typer.Option("--rotate/--no-rotate", help="Hadamard rotation of the row.")] = True,
     format: Annotated[
-        str, typer.Option(help="Cache format; kvcondense info --formats lists them.", autocompletion=completion.formats)
+        str, typer.Option(help="Cache format; kvcondense info --formats lists them.", **one_of(names.FORMATS))
     ] = "bf16",
-    batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 4,
-    scale: Annotated[float, typer.Option(help="Standard deviation of x (with history).")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+    batch: Annotated[int, typer.Option(help="Rows decoded together.", **whole(1, 1024))] = 4,
+    scale: Annotated[float, typer.Option(help="Standard deviation of x (with history).", **positive())] = 1.0,
+    seed: Seed = 0,
     mutant: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Check a wrong compressor instead.", autocompletion=completion.mutants),
+        typer.Option(metavar="NAME", help="Check a wrong compressor instead.", **one_of(names.MUTANTS)),
     ] = None,
     list_mutants: Annotated[bool, typer.Option("--list-mutants", help="Print the mutants' names, one a line.")] = False,
     report_file: ReportFile = None,
+    quiet: Quiet = False,
     json_file: JsonFile = None,
 ) -> None:
     """Compare a backend with the original kernel's golden reference: kv, kv_state, score_state, kv_cache.
@@ -63,131 +56,3 @@ def verify(
     takes the backend's place and the status is 1 because it is caught: by the case itself, or, if the case cannot see
     that bug, by an invariant of the conformance kit.
     """
-    page.check(report_file)
-    output = Output(json_file)
-    say = output.say
-    if list_mutants:
-        for name in MUTANTS:
-            say(name)
-        output.finish({"mutants": {m.name: m.bug for m in MUTANTS.values()}})
-        return
-    if mutant is not None:
-        require_known("--mutant", mutant, MUTANTS, error=RangeError)
-    impl: str | Backend = MUTANTS[mutant] if mutant else backend
-    if isinstance(impl, str) and impl != "auto":
-        get_backend(impl)  # a wrong name is an error before any work
-    kind = _kind(kind, ratio)
-    case = GoldenCase(
-        kind=kind,
-        preset=preset,
-        batch=batch,
-        start_pos=_positions(start_pos),
-        history=history,
-        rotate=rotate,
-        scale=scale,
-        seed=seed,
-        rounding=Rounding.REFERENCE,
-        format=format,
-    )
-    inputs = make_inputs(case)
-    spec = inputs.spec
-    say(
-        f"{kind}: ratio {spec.ratio}, window {spec.window}, head_dim {spec.head_dim}, preset {preset}, "
-        f"format {format}, backend {mutant or backend}"
-    )
-    say(
-        f"{batch} rows at {_span(inputs.start_pos)}, {_span([h.shape[0] for h in inputs.x_history])} earlier tokens, "
-        f"{'rotate' if rotate else 'no rotate'}, seed {seed}"
-    )
-    ending = sum((p + 1) % spec.ratio == 0 for p in inputs.start_pos)
-    say(f"the decoded token ends a window in {ending} of {batch} rows; where it does not, kv is 0")
-    results = compare(inputs, run_backend(inputs, impl), run_reference(inputs))
-    say(f"{'output':<12} {'result':<6} {'worst |error|':>14} {'bit-equal':>10} {'worst ulp':>10}")
-    for name, r in results.items():
-        equal = "-" if r.equal is None else f"{r.equal:.3%}"
-        ulp = "-" if r.worst_ulp is None else str(r.worst_ulp)
-        say(f"{name:<12} {_word(r.passed):<6} {r.worst:>14.3g} {equal:>10} {ulp:>10}")
-        if r.detail:
-            say(f"             {r.detail}")
-    passed = all(r.passed for r in results.values())
-    report: dict[str, Any] = {
-        "case": {
-            "kind": kind,
-            "preset": preset,
-            "history": history,
-            "start_pos": inputs.start_pos,
-            "rotate": rotate,
-            "format": format,
-        },
-        "backend": mutant or backend,
-        "outputs": {
-            n: {
-                "passed": r.passed,
-                "worst": r.worst,
-                "worst_ulp": r.worst_ulp,
-                "bit_equal": r.equal,
-                "ulps": dict(r.ulps),
-            }
-            for n, r in results.items()
-        },
-    }
-    if mutant:
-        caught = None if passed else ("this case", "")
-        if passed:
-            say("This case cannot tell; trying the conformance kit.")
-            outcome = first_failure(load_factory(f"mutant:{mutant}"))
-            caught = outcome and (outcome.invariant, outcome.detail)
-        report["caught_by"] = caught and caught[0]
-        say(f"mutant {mutant} ({MUTANTS[mutant].bug}): " + (f"CAUGHT by {caught[0]}" if caught else "SURVIVED"))
-        if caught and caught[1]:
-            say(f"  {caught[1]}")
-        passed = caught is None
-    if report_file is not None:
-        _page(report_file, report, results)
-        say(f"written to {report_file}")
-    output.finish(report)
-    raise typer.Exit(0 if passed else 1)
-
-
-def _page(path: Path, report: dict[str, Any], results: dict[str, Comparison]) -> None:
-    rows = [
-        (name, _word(r.passed), r.worst, r.worst_ulp, None if r.equal is None else f"{r.equal:.3%}", r.detail)
-        for name, r in results.items()
-    ]
-    parts = [
-        page.heading("Outputs", "Against the original kernel's golden reference; kv_bytes counts bytes that differ."),
-        page.table(("output", "result", "worst |error|", "worst ulp", "bit-equal", "detail"), rows),
-        page.heading("How far elements are from the reference", "Zeros on both sides are left out."),
-        page.histogram({name: dict(r.ulps) for name, r in results.items() if r.ulps}),
-    ]
-    facts = {**report["case"], "backend": report["backend"]}
-    if "caught_by" in report:
-        facts["mutant caught by"] = report["caught_by"] or "nothing: it survived"
-    page.write(path, "kvcondense verify", facts, parts)
-
-
-def _kind(kind: str | None, ratio: int | None) -> str:
-    if ratio is None:
-        return kind or "hca"
-    kinds = {128: ("hca",), 4: ("csa", "indexer")}
-    if ratio not in kinds or (kind or kinds[ratio][0]) not in kinds[ratio]:
-        raise RangeError("--ratio", "128 (hca) or 4 (csa, indexer)", f"{ratio} with --kind {kind}" if kind else ratio)
-    return kind or kinds[ratio][0]
-
-
-def _positions(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise DtypeError("--start-pos", "whole numbers separated by commas", repr(text)) from None
-
-
-def _span(values: list[int]) -> str:
-    distinct = sorted(set(values))
-    return f"{distinct[0]}" if len(distinct) == 1 else ", ".join(map(str, values))
-
-
-def _word(passed: bool) -> str:
-    return "PASS" if passed else "FAIL"

@@ -191,9 +191,11 @@ def load_factory(name: str) -> Factory:
         return lambda: BackendAdapter(MUTANTS[attribute], MUTANTS[attribute].kind)
     try:
         found = import_module(module)
-    except ImportError as error:
+    except Exception as error:  # whatever a module that is not ours raises
         hint = "a module outside of the installation needs its folder in PYTHONPATH"
-        raise UnsupportedError("--adapter", "module:factory that can be imported", f"{name} ({error})", hint) from error
+        raise UnsupportedError(
+            "--adapter", "module:factory that can be imported", f"{name} ({type(error).__name__}: {error})", hint
+        ) from error
     if not attribute:
         backend = getattr(found, "BACKEND", None)
         if backend is None:
@@ -204,7 +206,12 @@ def load_factory(name: str) -> Factory:
         raise UnsupportedError("--adapter", f"a function in {module}", repr(attribute))
 
     def make() -> Adapter:
-        adapter = factory()
+        try:
+            adapter = factory()
+        except KvCondenseError:
+            raise
+        except Exception as error:
+            raise UnsupportedError("--adapter", f"{name}() to work", f"{type(error).__name__}: {error}") from error
         if not isinstance(adapter, Adapter):
             raise KvCondenseError("--adapter", f"{name}() with the methods of Adapter", type(adapter).__name__)
         return adapter

@@ -79,7 +79,7 @@ class Case:
             data = json.loads(text)
             ops = tuple(_op(op) for op in data["ops"])
             case = cls(**{**data, "ops": ops})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError("case", "the JSON of a case", f"{type(error).__name__}: {error}") from error
         case._check()
         return case

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvcondense.formats.catalog import FORMATS
 from kvcondense.formats.descriptor import PAD, SCALES, CacheFormat, Field
 
@@ -11,17 +13,17 @@ COLUMNS = 96
 """Characters to a line of a picture."""
 
 
-def byte_map(fmt: CacheFormat, head_dim: int) -> list[dict[str, str]]:
+def byte_map(fmt: CacheFormat, head_dim: int) -> list[dict[str, Any]]:
     """One line per field: where row i of a page of P rows has it, and what it holds."""
     lines = []
     for f in fmt.fields(head_dim):
         start = " + ".join(
             t for t in (f"{f.base} P" if f.base else "", f"{f.stride} i", str(f.offset) if f.offset else "") if t
         )
-        lines.append({"field": f.name, "byte": start, "bytes": str(f.nbytes), "holds": _holds(fmt, f)})
+        lines.append({"field": f.name, "byte": start, "bytes": f.nbytes, "holds": _holds(fmt, f)})
     if fmt.scales_outside:
         where = "" if fmt.tensor_scale else "[num_pages, P]: "
-        lines.append({"field": SCALES, "byte": "outside", "bytes": "4", "holds": where + _rule(fmt)})
+        lines.append({"field": SCALES, "byte": "outside", "bytes": 4, "holds": where + _rule(fmt)})
     return lines
 
 
@@ -55,17 +57,18 @@ def picture(fmt: CacheFormat, head_dim: int, page_rows: int = 2, columns: int = 
     return [line.rstrip() for line in [*lines, f"{top}{page}", bottom + "|"]]
 
 
-def overview(formats: dict[str, CacheFormat] | None = None) -> list[dict[str, str]]:
+def overview(formats: dict[str, CacheFormat] | None = None) -> list[dict[str, Any]]:
     """One line per format: name, shape, bytes, page stride, and what it is."""
     lines = []
     for fmt in (FORMATS if formats is None else formats).values():
         d = fmt.head_dim or EXAMPLE_DIM
         outside = " + 4" if fmt.scales_outside and not fmt.tensor_scale else ""
+        row = fmt.row_bytes(d) if fmt.head_dim else f"{fmt.row_bytes(1)} d"
         lines.append(
             {
                 "format": fmt.name,
-                "head_dim": "any" if fmt.head_dim is None else str(fmt.head_dim),
-                "row bytes": (f"{fmt.row_bytes(d)}" if fmt.head_dim else f"{fmt.row_bytes(1)} d") + outside,
+                "head_dim": "any" if fmt.head_dim is None else fmt.head_dim,
+                "row bytes": f"{row}{outside}" if outside else row,
                 "page stride": stride(fmt, d) if fmt.head_dim else f"{fmt.row_bytes(1)} d P",
                 "what it is": fmt.summary,
                 "used by": fmt.source,
@@ -88,11 +91,11 @@ def markdown() -> str:
     return "\n".join(out) + "\n"
 
 
-def _table(rows: list[dict[str, str]]) -> list[str]:
+def _table(rows: list[dict[str, Any]]) -> list[str]:
     return [
         "| " + " | ".join(rows[0]) + " |",
         "|" + "---|" * len(rows[0]),
-        *("| " + " | ".join(row.values()) + " |" for row in rows),
+        *("| " + " | ".join(map(str, row.values())) + " |" for row in rows),
     ]
 
 

@@ -59,7 +59,11 @@ class GoldenCase:
         limit = min(PRESETS[self.preset].max_positions, MAX_POSITIONS)
         for start in starts:
             if not 0 <= start < limit:
-                raise RangeError("start_pos", f"0..{limit - 1} (preset {self.preset})", start)
+                within = f"positions 0..{limit - 1} (preset {self.preset})"
+                if self.start_pos:
+                    raise RangeError("start_pos", within, start)
+                got = f"{self.history}: row {starts.index(start)} would be at {start}"
+                raise RangeError("history", f"{within}, each row a window further than the last", got)
         return starts
 
 

@@ -55,6 +55,16 @@ def comparators(inputs: GoldenInputs) -> dict[str, Comparator]:
     return {"kv": rows, "kv_state": states, "score_state": states, "kv_cache": cache, "kv_bytes": bytes_of}
 
 
+def rules(inputs: GoldenInputs) -> dict[str, str]:
+    """What ``comparators`` allow each element of an output, in words; e: the reference's."""
+    spec, fmt = inputs.spec, inputs.format
+    rows = "1e-3 + 1e-3 |e|, two bf16 steps of e, "
+    rows += "or 2^-7 of the row's RMS" if spec.rotate else "or, on RoPE channels, 3.3 * 2^-8 of the pair's length"
+    cache = rows if fmt.name == "bf16" else f"{rows}, and two steps of {fmt.name}"
+    states = "1e-3 + 1e-3 |e|"
+    return {"kv": rows, "kv_state": states, "score_state": states, "kv_cache": cache, "kv_bytes": "nothing"}
+
+
 @dataclass(frozen=True)
 class GoldenOutputs:
     """Outputs in PR 270's layout: kv [B, 1, d] fp32 (0 if no window ends), states [B, c * r, N], kv_cache bf16.

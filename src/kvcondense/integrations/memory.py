@@ -84,7 +84,9 @@ class Memory:
         if tokens.starts != self.seen:
             raise KvCondenseError("position_ids", f"to go on at {list(self.seen)}", list(tokens.starts))
         if self.torn:
-            raise KvCondenseError("past_key_values (cache)", "a cache whose last call was finished", "one that was broken off")
+            raise KvCondenseError(
+                "past_key_values (cache)", "a cache whose last call was finished", "one that was broken off"
+            )
         self.torn = True
         done = condense(self.spec, kv_score, weights, rope, plan.batch, plan=plan, state=self.pool, impl=impl)
         self.seen = tuple(s + n for s, n in zip(tokens.starts, tokens.lengths, strict=True))

@@ -155,7 +155,9 @@ def _layer(module: Any, hidden: torch.Tensor, past_key_values: Any, layer_idx: i
     )
     if hasattr(layer, "kvcondense"):
         if gradients:
-            raise UnsupportedError("past_key_values (cache)", "torch.no_grad() for a cache that kvcondense fills", "gradients")
+            raise UnsupportedError(
+                "past_key_values (cache)", "torch.no_grad() for a cache that kvcondense fills", "gradients"
+            )
         return True, layer
     if gradients or (layer is not None and layer.compressed_kv["compressor"] is not None):
         return False, layer
@@ -201,7 +203,9 @@ def _ours(kind: Any) -> Any:
         def store_compression_weights(self, name: str, kv: torch.Tensor, gate: torch.Tensor) -> None:
             """What transformers' own compressor calls first."""
             del name, kv, gate
-            raise UnsupportedError("past_key_values (cache)", "a cache that kvcondense has not filled", "one that it has")
+            raise UnsupportedError(
+                "past_key_values (cache)", "a cache that kvcondense has not filled", "one that it has"
+            )
 
     Ours.__name__ = f"Kvcondense{kind.__name__}"
     return Ours

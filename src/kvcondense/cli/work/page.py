@@ -6,16 +6,12 @@ import html
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from kvcondense import files
+from kvcondense.bench import chart
 from kvcondense.bench import report as timings
-from kvcondense.errors import UnsupportedError
 
-ReportFile = Annotated[
-    Path | None, typer.Option("--report", metavar="FILE.html", help="Write a page of tables and plots to FILE.html.")
-]
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #1a7f37; --bad: #c62828; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; }
@@ -34,24 +30,15 @@ td.n { white-space: nowrap; }
 _MARKS = {"PASS": "good", "passes": "good", "FAIL": "bad", "SURVIVED": "bad", "WRONGLY CAUGHT": "bad"}
 
 
-def check(path: Path | None) -> None:
-    """Raise UnsupportedError, before any work, if no page can be written to ``path``."""
-    if path is None:
-        return
-    if path.suffix not in (".html", ".htm"):
-        raise UnsupportedError("--report", "a file that ends in .html", path)
-    _pyplot()
-
-
 def write(path: Path, title: str, facts: Mapping[str, Any], parts: Sequence[str]) -> None:
     """A page of ``parts`` (tables and figures) under a title and what they were made with."""
     about = "".join(f"<tr><th>{_text(k)}</th><td>{_text(v)}</td></tr>" for k, v in facts.items())
     body = "\n".join([f"<h1>{_text(title)}</h1>", f'<div class="wide"><table>{about}</table></div>', *parts])
-    path.write_text(
+    files.write(
+        path,
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_text(title)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n",
-        encoding="utf-8",
     )
 
 
@@ -88,9 +75,10 @@ def figure(draw: Callable[[Any, bool], Any], height: float = 4) -> str:
 
 def of_timings(records: Sequence[timings.Record]) -> list[str]:
     """Tables and, where there are bars to draw, a chart with floors."""
-    parts = [of_markdown(text) for text in timings.tables(records)]
+    parts = [heading(title) + of_markdown(text) for title, text in timings.tables(records).items()]
     if any(r.get("cache") == "warm" for r in records):
-        parts.insert(0, _figure(lambda tall: timings.chart(records, tall=tall)))
+        picture = _figure(lambda tall: chart.chart(records, tall=tall))
+        parts.insert(0, heading("At a glance", "Bars are medians; a line is the floor of its case.") + picture)
     return parts
 
 
@@ -149,10 +137,8 @@ def _figure(draw: Callable[[bool], Any]) -> str:
 
 
 def _pyplot() -> Any:
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise UnsupportedError("--report", "matplotlib (pip install kvcondense[bench])", "none") from error
+    import matplotlib as mpl
+
     mpl.use("Agg")
     mpl.rcParams["svg.fonttype"] = "none"
     mpl.rcParams["legend.frameon"] = False

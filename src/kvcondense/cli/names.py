@@ -1,0 +1,38 @@
+"""Names of models, formats, kinds, backends, mutants and cases, for help, completion and typos, which import no torch.
+
+A test holds them equal to the tables that they are of.
+"""
+
+from __future__ import annotations
+
+from kvcondense.config import PRESETS
+
+MODELS = tuple(PRESETS)
+KINDS = ("hca", "csa", "indexer")
+BACKENDS = ("cpu", "triton", "reference")
+FORMATS = (
+    "bf16", "fp32", "bf16_via_fp8_model1", "bf16_via_mxfp4_indexer", "bf16_via_fp4_v41", "fp8_model1",
+    "fp8_model1_scale_floor", "fp8_tensor", "fp8_indexer_pow2", "fp8_indexer_plain", "mxfp4_indexer",
+    "mxfp4_indexer_ties_down", "int8_indexer", "fp4_v41", "mxfp8_v41_window", "mxfp8_v41_window_scale_floor",
+)  # fmt: skip
+ROUNDINGS = ("reference", "fused")
+STATES = ("ring", "online")
+WARM_STATES = ("ring", "paged", "online")
+ADAPTER_STATES = ("ring", "paged", "online")
+MUTANTS = (
+    "current-token-only", "uniform-average", "scalar-gate", "ape-dropped", "ape-shifted", "overlap-ignored",
+    "overlap-swapped", "neighbour-window", "rope-at-row-index", "rope-at-last-position", "half-split-pairs",
+    "theta-1e4", "no-yarn", "eps-times-10", "no-bf16-before-norm", "gamma-dropped", "rotate-ignored",
+    "row-0-for-minus-1", "state-not-reset", "emission-late", "emission-twice", "stale-draft-row",
+    "drafts-not-kept-for", "online-drafts-folded", "ring-race", "scale-floor-on-scale", "scale-rounded-down",
+    "fp4-ties-down", "fp4-nibbles-swapped", "scales-inline", "pad-unwritten", "int32-address",
+)  # fmt: skip
+ADAPTERS = (*BACKENDS, *(f"reference:{kind}" for kind in ADAPTER_STATES), *(f"mutant:{name}" for name in MUTANTS))
+CASES = (
+    "prefill 8192, ratio 128", "prefill 8192, ratio 4", "decode 16 on a boundary, ratio 128",
+    "decode 16 on a boundary, ratio 4", "decode 16 within a window, ratio 128", "decode 16 within a window, ratio 4",
+    "prefill 2048 from x, ratio 128", "decode 16 from x, ratio 128", "decode 1 from x, ratio 128",
+)  # fmt: skip
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
+PAGE_TOKENS = 256
+EXAMPLE_DIM = 512

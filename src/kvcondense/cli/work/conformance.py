@@ -1,0 +1,194 @@
+"""The work of ``kvcondense conformance``: invariants, mutants, a soak or a replay."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn
+
+from kvcondense import files
+from kvcondense.cli.output import Output
+from kvcondense.cli.work import page
+from kvcondense.conformance.adapter import Factory, load_factory
+from kvcondense.conformance.cases import Case
+from kvcondense.conformance.invariants import INVARIANTS, Outcome, check, first_failure, play, whole
+from kvcondense.conformance.mutants import MUTANTS
+from kvcondense.conformance.soak import soak
+from kvcondense.errors import CheckpointError, KvCondenseError
+
+CORRECT = ("reference:ring", "reference:paged", "reference:online")
+_MAX_CASE_BYTES = 1 << 20
+
+
+def run(
+    output: Output,
+    *,
+    adapter: str,
+    mutants: bool,
+    soak_minutes: float | None,
+    replay: Path | None,
+    seed: int,
+    rounds: int,
+    case_file: Path,
+    report_file: Path | None,
+) -> bool:
+    """Whether nothing broke."""
+    if mutants:
+        passed, report = _mutants(output, seed)
+    else:
+        make = load_factory(adapter)
+        make()  # a factory that cannot work is an error before anything runs
+        if replay is not None:
+            passed, report = _replay(output, make, replay)
+        elif soak_minutes is not None:
+            passed, report = _soak(output, adapter, make, soak_minutes, seed, case_file)
+        else:
+            passed, report = _invariants(output, adapter, make, seed, rounds, case_file)
+    if report_file is not None:
+        page.write(report_file, "kvcondense conformance", _facts(report), _parts(report))
+        output.say(f"written to {report_file}")
+    output.finish(report)
+    return passed
+
+
+def _facts(report: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in report.items() if isinstance(v, str | int | float) and v != ""}
+
+
+def _parts(report: dict[str, Any]) -> list[str]:
+    """Tables and plots of whatever was run."""
+    if "invariants" in report:
+        rows = [
+            (i["invariant"], _word(i["passed"]), i["promise"], i["histories"], i["request_steps"],
+             i["detail"] or i["skipped"] or "", i["case"] or "")
+            for i in report["invariants"]
+        ]  # fmt: skip
+        columns = ("invariant", "result", "promise", "histories", "request-steps", "detail", "smallest history")
+        steps = {i["invariant"]: i["request_steps"] for i in report["invariants"]}
+        return [page.heading("Invariants"), page.table(columns, rows), page.tally(steps, "request-steps played")]
+    if "mutants" in report:
+        rows = [(n, by or "SURVIVED", MUTANTS[n].bug) for n, by in report["mutants"].items()]
+        good = [(n, "WRONGLY CAUGHT" if detail else "passes", detail or "") for n, detail in report["correct"].items()]
+        kills = Counter(by for by in report["mutants"].values() if by)
+        return [
+            page.heading("Mutants", "Wrong compressors, and the invariant that caught each."),
+            page.table(("mutant", "caught by", "what is wrong with it"), rows),
+            page.tally(kills, "mutants caught"),
+            page.heading("Correct ones"),
+            page.table(("adapter", "result", "detail"), good),
+        ]
+    found = report.get("found", {"soak": report.get("detail")})
+    return [page.table(("check", "result", "detail"), [(n, _word(not d), d or "") for n, d in found.items()])]
+
+
+def _word(passed: bool | None) -> str:
+    return "SKIP" if passed is None else "PASS" if passed else "FAIL"
+
+
+def _invariants(
+    output: Output, name: str, make: Factory, seed: int, rounds: int, case_file: Path
+) -> tuple[bool, dict[str, Any]]:
+    outcomes = []
+    for invariant in INVARIANTS:
+        o = check(invariant, make, seed=seed, rounds=rounds)
+        outcomes.append(o)
+        word = "SKIP" if o.skipped else "PASS" if o.passed else "FAIL"
+        counts = f"{o.played:>3} histories {o.request_steps:>5} request-steps"
+        output.say(f"{word}  {o.invariant:<22} {o.skipped or counts}  {'' if o.skipped else o.promise}".rstrip())
+        if not o.passed:
+            _explain(output, name, o.detail, o.case, case_file)
+            case_file = case_file.with_stem(f"{case_file.stem}-next")  # every failure keeps its own
+    output.say("not asked here: I11 (graph capture needs a GPU), I13 (gradients)")
+    failed = [o for o in outcomes if not o.passed]
+    return not failed, {"adapter": name, "seed": seed, "invariants": [_plain(o) for o in outcomes]}
+
+
+def _explain(output: Output, name: str, detail: str, case: Case | None, case_file: Path) -> None:
+    output.say(f"      {detail}")
+    if case is not None:
+        files.write(case_file, case.to_json() + "\n")
+        output.say(f"      smallest history found: {case.to_json()}")
+        output.say(f"      again: kvcondense conformance --adapter {name} --replay {case_file}")
+
+
+def _plain(o: Outcome) -> dict[str, Any]:
+    return {
+        "invariant": o.invariant,
+        "promise": o.promise,
+        "passed": None if o.skipped else o.passed,
+        "skipped": o.skipped,
+        "histories": o.played,
+        "request_steps": o.request_steps,
+        "detail": o.detail,
+        "case": o.case and o.case.to_json(),
+    }
+
+
+def _mutants(output: Output, seed: int) -> tuple[bool, dict[str, Any]]:
+    output.say(f"{'wrong compressor':<24} {'caught by':<22} what is wrong with it")
+    caught: dict[str, str | None] = {}
+    for name, mutant in MUTANTS.items():
+        outcome = first_failure(load_factory(f"mutant:{name}"), seed=seed)
+        caught[name] = outcome and outcome.invariant
+        output.say(f"{name:<24} {caught[name] or 'SURVIVED':<22} {mutant.bug}")
+    wrongly = {}
+    for name in CORRECT:
+        outcome = first_failure(load_factory(name), seed=seed)
+        wrongly[name] = outcome and outcome.detail
+        output.say(
+            f"{name:<24} {'WRONGLY CAUGHT' if outcome else 'passes':<22} {outcome.detail if outcome else ''}".rstrip()
+        )
+    alive = [n for n, by in caught.items() if by is None]
+    output.say(f"{len(caught) - len(alive)} of {len(caught)} caught")
+    return not alive and not any(wrongly.values()), {"mutants": caught, "correct": wrongly}
+
+
+def _soak(
+    output: Output, name: str, make: Factory, minutes: float, seed: int, case_file: Path
+) -> tuple[bool, dict[str, Any]]:
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"))
+    spoken = time.perf_counter()
+    with Progress(*columns, console=console, transient=True, disable=output.quiet or not console.is_terminal) as bar:
+        task = bar.add_task("soak")
+
+        def progress(histories: int, steps: int, seconds: float) -> None:
+            nonlocal spoken
+            text = f"{seconds:6.0f} s of {60 * minutes:.0f}: {histories} histories, {steps} request-steps"
+            bar.update(task, description=text)
+            if not (output.quiet or console.is_terminal) and time.perf_counter() - spoken > 30:
+                spoken = time.perf_counter()
+                console.print(text)
+
+        result = soak(make, minutes, seed, progress)
+    word = "PASS" if result.passed else "FAIL"
+    output.say(
+        f"{word}  soak of {name}, seed {seed}: {result.histories} histories, {result.request_steps} request-steps "
+        f"in {result.seconds:.0f} s"
+    )
+    if not result.passed:
+        _explain(output, name, result.detail, result.case, case_file)
+    report = {"adapter": name, "seed": seed, "passed": result.passed, "detail": result.detail}
+    report |= {"histories": result.histories, "request_steps": result.request_steps, "seconds": result.seconds}
+    return result.passed, {**report, "case": result.case and result.case.to_json()}
+
+
+def _replay(output: Output, make: Factory, file: Path) -> tuple[bool, dict[str, Any]]:
+    size = file.stat().st_size
+    if size > _MAX_CASE_BYTES:
+        raise CheckpointError("--replay", f"a file of at most {_MAX_CASE_BYTES} bytes", f"{file}, of {size}")
+    try:
+        case = Case.from_json(file.read_text(encoding="utf-8"))
+    except (KvCondenseError, UnicodeDecodeError) as error:
+        raise CheckpointError("--replay", "a case that conformance wrote", f"{file} ({error})") from error
+    found, steps = {}, 0
+    judges = {i.judge: i.name for i in INVARIANTS if i.judge is not None} | {whole: "rows and state"}
+    for judge, name in judges.items():
+        detail, steps = play(case, make, judge)
+        found[name] = detail
+        output.say(f"{'FAIL' if detail else 'PASS'}  {name:<22} {detail or ''}".rstrip())
+    return not any(found.values()), {"case": case.to_json(), "request_steps": steps, "found": found}

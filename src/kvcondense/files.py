@@ -1,0 +1,89 @@
+"""Files that take the place of others whole or not at all, and what must be known of a file before any work."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvcondense.errors import CheckpointError
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A file to fill, which takes ``path``'s place when the block ends well; whatever else happens, the old one stays.
+
+    Links stay links. What is no file (a terminal, a pipe, /dev/null) gets the bytes at the end.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            with tempfile.TemporaryDirectory() as folder:
+                made = Path(folder) / f"result{path.suffix}"
+                yield made
+                with made.open("rb") as source, path.open("wb") as target:
+                    shutil.copyfileobj(source, target)
+            return
+        made, target = _beside(path), path.resolve()
+        try:
+            yield made
+            if target.exists():
+                shutil.copymode(target, made)
+            os.replace(made, target)
+        finally:
+            made.unlink(missing_ok=True)
+    except OSError as error:  # a full disk names no file, and nobody knows the one beside
+        if error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def write(path: str | Path, text: str) -> None:
+    """``text`` in UTF-8, in the place of what ``path`` held."""
+    with replacing(path) as made:
+        made.write_text(text, encoding="utf-8")
+
+
+def why_not_written(path: str | Path) -> str | None:
+    """None if ``replacing`` can put a file here, else the reason; nothing stays behind."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return "a folder"
+        if path.exists() and not path.is_file():
+            return None if os.access(path, os.W_OK) else "it cannot be written"
+        folder = path.resolve().parent
+        if not folder.is_dir():
+            return f"there is no folder {path.parent}"
+        made = _beside(path)
+        made.touch()
+        made.unlink()
+    except (OSError, ValueError, RuntimeError) as error:  # a name with a zero byte; a loop of links, before 3.13
+        return getattr(error, "strerror", None) or str(error)
+    return None
+
+
+def require_file(path: str | Path, what: str, argument: str = "") -> Path:
+    """``path``, if there is a file; raises CheckpointError, which names it whole, otherwise."""
+    path = Path(path)
+    if not path.is_file():
+        got = "a folder" if path.is_dir() else "no regular file" if path.exists() else "no such file"
+        raise CheckpointError(argument or str(path), what, f"{path} ({got})" if argument else got)
+    return path
+
+
+def same(one: Path, other: Path) -> bool:
+    """True if both names are of one file, however they are spelt; neither need exist."""
+    try:
+        return one.resolve() == other.resolve() or one.samefile(other)
+    except (OSError, RuntimeError):
+        return False
+
+
+def _beside(path: Path) -> Path:
+    """In the same folder, so that it can be renamed; with the same suffix, which may say what is written."""
+    target = path.resolve()
+    return target.with_name(f".{target.stem[:80]}.{os.getpid()}.part{target.suffix}")
