@@ -11,7 +11,7 @@ READY := $(if $(PY),,$(VENV)/.installed)
 RUN := $(if $(PY),env PYTHONPATH=src $(PY),$(BIN)/python)
 QUIET := -p no:benchmark -W default  # whatever else is installed there, and what it warns of
 
-.PHONY: demo test test-all fuzz docs bench gpu sanitize dry-run triton36 ascend lint format clean
+.PHONY: demo test test-all fuzz docs bench gpu sanitize dry-run triton36 compat ascend lint format clean
 
 # What the demo needs, with pip's own bars; then the rest, for tests, pages and pictures.
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -75,6 +75,21 @@ triton36: .venv-triton36/.installed  ## what is compiled, with Triton 3.6
 	.venv-triton36/bin/pip install --quiet --disable-pip-version-check triton==3.6.0 'numpy<2.4'
 	touch $@
 
+# On a Python without a CPU build of torch, this downloads gigabytes. Left out: what needs transformers or a browser,
+# documentation, Triton.
+TORCH ?= 2.13.0
+COMPAT := .venv-compat/$(notdir $(PYTHON))-$(TORCH)
+CORE := backends/test_cpu.py backends/test_cpu_blocks.py properties test_layout.py test_planning.py test_doors.py \
+	test_marks.py test_stages.py test_ops.py test_golden.py test_training.py test_engines.py test_cli.py
+compat: $(COMPAT)/.installed  ## the core on another Python or torch: make compat PYTHON=python3.13 TORCH=2.15.0
+	$(COMPAT)/bin/python -m pytest $(addprefix tests/,$(CORE))
+
+$(COMPAT)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/pip install --quiet --disable-pip-version-check -e . torch==$(TORCH) \
+		greenlet hypothesis matplotlib ml_dtypes pytest pytest-xdist
+	touch $@
+
 # triton-ascend installs under the name triton, hence the environment of its own. Needs mlir-19-tools, libmlir-19 and
 # clang-19 (Debian); no NPU.
 ascend: .venv-ascend/.installed  ## the Triton kernels, lowered for Ascend910B and run on this CPU
@@ -96,4 +111,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build $(VENV) .venv-ascend .venv-triton36
+	rm -rf build $(VENV) .venv-ascend .venv-triton36 .venv-compat
