@@ -170,3 +170,21 @@ def test_it_refuses(model):
         with pytest.raises(KvCondenseError, match="follow one another"):
             model(ids(1, 2), None, torch.tensor([[8, 10]]), cache)
     done.undo()  # once more is nothing
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_compressor_takes_its_cache_by_either_name(model, name):
+    """transformers 5.24 calls ``cache`` what was ``past_key_values``."""
+    index, attention = next(
+        (i, a) for i, a in enumerate(layer.self_attn for layer in model.model.layers) if a.compressor
+    )
+    kinds = [type(layer.self_attn.compressor) for layer in model.model.layers]
+    x = torch.randn(1, 140, model.config.hidden_size, generator=torch.Generator().manual_seed(3))
+    residual, positions = torch.randn(1, 140, model.config.q_lora_rank), torch.arange(140)[None]
+    cache, plain = cache_of(model), cache_of(model)
+    compressor = attention.compressor
+    expected, _ = compressor(x, residual, positions, plain, index)
+    with accelerate(model):
+        rows, _ = compressor(x, residual, positions, layer_idx=index, **{name: cache})
+    assert [type(layer.self_attn.compressor) for layer in model.model.layers] == kinds
+    assert close(rows, expected)

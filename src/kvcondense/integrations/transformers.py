@@ -229,12 +229,13 @@ def _seen(done: Accelerated, module: Any, name: str, layer: Any, hidden: torch.T
 
 def _forward(
     done: Accelerated, module: Any, hidden_states: torch.Tensor, q_residual: torch.Tensor, position_ids: torch.Tensor,
-    past_key_values: Any, layer_idx: int,
+    past_key_values: Any = None, layer_idx: int = 0, cache: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """``forward`` of a compressor: ours where the call is, else transformers' own."""
-    ours, layer = _layer(module, hidden_states, past_key_values, layer_idx)
+    """``forward`` of a compressor: ours where the call is, else transformers' own. 5.24 renames the cache."""
+    held = past_key_values if cache is None else cache
+    ours, layer = _layer(module, hidden_states, held, layer_idx)
     if not ours:
-        return type(module).forward(module, hidden_states, q_residual, position_ids, past_key_values, layer_idx)
+        return type(module).forward(module, hidden_states, q_residual, position_ids, held, layer_idx)
     return _FORWARDS[type(module).__name__](done, module, layer, hidden_states, q_residual, position_ids)
 
 
