@@ -1,4 +1,4 @@
-"""Screenshots of the visualiser and of a report, at 1280 and 400 pixels, for docs/images. Needs Chromium."""
+"""Screenshots of the visualiser and of reports, at 1280 (light) and 400 pixels (dark). Needs Chromium."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from kvcondense.cli import app
 from kvcondense.visualiser import page
 
 
+_BASELINE = Path(__file__).parent.parent / "benchmarks" / "baselines" / "cpu.jsonl"
+
+
 def main() -> None:
-    """Write visualiser-*.png and report-*.png."""
+    """Write visualiser-*.png, report-*.png (of verify) and bench-*.png (of the committed timings)."""
     parser = argparse.ArgumentParser(description=__doc__, epilog="Example: python tools/screenshots.py docs/images")
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder
     with tempfile.TemporaryDirectory() as made, sync_playwright() as p:
-        files = {name: Path(made) / f"{name}.html" for name in ("visualiser", "report")}
+        files = {name: Path(made) / f"{name}.html" for name in ("visualiser", "report", "bench")}
         files["visualiser"].write_text(page(), encoding="utf-8")
         words = ["verify", "--kind", "csa", "--history", "1000", "--no-rotate", "--report", str(files["report"])]
+        assert CliRunner().invoke(app, words).exit_code == 0
+        words = ["bench", "--from", str(_BASELINE), "--report", str(files["bench"])]
         assert CliRunner().invoke(app, words).exit_code == 0
         browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for name, file in files.items():
@@ -35,7 +40,7 @@ def main() -> None:
                     view.select_option("#drafts", "3")
                     view.fill("#step", "7")
                     view.locator("#cache b[tabindex]").last.focus()
-                view.screenshot(path=folder / f"{name}-{width}.png", full_page=True)
+                view.screenshot(path=folder / f"{name}-{width}.png", full_page=name != "bench")  # a long page
                 print(folder / f"{name}-{width}.png")
         browser.close()
 

@@ -89,7 +89,7 @@ def _cases(axes: Any, groups: Sequence[tuple[str, Sequence[Record]]], tall: bool
     axes.set_yticks(ticks, names)
     axes.set(xscale="log", xlabel="microseconds, warm, the median", xlim=(least, most * (300 if tall else 6)))
     axes.set_ylim(y, -1.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     axes.legend(loc="upper right", frameon=False, borderaxespad=0)
 
 
