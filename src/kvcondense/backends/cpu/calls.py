@@ -10,6 +10,7 @@ from array import array
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from kvcondense.backends import Step
@@ -25,7 +26,7 @@ from kvcondense.spec import CompressorSpec
 
 KINDS = {torch.float32: params.FP32, torch.bfloat16: params.BF16, torch.float16: params.FP16}
 _STAGE_CHANNELS = 128
-_FP32, _UINT8 = torch.float32, torch.uint8
+_FP32 = torch.float32
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,21 @@ class _Kept:
     held: tuple[Any, ...]
 
 
-class _Own(threading.local):
-    """What a thread of the caller's uses again: nothing runs beside a call of its own."""
+class _Scratch(threading.local):
+    """Memory that a thread of the caller's uses again: nothing runs beside a call of its own."""
 
     def __init__(self) -> None:
-        self.scratch = torch.empty(0, dtype=_UINT8)
+        self.memory, self.address = np.empty(0, np.uint8), 0
+
+    def of(self, size: int) -> int:
+        """Where this many bytes are. No tensor: what a mode of torch makes of one would stay."""
+        if self.memory.nbytes < size:
+            self.memory = np.empty(size, np.uint8)
+            self.address = self.memory.ctypes.data
+        return self.address
 
 
-_own = _Own()
+_scratch = _Scratch()
 
 
 def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = True) -> None:
@@ -61,12 +69,9 @@ def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = T
     staged = 0 if plain else min(_STAGE_CHANNELS, spec.head_dim)
     threads, blocks, chunk = _split(spec, count, requests, kept)
     scratch_bytes = 20 * spec.head_dim + (48 + 8 * staged) * spec.window + LINE
-    if _own.scratch.nbytes < threads * scratch_bytes:
-        _own.scratch = torch.empty(threads * scratch_bytes, dtype=_UINT8)
-    scratch = _own.scratch
     call = params.Call()
     call.layer, call.plan = layer.address, work.address
-    call.scratch, call.scratch_bytes, call.staged = scratch.data_ptr(), scratch_bytes, staged
+    call.scratch, call.scratch_bytes, call.staged = _scratch.of(threads * scratch_bytes), scratch_bytes, staged
     call.kv_score, call.kv_stride = kv_score.data_ptr(), kv_score.stride(0) * kv_score.itemsize
     call.kv_kind = KINDS[kv_score.dtype]
     call.rows, call.latent = step.rows.data_ptr(), 0 if step.latent is None else step.latent.data_ptr()
