@@ -5,8 +5,7 @@ torchrun --nproc-per-node 2 examples/train_ranks.py
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed import device_mesh, fsdp, tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import kvcondense as kc
@@ -34,18 +33,19 @@ def gradients(model: torch.nn.Module, parts: list) -> list[torch.Tensor]:
     """Of a loss over the rows of all parts (x, where), whole on every rank."""
     for x, where in parts:
         model(x, where)[:, ::2].square().sum().backward()
-    return [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    return [g.full_tensor() if isinstance(g, tensor.DTensor) else g for g in found]
 
 
 def main() -> None:
     """Both wrappers, both ways to lay tokens on ranks."""
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    mesh, x = init_device_mesh("cpu", (ranks,)), hidden(TOKENS, seed=1)
+    mesh, x = device_mesh.init_device_mesh("cpu", (ranks,)), hidden(TOKENS, seed=1)
     begin, end = (k * TOKENS // ranks for k in (rank, rank + 1))  # no window boundary
     pack = [(hidden(n, n), kc.RaggedBatch.build([0, 20, n], start_positions=[0, 0])) for n in range(51, 51 + ranks)]
     whole = (x, kc.RaggedBatch.build([0, TOKENS], start_positions=[0]))
-    for name, wrap in (("DDP", DistributedDataParallel), ("FSDP", lambda module: fully_shard(module, mesh=mesh))):
+    for name, wrap in (("DDP", DistributedDataParallel), ("FSDP", lambda module: fsdp.fully_shard(module, mesh=mesh))):
         shard = (x[begin:end], Shards.agree(begin, end - begin))
         for way, mine, all_of_it in (("packed documents", pack[rank], pack), ("one sequence", shard, [whole])):
             ours, one = gradients(wrap(compressor()), [mine]), gradients(compressor(), all_of_it)
