@@ -42,6 +42,12 @@ def test_every_picture_is_made_by_a_command_on_its_page(page):
     assert re.findall(r"!\[[^]]*\]\((?!made/)", text) == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_tests_that_a_page_names_exist(page):
+    for file, name in re.findall(r"`(?:([\w/]+\.py)::)?(test_\w+)`", page.read_text()):
+        assert f"\ndef {name}(" in (ROOT / "tests" / (file or "test_engines.py")).read_text(), f"{file}::{name}"
+
+
 def test_pages_are_on_the_map():
     listed = re.findall(r"(\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == [p.name for p in PAGES]

@@ -15,6 +15,7 @@ RUNS = {  # name: how to run it, what it says, what it must not say
     "serve": (("serve.py",), "request 1: 15 rows equal, byte for byte", "DIFFER"),
     "engine": (("engine.py",), "[1, 3] tokens", "Error"),
     "train": (("train.py",), "\nlearned", "NOT"),
+    "train_ranks": ((*TWO_RANKS, "train_ranks.py"), "FSDP, one sequence: gradients of one process", "DIFFER"),
     "generate": (("generate.py", "--contexts", "64", "192"), "greedy tokens: the same", "DIFFERENT"),
     "context_parallel": ((*TWO_RANKS, "context_parallel.py", "--tokens", "700"), "HCA: 5 rows", "DIFFERS"),
     "adapter": (("-m", "kvcondense", "conformance", "--adapter", "adapter:make"), "PASS  I2 rollback", "FAIL"),

@@ -14,8 +14,10 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 MADE = Path("build/docs")
+TEST = re.compile(r"(?<=<code>)(?:[\w/]+\.py::)?test_\w+(?=</code>)")
 SHOWN = re.compile(r"\bmade/([\w-]+\.(?:svg|png|html|json))")
 
 
@@ -34,6 +36,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name in sorted(names):
         files.append(File.generated(config, f"made/{name}", abs_src_path=str((MADE / name).absolute())))
     return files
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let names of tests break at their underscores, so that tables of them fit a phone."""
+    del page, config, files
+    return TEST.sub(lambda found: found[0].replace("_", "_<wbr>").replace("::", "::<wbr>"), html)
 
 
 def _formula(source: str, *_: Any, **__: Any) -> str:

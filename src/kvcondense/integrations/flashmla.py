@@ -18,7 +18,7 @@ def cache(k_cache: torch.Tensor, *, format: str | None = None) -> PagedCache:
     """The cache of FlashMLA's ``flash_mla_with_kvcache``, [num_blocks, block_size, 1, n], as pages; bytes are shared.
 
     n elements of any dtype: 584 bytes are ``fp8_model1``, 512 bf16 values ``bf16``; ``format`` names another one, such
-    as ``fp8_model1_floor_on_scale``, whose scales are those of FlashMLA's own test quantiser. Raises ShapeError.
+    as ``fp8_model1_scale_floor``, whose scales are those of FlashMLA's own test quantiser. Raises ShapeError.
     """
     require("k_cache", k_cache, torch.Tensor)
     if k_cache.dim() != 4 or k_cache.shape[2] != 1:
