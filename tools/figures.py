@@ -42,11 +42,11 @@ def windows() -> Any:
         rows = kc.condense(spec, kv_score, weights, None, batch).values  # [E, T]
         axes.imshow(rows.sign(), cmap=ListedColormap(["#f4a259", "#ffffff", "#5b8fd9"]), vmin=-1, vmax=1, aspect="auto")
         for c, p in rows.nonzero().tolist():
-            axes.text(p, c, "P" if rows[c, p] < 0 else "C", ha="center", va="center", fontsize=9)
+            axes.text(p, c, "P" if rows[c, p] < 0 else "C", ha="center", va="center", fontsize=11)
         axes.set_xticks([p - 0.5 for p in range(0, TOKENS, 4)], minor=True)
         axes.grid(which="minor", axis="x", color="black", lw=0.8)
         axes.set(ylabel="row", yticks=range(rows.shape[0]), xticks=range(TOKENS))
-        axes.set_title("overlapping windows (ratio 4)" if overlap else "separate windows", fontsize=10)
+        axes.set_title("overlapping windows (ratio 4)" if overlap else "separate windows", fontsize=11)
     panels[1].set_xlabel("position; a line where a window begins")
     return figure
 
@@ -83,15 +83,15 @@ def ring() -> Any:
             else:
                 colour = "#ffd8a8" if row in read else "#eef1f4"
             axes.add_patch(Rectangle((n, row), 0.94, 0.94, color=colour))
-            axes.text(n + 0.47, row + 0.47, "" if position is None else position, ha="center", va="center", fontsize=8)
+            axes.text(n + 0.47, row + 0.47, "" if position is None else position, ha="center", va="center", fontsize=11)
         held |= kept
     for colour, label in (("#ffd8a8", "read"), ("#a5d8ff", "kept"), ("#ffc9c9", "kept, a draft that is rejected"),
                           ("#eef1f4", "neither")):  # fmt: skip
         axes.plot([], [], "s", ms=9, color=colour, label=label)
     names = [f"{s['start']}..{s['start'] + s['tokens'] - 1}" for s in steps]
-    axes.set_xticks([n + 0.47 for n in range(len(steps))], names, fontsize=8)
+    axes.set_xticks([n + 0.47 for n in range(len(steps))], names, fontsize=11)
     axes.set(xlim=(0, len(steps)), ylim=(rows, 0), xlabel="step (its positions)", ylabel="row of the ring")
-    figure.legend(loc="outside upper center", ncols=4, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=4, fontsize=11)
     return figure
 
 
@@ -114,7 +114,7 @@ def positions() -> Any:
         axes.plot(index * ratio, (other - true).norm(dim=1) / true.norm(dim=1), label=name, lw=1)
     axes.set_xscale("symlog", base=2, linthresh=128)
     axes.set(xlabel="first position of the window (ratio 128)", ylabel="error of the RoPE channels, relative")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=10)
     return figure
 
 
@@ -129,12 +129,12 @@ def profiles() -> Any:
             share = torch.bincount(far, minlength=5) / far.numel()
             at = [i + (2 * k + m - 1.5) * 0.2 for i in range(5)]
             drawn = axes.bar(at, share, 0.2, label=f"{kind.upper()}, {part}")
-            axes.bar_label(drawn, [f"{s:.2%}" for s in share.tolist()], fontsize=6, rotation=90, padding=2)
+            axes.bar_label(drawn, [f"{s:.2%}" for s in share.tolist()], fontsize=10, rotation=90, padding=2)
     axes.set_yscale("log")
     axes.set_ylim(top=8)
     axes.set_xticks(range(5), buckets)
     axes.set(xlabel="ulp between the profiles", ylabel="share of elements")
-    axes.legend(fontsize=8, ncols=4)
+    axes.legend(fontsize=10, ncols=4)
     return figure
 
 
@@ -145,7 +145,7 @@ def formats() -> Any:
     rows = {kind: calibrated.rows(kind) for kind in calibrated.SCALES}
     errors = [calibrated.error(FORMATS[n], rows[calibrated.kinds_of(FORMATS[n])[0]])["mean"] for n in names]
     drawn = axes.barh(names, errors, color=["#5b8fd9" if FORMATS[n].head_dim == 128 else "#f4a259" for n in names])
-    axes.bar_label(drawn, [f"{e:.2%}" for e in errors], fontsize=8, padding=3)
+    axes.bar_label(drawn, [f"{e:.2%}" for e in errors], fontsize=10, padding=3)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(right=max(errors) * 2)

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from kvcondense.cli import app
 from kvcondense.visualiser import page
 
-
 _BASELINE = Path(__file__).parent.parent / "benchmarks" / "baselines" / "cpu.jsonl"
 
 

@@ -93,7 +93,7 @@ def histogram(counts: Mapping[str, Mapping[str, int]]) -> str:
             axes.bar(at, [found[b] for b in buckets if found.get(b)], width, label=name)
         axes.set_xticks(range(len(buckets)), buckets, rotation=60 if tall else 0)
         axes.set(xlabel="ulp from the reference, in the output's type", ylabel="elements", yscale="log")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=10)
 
     return figure(draw)
 

@@ -151,7 +151,7 @@ def _draw(config: ModelConfig, options: dict[str, Any], tokens: int, room: int |
     axes.set_yscale("log", base=2)
     for axis, units in ((axes.xaxis, _TOKENS), (axes.yaxis, _BYTES)):
         axis.set_major_formatter(lambda value, _, units=units: _short(int(value), units))
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=10)
     with files.replacing(path) as made:
         figure.savefig(made, dpi=130)
     plt.close(figure)
