@@ -4,6 +4,7 @@ import copy
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -263,8 +264,8 @@ def test_depth_is_no_way_in(depth, tmp_path):
 
 
 def parts(value, path=()):
-    """Every place in a file."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    """Every place in a file, two of a list: most of it would be ratios."""
+    items = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
     for key, part in items:
         yield (*path, key)
         yield from parts(part, (*path, key))
@@ -301,27 +302,27 @@ def mutated(rng, data):
     return data
 
 
-def test_two_thousand_mutations_raise_nothing_else(tmp_path):
+def test_two_thousand_mutations_raise_nothing_else(tmp_path, monkeypatch):
     rng, opened, messages = random.Random(0), 0, {}
-    file = tmp_path / "config.json"
-    handle = file.open("w")
+    file, texts = tmp_path / "config.json", []
     for i in range(2000):
         data = mutated(rng, made(rng.choice(list(FORMS)), official(rng.choice(["flash", "pro"]))))
         text = json.dumps(data)
         if i % 10 == 0:  # also what is no JSON any more
             at = rng.randrange(len(text))
             text = text[:at] + rng.choice(['"', "{", "]", ",", "\x00", "1", "e9"]) + text[at + 1 :]
-        handle.seek(0)
-        handle.truncate()
-        handle.write(text)
-        handle.flush()
+        texts.append(text)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: texts[-1])  # a disk takes longer than all the rest
+    file.touch()
+    while texts:
         try:
             config = ModelConfig.from_json(file)
         except KvCondenseError as error:
             messages[str(error)] = type(error)
-            continue
-        opened += 1
-        assert inverse_frequencies(config).isfinite().all()
+        else:
+            opened += 1
+            assert inverse_frequencies(config).isfinite().all()
+        texts.pop()
     assert 200 < opened < 1200
     assert len(set(messages.values())) >= 5
     assert all(m.startswith(str(file)) and len(m) < 3000 for m in messages)
