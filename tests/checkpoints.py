@@ -72,7 +72,7 @@ def tensors(scheme="official", seed=0, model=MODEL):
     gen = torch.Generator().manual_seed(seed)
     main, indexer, leaves = SCHEMES[scheme]
     out = {"embed.weight": torch.ones(3, HIDDEN), "layers.1.attn.wkv.weight": torch.ones(2, 2)}
-    for layer, ratio in enumerate(CONFIG["compress_ratios"]):
+    for layer, ratio in enumerate(model.compress_ratios):
         for base, part in ((main, "main"), (indexer, "indexer")):
             if ratio == 0 or (part == "indexer" and ratio != 4):
                 continue
@@ -90,11 +90,13 @@ def tensors(scheme="official", seed=0, model=MODEL):
     return out
 
 
-def write(folder, scheme="official", change=lambda t: t, shards=1, model=MODEL):
-    """Write config.json and safetensors; ``change`` edits the tensors first."""
+def write(folder, scheme="official", change=lambda t: t, shards=1, model=MODEL, config=None):
+    """Write config.json (or ``config``: name -> content) and safetensors; ``change`` edits the tensors first."""
     folder.mkdir(parents=True, exist_ok=True)
     heads = {"head_dim": model.head_dim, "qk_rope_head_dim": model.rope_dim, "index_head_dim": model.index_head_dim}
-    (folder / "config.json").write_text(json.dumps({**CONFIG, **heads}))
+    for name, content in (config or {"config.json": {**CONFIG, **heads}}).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
     all_tensors = change(tensors(scheme, model=model))
     names = sorted(all_tensors)
     if shards == 1:

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ARROWS = {
     "errors": set(),
     "numerics": set(),
-    "config": {"files", "errors"},
+    "config": {"config", "files", "errors"},
     "spec": {"config", "errors"},
     "formats": {"formats", "errors"},
     "rope_table": {"config", "errors"},

@@ -81,6 +81,7 @@ def capacity(
 ) -> Capacity:
     """Count for ``context`` tokens, ``draft`` of a step's last ones open to rejection, pages of ``page_tokens`` tokens.
 
+    Counted are the main layers, no MTP layer.
     Raises RangeError for a context that the model does not have, UnsupportedError for a format that does not fit.
     """
     require("config", config, ModelConfig)
@@ -101,7 +102,7 @@ def capacity(
 
 
 def compressors(config: ModelConfig) -> dict[CompressorSpec, int]:
-    """Every kind of compressor in a model, and the number of layers that own one."""
+    """Every kind of compressor in a model's main layers, and the number of those that own one; no MTP layer counts."""
     specs: dict[CompressorSpec, int] = {}
     for layer in config.compressor_layers:
         for part in CompressorSpec.parts_of_layer(config, layer):

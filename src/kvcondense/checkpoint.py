@@ -11,7 +11,7 @@ import torch
 from kvcondense.config import ModelConfig
 from kvcondense.errors import CheckpointError
 from kvcondense.spec import CompressorSpec
-from kvcondense.weights import CompressorWeights, find_names, open_safetensors, read_compressor, tensor_files
+from kvcondense.weights import CompressorWeights, find_names, has_names, open_safetensors, read_compressor, tensor_files
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,14 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoredCompressor:
-    """One compressor of a checkpoint. tensors: wkv, wgate, ape, norm as far as it has them."""
+    """One compressor of a checkpoint. tensors: wkv, wgate, ape, norm as far as it has them; mtp: which MTP layer."""
 
     layer: int
     part: str
     spec: CompressorSpec
     hidden_size: int
     tensors: dict[str, StoredTensor]
+    mtp: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -43,28 +44,30 @@ class StoredCompressor:
     def load(self, device: torch.device | str = "cpu") -> CompressorWeights:
         """Its weights; raises CheckpointError as ``CompressorWeights.load`` does."""
         files = {t.name: t.file for t in self.tensors.values()}
-        return read_compressor(files, self.spec, self.layer, self.hidden_size, self.part, device)
+        return read_compressor(files, self.spec, self.layer, self.hidden_size, self.part, device, self.mtp)
 
 
 def compressors(directory: str | Path, config: ModelConfig | None = None) -> Iterator[StoredCompressor]:
     """Every compressor of a directory of safetensors files (sharded or not), by layer, main before indexer.
+
+    Those of MTP layers come last, as far as they are there: a list of ratios may go on for layers that are not.
 
     Official or transformers names; ``config`` defaults to the directory's config.json. The index is read once, of every
     compressor its tensors' headers, and no tensor. Raises CheckpointError, that names it, when a tensor is missing.
     """
     directory = Path(directory)
     if config is None:
-        path = directory / "config.json"
-        if not path.is_file():
-            raise CheckpointError(str(directory), "a config.json", "none")
-        config = ModelConfig.from_json(path)
+        config = ModelConfig.from_json(directory)
     files = tensor_files(directory)
-    for layer in config.compressor_layers:
-        for part in CompressorSpec.parts_of_layer(config, layer):
+    for layer in (*config.compressor_layers, *config.mtp_compressor_layers):
+        mtp, parts = config.mtp_index(layer), CompressorSpec.parts_of_layer(config, layer)
+        if mtp is not None and not any(has_names(files, layer, part, mtp) for part in parts):
+            continue
+        for part in parts:
             spec = CompressorSpec.for_layer(config, layer, part)
-            names = find_names(files, spec, layer, part)
+            names = find_names(files, spec, layer, part, mtp)
             tensors = {ours: _header(files[name], name) for ours, name in names.items()}
-            yield StoredCompressor(layer, part, spec, config.hidden_size, tensors)
+            yield StoredCompressor(layer, part, spec, config.hidden_size, tensors, mtp)
 
 
 def _header(path: Path, name: str) -> StoredTensor:

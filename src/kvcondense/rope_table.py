@@ -51,6 +51,7 @@ def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
 
     With YaRN: dim(n) = rope_dim ln(original / (2 pi n)) / (2 ln theta); low = floor(dim(beta_fast)), high =
     ceil(dim(beta_slow)); ramp = clip((i - low) / (high - low), 0, 1); inv <- inv / factor * ramp + inv * (1 - ramp).
+    A range that is empty or turned round (small bases) is taken as DeepSeek's and transformers' code take it.
     """
     dim, theta = config.rope_dim, config.compress_rope_theta
     inv = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
@@ -63,7 +64,7 @@ def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
 
     low = max(math.floor(turns_to_dim(yarn.beta_fast)), 0)
     high = min(math.ceil(turns_to_dim(yarn.beta_slow)), dim - 1)
-    span = max(high - low, 0.001)
+    span = high - low or 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
     smooth = 1 - ramp
     return inv / yarn.factor * (1 - smooth) + inv * smooth

@@ -89,7 +89,7 @@ class CompressorSpec:
     def parts_of_layer(config: ModelConfig, layer: int) -> tuple[str, ...]:
         """Compressors that ``layer`` owns: the main one and, in a CSA layer, the indexer's; raises if it owns none."""
         if not config.owns_compressor(layer):
-            owners = ", ".join(map(str, config.compressor_layers))
+            owners = ", ".join(map(str, (*config.compressor_layers, *config.mtp_compressor_layers)))
             raise UnsupportedError("layer", f"a layer that owns a compressor ({owners})", layer)
         return ("main", "indexer") if config.compress_ratios[layer] in config.overlap_ratios else ("main",)
 

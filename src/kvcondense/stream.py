@@ -15,7 +15,7 @@ import torch
 
 from kvcondense.api import compress
 from kvcondense.cachefile import PAGE_TOKENS, CacheFile, CachePart, empty_cache, first_difference
-from kvcondense.config import ModelConfig
+from kvcondense.config import ModelConfig, config_of
 from kvcondense.errors import CheckpointError, KvCondenseError, RangeError, ShapeError, UnsupportedError
 from kvcondense.formats import FORMATS, CacheFormat, get_format
 from kvcondense.layout.batch import RaggedBatch
@@ -116,10 +116,10 @@ class Sequence:
         The indexer's rows are in ``indexer_format``, or in ``format`` if that fits them. ``page_tokens``,
         ``tensor_scale`` and ``strict``: see ``cachefile.empty_cache`` and ``PagedCache``.
         """
-        config_file = checkpoint / "config.json"
-        if not config_file.is_file():
+        if config_of(checkpoint) is None:
             raise CheckpointError(str(checkpoint), "a model directory with config.json", "none there")
-        config = ModelConfig.from_json(config_file)
+        config = ModelConfig.from_json(checkpoint)
+        mtp = config.mtp_index(layer)
         if tensor_scale is not None and not any(get_format(f).tensor_scale for f in (format, indexer_format or format)):
             raise KvCondenseError("tensor_scale", f"None ({format} has no scale for the whole cache)", tensor_scale)
         loaded = {}
@@ -129,7 +129,8 @@ class Sequence:
             if part == "indexer":
                 spec, fmt = replace(spec, rotate=rotate), _indexer_format(spec, format, indexer_format)
             cache = empty_cache(spec, fmt, 0, page_tokens=page_tokens, tensor_scale=tensor_scale, strict=strict)
-            weights = CompressorWeights.load(checkpoint, spec, layer, hidden_size=config.hidden_size, part=part)
+            hidden_size = config.hidden_size
+            weights = CompressorWeights.load(checkpoint, spec, layer, hidden_size=hidden_size, part=part, mtp=mtp)
             digest = _digest(*(t for t in (weights.w, weights.ape, weights.norm) if t is not None))
             loaded[part] = Compressor(spec, weights, digest, StatePool.ring(spec, 1), cache)
         return cls(config, layer, loaded)

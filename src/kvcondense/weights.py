@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,17 +78,19 @@ class CompressorWeights:
         *,
         hidden_size: int,
         part: str = "main",
+        mtp: int | None = None,
         device: torch.device | str = "cpu",
     ) -> CompressorWeights:
         """Load one compressor from a model directory of safetensors files, official or transformers names.
 
+        mtp: which MTP layer ``layer`` is (``ModelConfig.mtp_index``), whose names may begin with ``mtp.{mtp}``.
         Reads the headers and the few tensors of this compressor, nothing else. Raises CheckpointError that names the
         tensor when one is missing, misshapen, of an unusable dtype, or there is one that ``spec`` has no use for.
         """
         require("spec", spec, CompressorSpec)
         if part not in _SCHEMES:
             raise RangeError("part", " or ".join(map(repr, _SCHEMES)), repr(part))
-        return read_compressor(tensor_files(Path(directory)), spec, layer, hidden_size, part, device)
+        return read_compressor(tensor_files(Path(directory)), spec, layer, hidden_size, part, device, mtp)
 
 
 def read_compressor(
@@ -97,9 +100,10 @@ def read_compressor(
     hidden_size: int,
     part: str = "main",
     device: torch.device | str = "cpu",
+    mtp: int | None = None,
 ) -> CompressorWeights:
     """``CompressorWeights.load`` from ``files``, which says in which file each tensor is."""
-    names = find_names(files, spec, layer, part)
+    names = find_names(files, spec, layer, part, mtp)
     shapes = {
         "wkv": (spec.width, hidden_size),
         "wgate": (spec.width, hidden_size),
@@ -149,13 +153,29 @@ def open_safetensors(path: Path, device: torch.device | str = "cpu"):  # noqa: A
         raise CheckpointError(str(path), "a valid safetensors file", error) from error
 
 
-def find_names(files: dict[str, Path], spec: CompressorSpec, layer: int, part: str) -> dict[str, str]:
+def has_names(files: dict[str, Path], layer: int, part: str, mtp: int | None = None) -> bool:
+    """Whether there is any tensor of this compressor; models cut to their first layers may list more than they have."""
+    bases = [prefix + base for prefix in _PREFIXES for base, _, _ in _schemes(part, layer, mtp)]
+    return any(name.startswith(tuple(bases)) for name in files)
+
+
+def _schemes(part: str, layer: int, mtp: int | None) -> Iterator[tuple[str, dict[str, str], tuple[str, ...]]]:
+    """``_SCHEMES`` of one layer; the official checkpoints have MTP layers as mtp.0, mtp.1 ..."""
+    for template, scheme, foreign in _SCHEMES[part]:
+        yield template.format(layer=layer), scheme, foreign
+        if mtp is not None:
+            yield template.replace("layers.{layer}", f"mtp.{mtp}"), scheme, foreign
+
+
+def find_names(
+    files: dict[str, Path], spec: CompressorSpec, layer: int, part: str, mtp: int | None = None
+) -> dict[str, str]:
     """wkv, wgate, ape, norm, as far as ``spec`` has them -> their names in a checkpoint."""
     wanted = ["wkv", *(["wgate"] if spec.has_gate else []), *(["ape"] if spec.has_ape else []), "norm"]
     tried = []
     for prefix in _PREFIXES:
-        for template, scheme, foreign in _SCHEMES[part]:
-            base = prefix + template.format(layer=layer)
+        for name, scheme, foreign in _schemes(part, layer, mtp):
+            base = prefix + name
             tried.append(base + scheme["wkv"])
             present = {n[len(base) :] for n in files if n.startswith(base)}
             present = {n for n in present if not n.startswith(foreign)}

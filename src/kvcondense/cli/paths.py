@@ -12,6 +12,7 @@ import typer
 
 from kvcondense import files
 from kvcondense.cli import names
+from kvcondense.config import config_of
 from kvcondense.errors import UnsupportedError
 
 ReportFile = Annotated[
@@ -57,9 +58,9 @@ def check(options: Mapping[str, Any], typed: Mapping[str, str]) -> None:
             raise UnsupportedError(typed[name], "a model's folder", got, hint)
     if "model" in options and options["model"] not in names.MODELS:
         path = Path(options["model"])
-        if path.is_dir() and not (path / "config.json").is_file():
+        if path.is_dir() and config_of(path) is None:
             raise UnsupportedError(typed["model"], "a folder with a config.json", f"{path}, without one")
-        files.require_file(path / "config.json" if path.is_dir() else path, "a model's config.json", typed["model"])
+        files.require_file(config_of(path) or path, "a model's config.json", typed["model"])
     read, written = list(_read(options, typed)), {}
     for name, kind in WRITTEN.items():
         path = options.get(name)
@@ -118,4 +119,4 @@ def _of_model(folder: Path) -> list[Path]:
     """What is read of a model's folder; results may lie beside it."""
     tensors = sorted(folder.glob("*.safetensors"))
     read = tensors if len(tensors) == 1 else [t for t in tensors if t.name.startswith("model")]
-    return [folder / "config.json", folder / "model.safetensors.index.json", *read]
+    return [config_of(folder) or folder / "config.json", folder / "model.safetensors.index.json", *read]

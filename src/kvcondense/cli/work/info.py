@@ -117,6 +117,7 @@ def _checkpoint(output: Output, directory: Path) -> dict[str, Any]:
         {
             "layer": c.layer,
             "part": c.part,
+            "mtp": c.mtp,
             "ratio": c.spec.ratio,
             "window": c.spec.window,
             "head_dim": c.spec.head_dim,
@@ -141,7 +142,10 @@ def _checkpoint(output: Output, directory: Path) -> dict[str, Any]:
     headings = list(dict.fromkeys(h for row in rows for h in row if h != "bytes"))
     _print_table(output, [{h: row.get(h, "-") for h in (*headings, "bytes")} for row in rows])
     output.say()
+    past = list(dict.fromkeys(c["layer"] for c in found if c["mtp"] is not None))
     output.say(f"{len(found)} compressors, {sum(c['bytes'] for c in found)} bytes")
+    if past:
+        output.say(f"of MTP layers: {', '.join(map(str, past))}, numbered on from the main ones")
     return {"checkpoint": str(directory), "compressors": found}
 
 

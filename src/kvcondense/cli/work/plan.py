@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from kvcondense import files
-from kvcondense.capacity import Capacity, Line, capacity, compressors, exported
+from kvcondense.capacity import Capacity, Line, capacity, compressors, exported, kind_of
 from kvcondense.cli.output import Output
 from kvcondense.config import PRESETS, ModelConfig
 from kvcondense.errors import RangeError
 from kvcondense.layout.addresses import RingLayout
 from kvcondense.planning import Planner
+from kvcondense.spec import CompressorSpec
 
 NOT_COUNTED = "weights, sliding windows of recent tokens, activations"
 _BYTES = ((" GiB", 1 << 30), (" MiB", 1 << 20), (" KiB", 1 << 10))
@@ -64,6 +65,8 @@ def run(
                    "per_token": found.per_token},
         "fits": None if room is None else {"memory": room, "requests": found.fits(room)},
         "exported": [exported(config, spec) for spec in compressors(config)],
+        "main_layers": config.num_hidden_layers,
+        "mtp_compressors": _past(config),
         "not_counted": NOT_COUNTED,
         "planning_seconds": seconds,
     })  # fmt: skip
@@ -88,6 +91,19 @@ def _say(output: Output, found: Capacity, batch: int, room: int | None) -> None:
     if room is not None:
         output.say(f"in {_size(room)}: {found.fits(room)} such requests, of what is counted here")
     output.say(f"not counted: {NOT_COUNTED}")
+    for kind, layers in _past(found.config).items():
+        which = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
+        main = f"past the {found.config.num_hidden_layers} main ones"
+        output.say(f"not counted: {kind} of {which}, {main} (MTP, as far as the checkpoint has them)")
+
+
+def _past(config: ModelConfig) -> dict[str, list[int]]:
+    """Kind of compressor -> layers past the main ones that the config gives one."""
+    found: dict[str, list[int]] = {}
+    for layer in config.mtp_compressor_layers:
+        for part in CompressorSpec.parts_of_layer(config, layer):
+            found.setdefault(kind_of(config, CompressorSpec.for_layer(config, layer, part)), []).append(layer)
+    return found
 
 
 def _state(line: Line, kind: str) -> str:
@@ -100,8 +116,7 @@ def model_of(name: str) -> ModelConfig:
     """A preset, or what a config.json, or that of a folder, says."""
     if name in PRESETS:
         return PRESETS[name]
-    path = Path(name)
-    return ModelConfig.from_json(path / "config.json" if path.is_dir() else path)
+    return ModelConfig.from_json(name)
 
 
 def _amount(name: str, text: str, unit: str) -> int:
