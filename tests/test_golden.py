@@ -112,7 +112,7 @@ def test_golden_inputs_are_laid_out_as_in_the_original():
         ({"start_pos": (4096,)}, "start_pos"),
         ({"start_pos": (-1,)}, "start_pos"),
         ({"history": -1}, "history"),
-        ({"history": 5000}, "start_pos"),
+        ({"history": 5000}, "history"),
         ({"batch": 0}, "batch"),
     ],
 )
