@@ -50,6 +50,7 @@ def test_the_timings_are_those_of_the_baseline():
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert report.markdown(records) in README
     assert report.contexts(records) in README
+    assert report.decode_step(records) in README
     design = (Path(__file__).parent.parent / "DESIGN.md").read_text()
     assert report.markdown(records, gemms=True) in design
 
