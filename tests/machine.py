@@ -52,7 +52,7 @@ def weights(spec, seed=0, hidden=None):
 
 
 def rope(spec, positions):
-    config = replace(CONFIG, rope_dim=spec.rope_dim)
+    config = replace(CONFIG, head_dim=spec.head_dim, rope_dim=spec.rope_dim)
     return RopeTable.build(config, positions) if spec.rope_dim else None
 
 

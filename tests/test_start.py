@@ -1,5 +1,6 @@
 """Starting the command: what it imports, how soon it speaks, what its declarations promise, how it is broken off."""
 
+import functools
 import inspect
 import json
 import os
@@ -141,7 +142,10 @@ def test_summaries_are_whole():
 
 def start(*words, **options):
     line = [sys.executable, "-m", "kvcondense", *words]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    # A shell that runs these tests behind its back has Ctrl-C ignored, and children inherit that.
+    usual = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, preexec_fn=usual, **pipes, **options)
 
 
 def test_ctrl_c_ends_in_one_line_and_leaves_old_files(tmp_path):
