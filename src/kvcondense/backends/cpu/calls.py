@@ -100,7 +100,7 @@ def _layer(step: Step) -> _Kept:
     ape, gamma, cos, sin = read = [t if t is None else _fp32(t) for t in given]
     rule, form = tables.spec_block(step.spec), None if cache is None else format_block(cache)
     scales = None if cache is None or cache.format.tensor_scale else cache.scales
-    online = type(state) is OnlineState
+    online = isinstance(state, OnlineState)
     data = None if state is None else state.log if isinstance(state, OnlineState) else state.blocks
     layer = params.Layer()
     layer.spec, layer.format = address(rule), 0 if form is None else address(form)
