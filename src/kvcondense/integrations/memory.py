@@ -50,6 +50,18 @@ class Tokens:
         return planner.step(start_loc, start_positions=self.starts, state_slots=slots)[1]
 
 
+@dataclass(frozen=True)
+class Tail:
+    """Of sequences of one length: kv and gate [B, n, N] of tokens after the last row; what overlaps into the next.
+
+    ``overlap``: kv and gate + ape [B, r, d] of the first half of the last row's own tokens, if there are such.
+    """
+
+    kv: torch.Tensor
+    gate: torch.Tensor
+    overlap: tuple[torch.Tensor, torch.Tensor] | None
+
+
 class Memory:
     """State and rows of one compressor. ``seen[b]``: tokens of sequence b."""
 
@@ -60,6 +72,7 @@ class Memory:
         self.rows = like.new_zeros(sequences, _FIRST_ROWS, spec.head_dim)
         self.seen = (0,) * sequences
         self.torn = False
+        self.ape: torch.Tensor | None = None
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -71,6 +84,15 @@ class Memory:
         """[B, most rows, d]; rows beyond a sequence's own are zero."""
         return self.rows[:, : max(self.counts, default=0)]
 
+    def check(self, tokens: Tokens) -> None:
+        """Raise KvCondenseError unless these tokens continue what there is."""
+        if tokens.starts != self.seen:
+            raise KvCondenseError("position_ids", f"to go on at {list(self.seen)}", list(tokens.starts))
+        if self.torn:
+            raise KvCondenseError(
+                "past_key_values (cache)", "a cache whose last call was finished", "one that was broken off"
+            )
+
     def push(
         self,
         kv_score: torch.Tensor,
@@ -80,14 +102,9 @@ class Memory:
         rope: RopeTable,
         impl: str | Backend,
     ) -> None:
-        """Take the tokens' kv_score [T, projected] and keep the rows that they complete."""
-        if tokens.starts != self.seen:
-            raise KvCondenseError("position_ids", f"to go on at {list(self.seen)}", list(tokens.starts))
-        if self.torn:
-            raise KvCondenseError(
-                "past_key_values (cache)", "a cache whose last call was finished", "one that was broken off"
-            )
-        self.torn = True
+        """Take the tokens' kv_score [T, projected] and keep the rows that they complete; raises as ``check`` does."""
+        self.check(tokens)
+        self.torn, self.ape = True, weights.ape
         done = condense(self.spec, kv_score, weights, rope, plan.batch, plan=plan, state=self.pool, impl=impl)
         self.seen = tuple(s + n for s, n in zip(tokens.starts, tokens.lengths, strict=True))
         self._grow(max(self.counts, default=0))
@@ -108,3 +125,22 @@ class Memory:
         pool.blocks.copy_(self.pool.blocks.index_select(0, indices.to(self.pool.device)))
         self.pool, self.rows = pool, self.rows.index_select(0, indices.to(self.rows.device))
         self.seen = tuple(self.seen[i] for i in order)
+
+    def tail(self) -> Tail:
+        """What has not become a row yet, of sequences that have one length, not 0; in the type of the rows."""
+        assert self.ape is not None
+        end, ratio, d = self.seen[0], self.spec.ratio, self.spec.head_dim
+        begin = end - end % ratio
+        kv, z = self._tokens(begin, end)
+        overlap = None
+        if self.spec.overlap and begin:
+            before_kv, before_z = self._tokens(begin - ratio, begin)
+            overlap = before_kv[..., :d].to(self.rows.dtype), before_z[..., :d]
+        return Tail(kv.to(self.rows.dtype), (z - self.ape[: end - begin]).to(self.rows.dtype), overlap)
+
+    def _tokens(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """kv and gate + ape [B, n, N] of the state at these positions."""
+        blocks = self.pool.blocks
+        at = torch.arange(begin, end, device=blocks.device) % blocks.shape[1]
+        kv, z = blocks.index_select(1, at).chunk(2, dim=-1)
+        return kv, z
