@@ -1,5 +1,6 @@
 """A small DeepSeek-V4 of transformers, prompts for it, and how what it gives is compared."""
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -26,7 +27,11 @@ def ids(batch=2, count=300, seed=0):
     return torch.randint(1, 64, (batch, count), generator=torch.Generator().manual_seed(seed))
 
 
-def generate(model, prompt, **more):
+def generate(model, prompt, *, begun=None, **more):
+    """``begun``: a cache, called ``past_key_values`` before transformers 5.24."""
+    if begun is not None:
+        named = "cache" in inspect.signature(type(model).forward).parameters
+        more["cache" if named else "past_key_values"] = begun
     return model.generate(prompt, max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=0, **more)
 
 

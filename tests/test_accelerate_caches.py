@@ -48,12 +48,12 @@ def test_a_prompt_is_read_once_and_generated_from_often(model, way, count):
         model(tokens[:, :count], None, None, cache)
         expected = generate(model, tokens[:, : count + 1])
         copies = [WAYS[way](cache) for _ in range(3)]
-        assert torch.equal(generate(model, tokens[:, : count + 1], past_key_values=copies[0]), expected)
+        assert torch.equal(generate(model, tokens[:, : count + 1], begun=copies[0]), expected)
         assert cache.get_seq_length() == count
-        assert torch.equal(generate(model, tokens[:, : count + 1], past_key_values=copies[1]), expected)
+        assert torch.equal(generate(model, tokens[:, : count + 1], begun=copies[1]), expected)
     assert torch.equal(generate(model, tokens[:, : count + 1]), expected)
-    assert torch.equal(generate(model, tokens[:, : count + 1], past_key_values=copies[2]), expected)
-    assert torch.equal(generate(model, tokens[:, : count + 1], past_key_values=WAYS[way](cache)), expected)
+    assert torch.equal(generate(model, tokens[:, : count + 1], begun=copies[2]), expected)
+    assert torch.equal(generate(model, tokens[:, : count + 1], begun=WAYS[way](cache)), expected)
 
 
 @pytest.mark.parametrize("count", PROMPTS)
@@ -105,4 +105,4 @@ def test_a_prompt_in_inference_mode_is_generated_from_without_it(model):
         with torch.inference_mode():
             model(tokens[:, :130], None, None, cache)
         expected = generate(model, tokens)
-        assert torch.equal(generate(model, tokens, past_key_values=cache), expected)
+        assert torch.equal(generate(model, tokens, begun=cache), expected)

@@ -1,4 +1,4 @@
-"""Models whose weights accelerate's hooks load: offloaded to memory or disk, dispatched, with hooks that come and go."""
+"""Models whose weights accelerate's hooks load: offloaded to memory or disk, dispatched; hooks that come and go."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def no_gradients():
         yield
 
 
-def in_memory(model, folder, **more):
+def in_memory(model, _, **more):
     return hub.cpu_offload(model, execution_device="cpu", **more)
 
 

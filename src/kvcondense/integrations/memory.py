@@ -67,9 +67,10 @@ class Memory:
 
     def __init__(self, spec: CompressorSpec, like: torch.Tensor, sequences: int) -> None:
         self.spec = spec
-        self.pool = StatePool.ring(spec, sequences, device=like.device)
+        with torch.inference_mode(False):  # such a mode may end before the sequences do
+            self.pool = StatePool.ring(spec, sequences, device=like.device)
+            self.rows = like.new_zeros(sequences, _FIRST_ROWS, spec.head_dim)
         self.pool.tags = None  # ``seen`` says what every sequence holds
-        self.rows = like.new_zeros(sequences, _FIRST_ROWS, spec.head_dim)
         self.seen = (0,) * sequences
         self.torn = False
         self.ape: torch.Tensor | None = None
@@ -114,16 +115,19 @@ class Memory:
     def _grow(self, count: int) -> None:
         have = self.rows.shape[1]
         if count > have:
-            more = self.rows.new_zeros(self.rows.shape[0], max(count, 2 * have) - have, self.spec.head_dim)
-            self.rows = torch.cat([self.rows, more], dim=1)
+            with torch.inference_mode(False):
+                more = self.rows.new_zeros(self.rows.shape[0], max(count, 2 * have) - have, self.spec.head_dim)
+                self.rows = torch.cat([self.rows, more], dim=1)
 
     def select(self, indices: torch.Tensor) -> None:
         """Sequence i becomes a copy of what sequence indices[i] is."""
         order: Sequence[int] = indices.tolist()
-        pool = StatePool.ring(self.spec, len(order), device=self.rows.device)
+        with torch.inference_mode(False):
+            pool = StatePool.ring(self.spec, len(order), device=self.rows.device)
+            pool.blocks.copy_(self.pool.blocks.index_select(0, indices.to(self.pool.device)))
+            rows = self.rows.index_select(0, indices.to(self.rows.device))
         pool.tags = None
-        pool.blocks.copy_(self.pool.blocks.index_select(0, indices.to(self.pool.device)))
-        self.pool, self.rows = pool, self.rows.index_select(0, indices.to(self.rows.device))
+        self.pool, self.rows = pool, rows
         self.seen = tuple(self.seen[i] for i in order)
 
     def tail(self) -> Tail:

@@ -22,8 +22,8 @@ _THEIRS = ContextVar("_THEIRS", default=False)
 def check_call(done: Accelerated, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a model's call: raise for a cache that it cannot go on with, while nothing is written yet."""
     done.forget()
-    call = dict(zip(("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds"), args, strict=False))
-    call.update(kwargs)
+    names = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
+    call: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
     held, brought = call.get("cache"), call.get("inputs_embeds")
     held = call.get("past_key_values") if held is None else held
     brought = call.get("input_ids") if brought is None else brought
