@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 
 from generation import cache_of, close, generate, ids, small_model
-from kvcondense.errors import UnsupportedError
+from kvcondense.errors import KvCondenseError, UnsupportedError
 from kvcondense.integrations.transformers import accelerate
 
 
@@ -149,3 +150,52 @@ def test_a_forward_of_somebody_else_is_refused(model):
     del compressor.forward
     with accelerate(model):
         pass
+
+
+def test_a_model_is_copied_while_it_is_accelerated(model):
+    prompt = ids(1, 140)
+    with torch.no_grad():
+        expected = model(prompt).logits
+        done = accelerate(model)
+        other = copy.deepcopy(model)
+        done.undo()
+        assert torch.equal(model(prompt).logits, expected)
+        cache = cache_of(other)
+        assert close(other(prompt, None, None, cache).logits, expected)
+        with pytest.raises(UnsupportedError, match="accelerated"):
+            accelerate(other)
+        with pytest.raises(KvCondenseError, match="go on at"):
+            other(prompt[:, :1], None, torch.tensor([[3]]), cache)
+
+
+def test_parametrised_compressors_are_compressors(model):
+    class Twice(torch.nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    prompt = ids(1, 140)
+    for compressor in compressors(model):
+        torch.nn.utils.parametrize.register_parametrization(compressor, "position_bias", Twice())
+    with torch.no_grad():
+        expected = model(prompt).logits
+        with accelerate(model):
+            cache = cache_of(model)
+            assert close(model(prompt, None, None, cache).logits, expected)
+            assert all(hasattr(layer, "kvcondense") for layer in cache.layers[1:])
+
+
+def test_a_compressor_with_a_forward_of_its_class_own_is_left_alone(model):
+    kind = type(next(compressors(model)))
+    base = kind.forward
+
+    class Zero(kind):
+        def forward(self, *args, **kwargs):
+            rows, bias = base(self, *args, **kwargs)
+            return 0 * rows, bias
+
+    prompt = ids(1, 140)
+    next(compressors(model)).__class__ = Zero
+    with torch.no_grad():
+        expected = model(prompt).logits
+        with accelerate(model):
+            assert close(model(prompt).logits, expected)

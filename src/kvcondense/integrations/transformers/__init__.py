@@ -12,7 +12,7 @@ from typing import Any
 from kvcondense.backends import Backend
 from kvcondense.errors import UnsupportedError
 from kvcondense.integrations.transformers.accelerated import Accelerated
-from kvcondense.integrations.transformers.forwards import COMPRESSORS, check_call, forward
+from kvcondense.integrations.transformers.forwards import check_call, forward, kind
 from kvcondense.integrations.transformers.hooks import is_ours, is_replaced
 
 __all__ = ["Accelerated", "accelerate"]
@@ -38,7 +38,7 @@ def accelerate(model: Any, *, impl: str | Backend = "auto") -> Accelerated:
     whose compressors' forward somebody else replaced. Its calls raise, before anything is written, KvCondenseError for
     positions that do not continue their cache, and UnsupportedError for gradients through a cache that it fills.
     """
-    modules = [m for m in model.modules() if type(m).__name__ in COMPRESSORS] if hasattr(model, "modules") else []
+    modules = [m for m in model.modules() if kind(m)] if hasattr(model, "modules") else []
     if not modules:
         raise UnsupportedError("model", "one with DeepSeek-V4 compressors of transformers", type(model).__name__)
     if any(is_ours(m) for m in modules):

@@ -15,6 +15,7 @@ from kvcondense.integrations.transformers import cache
 from kvcondense.integrations.transformers.accelerated import Accelerated
 from kvcondense.spec import CompressorSpec, Rounding
 
+_INDEXER = "DeepseekV4Indexer"
 _THEIRS = ContextVar("_THEIRS", default=False)
 """Whether a compressor of transformers is running: its indexer is transformers' too."""
 
@@ -34,7 +35,7 @@ def check_call(done: Accelerated, model: Any, args: tuple[Any, ...], kwargs: dic
         start = held.get_seq_length()
         position_ids = torch.arange(start, start + brought.shape[1])[None]
     for layer, block in zip(held.layers, model.layers, strict=False):
-        compressor = block.self_attn.compressor
+        compressor = getattr(getattr(block, "self_attn", None), "compressor", None)
         known = cache.memories(layer)
         if compressor is None or (known is None and not cache.is_new(layer)):
             continue
@@ -49,6 +50,12 @@ def check_call(done: Accelerated, model: Any, args: tuple[Any, ...], kwargs: dic
             memory.check(tokens)
 
 
+def kind(module: Any) -> str:
+    """Which of transformers' compressors a module is, parametrised or not; empty for others and for other forwards."""
+    named = [c for c in type(module).__mro__ if c.__name__ in _FORWARDS]
+    return named[0].__name__ if named and named[0].forward is type(module).forward else ""
+
+
 def forward(
     done: Accelerated, module: Any, hidden_states: torch.Tensor, q_residual: torch.Tensor, position_ids: torch.Tensor,
     past_key_values: Any = None, layer_idx: int = 0, cache: Any = None,
@@ -61,8 +68,8 @@ def forward(
         done.forget()
     if not _THEIRS.get() and _is_ours(call, layer):
         kv_score = torch.cat([module.kv_proj(hidden_states), module.gate_proj(hidden_states)], dim=-1)
-        if not kv_score.requires_grad or "Indexer" in type(module).__name__:  # nobody differentiates what is picked
-            return _FORWARDS[type(module).__name__](call, _seen(call, layer, kv_score))
+        if not kv_score.requires_grad or kind(module) == _INDEXER:  # nobody differentiates what is picked
+            return _FORWARDS[kind(module)](call, _seen(call, layer, kv_score))
         if _claimed(layer):
             raise _gradients()
     before = _THEIRS.set(True)
@@ -109,13 +116,15 @@ def _needs_gradients(module: Any, hidden: torch.Tensor) -> bool:
 
 def _is_ours(call: _Call, layer: Any) -> bool:
     """Whether kvcondense takes a call. A layer is ours from its first call on; raises where it cannot go on."""
+    parts = [call.module, *([call.module.indexer] if hasattr(call.module, "indexer") else [])]
+    if any(type(part.kv_norm).__name__ != "DeepseekV4RMSNorm" for part in parts):
+        return False
     gradients = _needs_gradients(call.module, call.hidden)
     if _claimed(layer):
         if gradients:
             raise _gradients()
         return True
-    parts = [call.module, *([call.module.indexer] if hasattr(call.module, "indexer") else [])]
-    if gradients or any(type(part.kv_norm).__name__ != "DeepseekV4RMSNorm" for part in parts):
+    if gradients:
         return False
     if layer is not None and not cache.is_new(layer):
         return False
@@ -127,7 +136,7 @@ def _seen(call: _Call, layer: Any, kv_score: torch.Tensor) -> _Seen:
     """Take the call's tokens into the memory of its compressor, in a layer of the cache or for this call alone."""
     if layer is not None and not _claimed(layer):
         cache.claim(layer)
-    name = "indexer" if "Indexer" in type(call.module).__name__ else "compressor"
+    name = "indexer" if kind(call.module) == _INDEXER else "compressor"
     held = cache.memories(layer)
     memory = None if held is None else held.get(name)
     sequences = call.hidden.shape[0]
@@ -196,6 +205,5 @@ def _indexer(call: _Call, seen: _Seen) -> torch.Tensor:
 _FORWARDS: dict[str, Callable[[_Call, _Seen], Any]] = {
     "DeepseekV4HCACompressor": _hca,
     "DeepseekV4CSACompressor": _csa,
-    "DeepseekV4Indexer": _indexer,
+    _INDEXER: _indexer,
 }
-COMPRESSORS = tuple(_FORWARDS)
