@@ -115,13 +115,17 @@ def test_what_needs_gradients_goes_the_original_way(model):
         assert cache.get_seq_length() == 40
 
 
-def test_half_precision_stays_close(model):
+def test_half_precision_is_as_accurate(model):
+    """Not equal: transformers rounds where kvcondense does not, and a router may decide otherwise by one rounding."""
     half = type(model)(model.config).to(torch.bfloat16).eval()
     half.load_state_dict(model.state_dict())
-    expected = half(ids()).logits.float()
+    exact = type(model)(model.config).float().eval()
+    exact.load_state_dict({name: p.float() for name, p in half.state_dict().items()})
+    truth, theirs = exact(ids()).logits, half(ids()).logits.float()
     with accelerate(half):
-        # The mean: where a router or an indexer decides otherwise by one rounding, single logits differ by more.
-        assert float((half(ids()).logits.float() - expected).abs().mean() / expected.abs().mean()) < 0.01
+        ours = half(ids()).logits.float()
+    assert float((ours - theirs).abs().mean() / theirs.abs().mean()) < 0.01
+    assert (ours - truth).abs().mean() < 1.05 * (theirs - truth).abs().mean()
 
 
 def test_it_refuses(model):
