@@ -199,3 +199,19 @@ def test_a_compressor_with_a_forward_of_its_class_own_is_left_alone(model):
         expected = model(prompt).logits
         with accelerate(model):
             assert close(model(prompt).logits, expected)
+
+
+def test_a_forward_that_was_wrapped_is_transformers_after_undo(model):
+    """Somebody wraps the accelerated forward, and keeps it."""
+    prompt = ids(1, 140)
+    with torch.no_grad():
+        expected, cache, theirs = model(prompt).logits, cache_of(model), cache_of(model)
+        model(prompt[:, :100], None, None, theirs)
+        with accelerate(model):
+            model(prompt[:, :100], None, None, cache)
+            for compressor in compressors(model):
+                compressor.forward = lambda *args, held=compressor.forward: held(*args)
+            assert close(model(prompt).logits, expected)
+        assert torch.equal(model(prompt).logits, expected)
+        ours, theirs = (model(prompt[:, 100:], None, None, held).logits for held in (cache, theirs))
+        assert close(ours, theirs)

@@ -64,9 +64,9 @@ def forward(
     held = past_key_values if cache is None else cache
     layer = None if held is None else held.layers[layer_idx]
     call = _Call(done, module, hidden_states, q_residual, position_ids, held, layer_idx)
-    if module is done.modules[0] and position_ids.is_inference():
+    if module in done.modules[:1] and position_ids.is_inference():
         done.forget()
-    if not _THEIRS.get() and _is_ours(call, layer):
+    if done.modules and not _THEIRS.get() and _is_ours(call, layer):  # undone: somebody kept this forward
         kv_score = torch.cat([module.kv_proj(hidden_states), module.gate_proj(hidden_states)], dim=-1)
         if not kv_score.requires_grad or kind(module) == _INDEXER:  # nobody differentiates what is picked
             return _FORWARDS[kind(module)](call, _seen(call, layer, kv_score))
