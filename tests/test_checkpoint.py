@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 from checkpoints import HIDDEN, MODEL, SCHEMES, write
 from kvcondense import CompressorSpec, CompressorWeights
-from kvcondense import checkpoint as module
 from kvcondense.checkpoint import compressors
 from kvcondense.cli import app
 from kvcondense.errors import CheckpointError
+from kvcondense.weightfiles import files as module
 
 EXPECTED = [(1, "main"), (1, "indexer"), (2, "main"), (3, "main"), (3, "indexer")]
 
@@ -64,7 +64,7 @@ def test_listing_reads_no_tensor(tmp_path, monkeypatch):
 
 
 def test_sizes_follow_from_names_of_types():
-    assert [module._bits(d) for d in ("BF16", "F32", "F8_E4M3", "I64", "BOOL")] == [16, 32, 8, 64, 8]
+    assert [module.bits(d) for d in ("BF16", "F32", "F8_E4M3", "I64", "BOOL")] == [16, 32, 8, 64, 8]
 
 
 def test_the_command_lists_them(tmp_path):
