@@ -29,9 +29,14 @@ def test_all_compressors_are_found_and_load(tmp_path, scheme, shards):
         expected = CompressorWeights.load(folder, c.spec, c.layer, hidden_size=HIDDEN, part=c.part)
         for name in ("w", "ape", "norm"):
             assert torch.equal(getattr(weights, name), getattr(expected, name))
-        assert c.tensors["wkv"].shape == (c.spec.width, HIDDEN)
-        assert (c.tensors["wkv"].dtype, c.tensors["ape"].dtype) == ("BF16", "F32")
-        assert c.tensors["wkv"].bytes == 2 * c.spec.width * HIDDEN
+        rows = {"wkv": c.spec.width, "wkv_wgate": 2 * c.spec.width}
+        matrix = "wkv" if "wkv" in c.tensors else "wkv_wgate"
+        assert c.tensors[matrix].shape == (rows[matrix], HIDDEN)
+        assert (c.tensors[matrix].dtype, c.tensors["ape"].dtype, c.storage) == ("BF16", "F32", "BF16")
+        assert c.tensors[matrix].bytes == 2 * rows[matrix] * HIDDEN
+        assert c.prefix == SCHEMES[scheme][0].partition("layers.")[0]
+        known = scheme.partition(",")[0]
+        assert c.scheme == ("official" if known == "saved by transformers" else known)
         assert c.bytes == sum(t.bytes for t in c.tensors.values()) > 0
 
 

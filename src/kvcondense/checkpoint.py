@@ -22,7 +22,7 @@ class StoredCompressor:
     """One compressor of a checkpoint.
 
     tensors: wkv, wgate (or wkv_wgate), ape, norm as far as it has them, and what stands beside a matrix
-    (``wkv.scale``); mtp: which MTP layer; scheme and prefix of the names; storage: how the matrices are stored, in words.
+    (``wkv.scale``); mtp: which MTP layer; scheme and prefix: of the names; storage: how the matrices are stored.
     """
 
     layer: int
