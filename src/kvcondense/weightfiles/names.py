@@ -88,7 +88,7 @@ SCHEMES = (
         "self_attn.indexer.compressor.",
         _SPLIT,
         "vllm-project/vllm-ascend, vllm_ascend/models/deepseek_v4.py, load_weights; onnxruntime/mobius, "
-        "src/mobius/models/deepseek_v4_test.py",
+        "src/mobius/models/deepseek_v4_flash_test.py",
     ),
     Scheme(
         "automodel",
