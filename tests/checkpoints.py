@@ -74,6 +74,11 @@ SCHEMES = {
         "language_model.model.layers.{}.attn.indexer.compressor.",
         "fused_wkv_wgate.weight ape norm.weight",
     ),
+    "atom": (
+        "model.layers.{}.attn.compressor.",
+        "model.layers.{}.attn.indexer.compressor.",
+        "wkv_gate.weight ape norm.weight",
+    ),
     "tensorrt-llm": (
         "model.layers.{}.self_attn.compressor.",
         "model.layers.{}.self_attn.indexer.compressor.",

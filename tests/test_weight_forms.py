@@ -262,6 +262,16 @@ def test_info_and_compress_take_fp8(tmp_path, kind):
     assert compressed(tmp_path, folder, "fp8") == compressed(tmp_path, same, "bf16")
 
 
+def test_compress_takes_mlx(tmp_path):
+    made, _ = forms.mlx(plain())
+    folder = stored(tmp_path / "model", made, quantization={"group_size": 64, "bits": 4})
+    assert "stored as: MLX 4-bit, groups of 64 (F16)\n" in command("info", "--checkpoint", folder)
+    decoded = {n: load_bf16(folder, n) if forms.is_matrix(n) else t for n, t in made.items()}
+    decoded = {n: t for n, t in decoded.items() if not n.endswith(("scales", "biases"))}
+    same = stored(tmp_path / "decoded", decoded)
+    assert compressed(tmp_path, folder, "mlx") == compressed(tmp_path, same, "bf16")
+
+
 def load_bf16(folder, name):
     layer, part = int(name.split(".")[1]), "indexer" if "indexer" in name else "main"
     halves = load(folder, layer, part).w.chunk(2)

@@ -6,9 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from checkpoints import CONFIG, MODEL, SCHEMES, tensors
+from checkpoints import write as write_official
 from kvcondense import CompressorSpec, CompressorWeights
 from kvcondense.checkpoint import compressors
 from kvcondense.cli import app
@@ -122,6 +124,22 @@ def test_info_says_gguf(tmp_path):
     result = CliRunner().invoke(app, ["info", "--checkpoint", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "names: gguf\nstored as: Q8_0\n" in result.output
+
+
+def test_compress_takes_gguf_with_the_hidden_states_beside_it(tmp_path):
+    write(tmp_path, "BF16")
+    write_official(tmp_path / "official")
+    hidden = tmp_path / "h.safetensors"
+    x = torch.randn(40, MODEL.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()
+    save_file({"hidden_states": x}, hidden)
+    results = []
+    for folder in (tmp_path, tmp_path / "official"):
+        out = tmp_path / f"{folder.name}.out.safetensors"
+        words = ["compress", "--checkpoint", folder, "--layer", 1, "--hidden", hidden, "--out", out]
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert result.exit_code == 0, result.output
+        results.append(out.read_bytes())
+    assert results[0] == results[1]
 
 
 def load(folder):

@@ -72,9 +72,10 @@ class CompressorWeights:
     ) -> CompressorWeights:
         """Load one compressor from a model's folder (safetensors or GGUF), or from one .gguf file.
 
-        Names: any scheme of ``weightfiles.names.SCHEMES`` (official, transformers, vLLM, TensorRT-LLM, Ascend,
+        Names: any scheme of ``weightfiles.names.SCHEMES`` (official, transformers, vLLM, ATOM, TensorRT-LLM, Ascend,
         Automodel, MLX, GGUF), behind one prefix for the whole file. Storage: ``weightfiles.storage.storage_of``; plain
-        matrices stay in their dtype, FP8, MLX's and GGUF's become bf16, rounded once from fp32 to nearest even.
+        matrices stay in their dtype; those of FP8, MLX and GGUF's quantised types become bf16, rounded once from fp32
+        to nearest even.
 
         mtp: which MTP layer ``layer`` is (``ModelConfig.mtp_index``), whose names may begin with ``mtp.{mtp}``.
         Reads the headers and the few tensors of this compressor, nothing else. Raises CheckpointError that names the

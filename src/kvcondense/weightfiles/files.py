@@ -30,8 +30,8 @@ class StoredTensor:
 def tensor_files(directory: Path) -> dict[str, Path]:
     """Tensor name -> file, of a model's folder or of one .gguf file.
 
-    In a folder: model.safetensors.index.json, model.safetensors, or the only safetensors file; where there is none of
-    these, all .gguf files (a model may be split). Raises CheckpointError when there is nothing of the kind.
+    In a folder, the first that is there: model.safetensors.index.json, model.safetensors, all .gguf files (a model may
+    be split), or the only safetensors file. Raises CheckpointError when there is nothing of the kind.
     """
     if directory.suffix == ".gguf":
         return dict.fromkeys(gguf.header(require_file(directory, "a GGUF file")), directory)
@@ -40,10 +40,10 @@ def tensor_files(directory: Path) -> dict[str, Path]:
         return _of_index(index)
     # Results and hidden states may lie in the same folder: the conventional name comes first.
     model = directory / "model.safetensors"
-    single = [model] if model.is_file() else sorted(directory.glob("*.safetensors"))
-    ggufs = [] if single else sorted(directory.glob("*.gguf"))
+    ggufs = [] if model.is_file() else sorted(directory.glob("*.gguf"))
     if ggufs:
         return _of_ggufs(ggufs)
+    single = [model] if model.is_file() else sorted(directory.glob("*.safetensors"))
     if len(single) != 1:
         raise CheckpointError(
             str(directory),

@@ -73,7 +73,14 @@ SCHEMES = (
         "attn.compressor.",
         "attn.indexer.compressor.",
         _fused("fused_wkv_wgate.weight"),
-        "vllm-project/vllm, vllm/models/deepseek_v4/compressor.py",
+        "vllm-project/vllm, vllm/models/deepseek_v4/compressor.py and load_weights of nvidia/model.py",
+    ),
+    Scheme(
+        "atom",
+        "attn.compressor.",
+        "attn.indexer.compressor.",
+        _fused("wkv_gate.weight"),
+        "ROCm/ATOM, atom/models/deepseek_v4.py, packed_modules_mapping",
     ),
     Scheme(
         "tensorrt-llm",
@@ -114,7 +121,8 @@ SCHEMES = (
             "ape": ("ape.weight", "ape"),
             "norm": ("norm.weight",),
         },
-        "ggml-org/llama.cpp, gguf-py/gguf/constants.py, MODEL_TENSOR.INDEXER_COMPRESSOR_WKV and its neighbours",
+        "llama.cpp's converter (ggml-org/llama.cpp pull request 24162), as onnxruntime/mobius maps its names, "
+        "src/mobius/integrations/gguf/_tensor_mapping.py",
         layer="blk",
     ),
 )
