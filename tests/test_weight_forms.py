@@ -306,6 +306,20 @@ def test_an_unknown_scheme_is_shown(tmp_path):
     assert "and 10 more" in text
 
 
+def test_one_leaf_of_another_name_is_shown(tmp_path):
+    """A scheme that is known but for a layer."""
+    made = {n: t for n, t in tensors("tensorrt-llm").items() if ".1." not in n}
+    made["model.layers.1.self_attn.compressor.both.weight"] = torch.ones(2, 2)
+    text = command("info", "--checkpoint", write(tmp_path, change=lambda _: made), status=2)
+    assert "an unknown scheme: model.layers.1.self_attn.compressor.both.weight" in " ".join(text.split())
+    assert " blk.1.attn_compressor_kv.weight" in " ".join(text.split())
+
+
+def test_no_compressor_at_all(tmp_path):
+    folder = write(tmp_path, change=lambda _: {"embed.weight": torch.ones(2, 2)})
+    assert "no name that looks like one" in " ".join(command("info", "--checkpoint", folder, status=2).split())
+
+
 def test_two_prefixes_are_one_too_many(tmp_path):
     both = {**tensors("official"), **tensors("vllm, multimodal")}
     folder = write(tmp_path, change=lambda _: both)

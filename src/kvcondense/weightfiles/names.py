@@ -137,7 +137,7 @@ _BASES = tuple({base for scheme in SCHEMES for base in (scheme.main, scheme.inde
 class Found:
     """A compressor's tensors in a file: the scheme's name, the prefix, and role -> name.
 
-    Roles: wkv and wgate, or wkv_wgate; ape; norm; and <matrix>.<companion>, such as ``wkv.weight_scale_inv``.
+    Roles: wkv and wgate, or wkv_wgate; ape; norm; and a companion of a matrix, such as ``wkv.weight_scale_inv``.
     """
 
     scheme: str
@@ -195,16 +195,17 @@ class Names:
     def _unknown(self, layer: int, part: str) -> CheckpointError:
         argument = f"compressor of layer {layer}"
         hint = "kvcondense info --checkpoint DIR lists the compressors that are there"
-        if any(rest.startswith(_BASES) for tensors in self._layers.values() for rest in tensors):
+        if self._layers:
             prefix = self._prefixes[0] if self._prefixes else ""
-            tried = [f"{prefix}{s.layer}.{layer}.{s.base(part)}{next(iter(s.leaves.values()))[0]}" for s in SCHEMES]
+            starts = {"layers": f"{prefix}layers.{layer}.", "blk": f"blk.{layer}."}
+            tried = [starts[s.layer] + s.base(part) + next(iter(s.leaves.values()))[0] for s in SCHEMES]
             of_layer = [name for _, _, tensors in self._of(layer, None) for name in tensors.values()]
             got = f"an unknown scheme: {_some(of_layer)}" if of_layer else "none of them"
-            return CheckpointError(argument, f"one of {', '.join(dict.fromkeys(tried))}", got, hint)
+            return CheckpointError(argument, f"one of {', '.join(tried)}", got, hint)
         alike: list[str] = []
         for word in ("compressor", "wkv", "kv_proj", "compress"):
             alike = alike or [name for name in self.all if word in name]
-        got = f"an unknown one, none of them: {_some(alike)}" if alike else "none of them"
+        got = f"an unknown one: {_some(alike)}" if alike else "no name that looks like one"
         return CheckpointError(argument, f"a known scheme of names: {', '.join(s.name for s in SCHEMES)}", got)
 
 
