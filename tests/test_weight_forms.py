@@ -1,6 +1,7 @@
 """Weights in every published form: FP8 under three names of scales, MLX's groups, each beside numpy; what is wrong."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from kvcondense import CompressorSpec, CompressorWeights
 from kvcondense.checkpoint import compressors
 from kvcondense.cli import app
 from kvcondense.errors import CheckpointError
+from kvcondense.weightfiles.files import StoredTensor
+from kvcondense.weightfiles.settings import Settings
+from kvcondense.weightfiles.storage import storage_of
 
 SCALES = ["scale", "weight_scale", "weight_scale_inv"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e8m0fnu, torch.uint8]
@@ -106,6 +110,22 @@ def test_other_blocks(tmp_path, block, config, text):
     made, worth = forms.fp8(plain(), "weight_scale", block=block)
     found = check(stored(tmp_path, made, **config), worth)
     assert all(text in c.storage for c in found)
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (1024, 32), (16, 64), (1024, 1), (1, 1), (8,), (8, 32, 1)])
+def test_scales_of_flash_base(shape):
+    """[8, 32] for [1024, 4096]; other shapes are another square block, a row's, all's, or none, transposed ones too."""
+    weight = StoredTensor("wkv.weight", Path("model.safetensors"), (1024, 4096), "F8_E4M3", 1 << 22)
+    scale = StoredTensor("wkv.scale", Path("model.safetensors"), shape, "F8_E8M0", 256)
+    known = {(8, 32): "128x128", (16, 64): "64x64", (1024, 1): "1x4096", (1, 1): "4096x4096"}
+    tensors = {"wkv": weight, "wkv.scale": scale}
+    if shape in known:
+        assert storage_of(tensors, "wkv", (1024, 4096), Settings()).text.startswith(
+            f"F8_E4M3, a scale per {known[shape]} "
+        )
+        return
+    with pytest.raises(CheckpointError, match=r"wkv.scale: expected shape \[8, 32\]"):
+        storage_of(tensors, "wkv", (1024, 4096), Settings())
 
 
 def with_value(kind, value):

@@ -33,12 +33,12 @@ def storage_of(tensors: dict[str, StoredTensor], role: str, shape: tuple[int, in
     """How the matrix ``role`` of ``tensors`` is stored, by headers alone; shape: the [N, D] that it must have.
 
     * BF16, F16, F32, F64: left as they are.
-    * F8_E4M3 [N, D] with a scale (``scale``: deepseek-ai's inference/convert.py; ``weight_scale``:
-      compressed-tensors; ``weight_scale_inv``: transformers' FP8, a factor like the others, see DeepSeek-V3's
-      inference/kernel.py, weight_dequant): w[n, d] = fp32(q[n, d]) * scale of its block. Scales are
-      [ceil(N / b), ceil(D / c)] with b x c from config.json's weight_block_size, else 128 x 128 where that fits, else
-      the powers of two that give this shape; [N, 1], one per row; or [] and [1], one for all. F32, BF16, F16, F8_E8M0,
-      or U8 that means 2^(byte - 127).
+    * F8_E4M3 [N, D] with a scale (``scale``: deepseek-ai's checkpoints; ``weight_scale``: compressed-tensors;
+      ``weight_scale_inv``: transformers' FP8, a factor like the others, see NVIDIA/TensorRT-LLM,
+      tensorrt_llm/_torch/models/modeling_deepseekv4.py, weight_dequant): w[n, d] = fp32(q[n, d]) * scale of its block.
+      Scales are [ceil(N / b), ceil(D / c)] with b x c from config.json's weight_block_size, else 128 x 128 where that
+      fits, else the square of a power of two that gives this shape; [N, 1], one per row; or [] and [1], one for all.
+      F32, BF16, F16, F8_E8M0, or U8 that means 2^(byte - 127).
     * U32 with ``scales`` and ``biases`` [N, D / group] (ml-explore/mlx, mlx.core.quantize, mode affine):
       w[n, d] = q[n, d] * scale + bias of its group; q is ``bits`` wide, little-endian: in a word of eight 4-bit values
       the lowest nibble comes first.
@@ -118,15 +118,12 @@ def _block(scale: StoredTensor, shape: tuple[int, int], given: tuple[int, int] |
         return _BLOCK, _BLOCK
     if scale.shape == (shape[0], 1):
         return 1, shape[1]
-    powers = [1 << n for n in range(3, 21)]
-    rows, columns = (
-        next((b for b in powers if len(scale.shape) == 2 and -(-shape[i] // b) == scale.shape[i]), None) for i in (0, 1)
-    )
-    if rows is None or columns is None:
-        wanted = f"shape {list(count((_BLOCK, _BLOCK)))}, {[shape[0], 1]} or []"
-        hint = "weight_block_size in config.json says which other block"
-        raise CheckpointError(scale.name, wanted, f"shape {list(scale.shape)}", hint)
-    return rows, columns
+    for side in (1 << n for n in range(3, 21)):
+        if scale.shape == count((side, side)):
+            return side, side
+    wanted = f"shape {list(count((_BLOCK, _BLOCK)))}, {[shape[0], 1]} or []"
+    hint = "weight_block_size in config.json says which other block"
+    raise CheckpointError(scale.name, wanted, f"shape {list(scale.shape)}", hint)
 
 
 def _scaled(weight: StoredTensor, scale: StoredTensor, block: tuple[int, int]) -> torch.Tensor:
