@@ -1,4 +1,4 @@
-"""Tiny checkpoints on disk, in the official and the transformers naming, and files streamed through them."""
+"""Tiny checkpoints on disk, in every naming, and files streamed through them."""
 
 import json
 from dataclasses import replace
@@ -64,7 +64,48 @@ SCHEMES = {
         "model.layers.{}.attn.indexer.compressor.",
         "wkv.weight wgate.weight ape norm.weight",
     ),
+    "vllm": (
+        "layers.{}.attn.compressor.",
+        "layers.{}.attn.indexer.compressor.",
+        "fused_wkv_wgate.weight ape norm.weight",
+    ),
+    "vllm, multimodal": (
+        "language_model.model.layers.{}.attn.compressor.",
+        "language_model.model.layers.{}.attn.indexer.compressor.",
+        "fused_wkv_wgate.weight ape norm.weight",
+    ),
+    "atom": (
+        "model.layers.{}.attn.compressor.",
+        "model.layers.{}.attn.indexer.compressor.",
+        "wkv_gate.weight ape norm.weight",
+    ),
+    "tensorrt-llm": (
+        "model.layers.{}.self_attn.compressor.",
+        "model.layers.{}.self_attn.indexer.compressor.",
+        "wkv_gate.weight ape norm.weight",
+    ),
+    "ascend": (
+        "model.layers.{}.self_attn.compressor.",
+        "model.layers.{}.self_attn.indexer.compressor.",
+        "wkv.weight wgate.weight ape norm.weight",
+    ),
+    "automodel": (
+        "model.layers.{}.self_attn.compressor.",
+        "model.layers.{}.self_attn.compressor.indexer.",
+        "wkv.weight wgate.weight ape_param.weight kv_norm.weight",
+    ),
+    "automodel, plain parameter": (
+        "model.language_model.layers.{}.self_attn.compressor.",
+        "model.language_model.layers.{}.self_attn.compressor.indexer.",
+        "wkv.weight wgate.weight ape_param kv_norm.weight",
+    ),
 }
+"""Name -> what stands before a compressor's leaves, an indexer's, and the leaves; a fused one is wkv on wgate."""
+FOREIGN = {
+    "transformers": ("q_b_proj.weight", "scorer.weights_proj.weight"),
+    "automodel": ("wq_b.weight", "weights_proj.weight"),
+}
+"""What else lies under an indexer's base."""
 
 
 def tensors(scheme="official", seed=0, model=MODEL):
@@ -78,15 +119,16 @@ def tensors(scheme="official", seed=0, model=MODEL):
                 continue
             spec = CompressorSpec.for_layer(model, layer, part)
             values = (
-                torch.randn(spec.width, HIDDEN, generator=gen).bfloat16(),
-                torch.randn(spec.width, HIDDEN, generator=gen).bfloat16(),
+                torch.randn(spec.width, model.hidden_size, generator=gen).bfloat16(),
+                torch.randn(spec.width, model.hidden_size, generator=gen).bfloat16(),
                 torch.randn(spec.ratio, spec.width, generator=gen),
                 (1 + 0.2 * torch.randn(spec.head_dim, generator=gen)).bfloat16(),
             )
+            if len(leaves.split()) == 3:
+                values = (torch.cat(values[:2]), *values[2:])
             out |= {base.format(layer) + leaf: v for leaf, v in zip(leaves.split(), values, strict=True)}
-            if scheme == "transformers" and part == "indexer":
-                out[base.format(layer) + "q_b_proj.weight"] = torch.ones(2, 2)
-                out[base.format(layer) + "scorer.weights_proj.weight"] = torch.ones(2, 2)
+            if part == "indexer":
+                out |= {base.format(layer) + leaf: torch.ones(2, 2) for leaf in FOREIGN.get(scheme, ())}
     return out
 
 
@@ -94,6 +136,7 @@ def write(folder, scheme="official", change=lambda t: t, shards=1, model=MODEL, 
     """Write config.json (or ``config``: name -> content) and safetensors; ``change`` edits the tensors first."""
     folder.mkdir(parents=True, exist_ok=True)
     heads = {"head_dim": model.head_dim, "qk_rope_head_dim": model.rope_dim, "index_head_dim": model.index_head_dim}
+    heads["hidden_size"] = model.hidden_size
     for name, content in (config or {"config.json": {**CONFIG, **heads}}).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content))

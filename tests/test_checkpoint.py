@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 from checkpoints import HIDDEN, MODEL, SCHEMES, write
 from kvcondense import CompressorSpec, CompressorWeights
-from kvcondense import checkpoint as module
 from kvcondense.checkpoint import compressors
 from kvcondense.cli import app
 from kvcondense.errors import CheckpointError
+from kvcondense.weightfiles import files as module
 
 EXPECTED = [(1, "main"), (1, "indexer"), (2, "main"), (3, "main"), (3, "indexer")]
 
@@ -29,9 +29,14 @@ def test_all_compressors_are_found_and_load(tmp_path, scheme, shards):
         expected = CompressorWeights.load(folder, c.spec, c.layer, hidden_size=HIDDEN, part=c.part)
         for name in ("w", "ape", "norm"):
             assert torch.equal(getattr(weights, name), getattr(expected, name))
-        assert c.tensors["wkv"].shape == (c.spec.width, HIDDEN)
-        assert (c.tensors["wkv"].dtype, c.tensors["ape"].dtype) == ("BF16", "F32")
-        assert c.tensors["wkv"].bytes == 2 * c.spec.width * HIDDEN
+        rows = {"wkv": c.spec.width, "wkv_wgate": 2 * c.spec.width}
+        matrix = "wkv" if "wkv" in c.tensors else "wkv_wgate"
+        assert c.tensors[matrix].shape == (rows[matrix], HIDDEN)
+        assert (c.tensors[matrix].dtype, c.tensors["ape"].dtype, c.storage) == ("BF16", "F32", "BF16")
+        assert c.tensors[matrix].bytes == 2 * rows[matrix] * HIDDEN
+        assert c.prefix == SCHEMES[scheme][0].partition("layers.")[0]
+        known = scheme.partition(",")[0]
+        assert c.scheme == ("official" if known == "saved by transformers" else known)
         assert c.bytes == sum(t.bytes for t in c.tensors.values()) > 0
 
 
@@ -64,7 +69,7 @@ def test_listing_reads_no_tensor(tmp_path, monkeypatch):
 
 
 def test_sizes_follow_from_names_of_types():
-    assert [module._bits(d) for d in ("BF16", "F32", "F8_E4M3", "I64", "BOOL")] == [16, 32, 8, 64, 8]
+    assert [module.bits(d) for d in ("BF16", "F32", "F8_E4M3", "I64", "BOOL")] == [16, 32, 8, 64, 8]
 
 
 def test_the_command_lists_them(tmp_path):

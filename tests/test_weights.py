@@ -1,4 +1,4 @@
-"""Loading compressors from checkpoints: both naming schemes, shards, and every way a file can be wrong."""
+"""Loading compressors from checkpoints: every naming scheme, shards, and every way a file can be wrong."""
 
 import json
 from dataclasses import replace

@@ -15,7 +15,7 @@ EXAMPLE = "Example: kvcondense compress --checkpoint DIR --layer 2 --hidden h.sa
 
 
 def compress(
-    checkpoint: Annotated[Path, typer.Option(help="Model directory: config.json and safetensors files.")],
+    checkpoint: Annotated[Path, typer.Option(help="Model directory: config.json and safetensors or GGUF files.")],
     layer: Annotated[
         int, typer.Option(help="Layer whose compressors to run (main and, in CSA layers, indexer).", **whole(0))
     ],

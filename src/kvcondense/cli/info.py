@@ -41,5 +41,5 @@ def info(
     """Say which versions are installed, which backends can run here or why not, and what the presets compress.
 
     With --formats or --format: the cache formats, down to the byte. With --checkpoint: layer, kind, ratio, shapes,
-    types and sizes of each compressor that is stored there.
+    types and sizes of each compressor that is stored there, the scheme of their names, and how they are stored.
     """

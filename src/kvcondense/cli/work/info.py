@@ -118,6 +118,9 @@ def _checkpoint(output: Output, directory: Path) -> dict[str, Any]:
             "layer": c.layer,
             "part": c.part,
             "mtp": c.mtp,
+            "scheme": c.scheme,
+            "prefix": c.prefix,
+            "storage": c.storage,
             "ratio": c.spec.ratio,
             "window": c.spec.window,
             "head_dim": c.spec.head_dim,
@@ -134,7 +137,7 @@ def _checkpoint(output: Output, directory: Path) -> dict[str, Any]:
     rows = [
         {
             **{h: str(c[h]) for h in ("layer", "part", "ratio", "window", "head_dim")},
-            **{k: f"{'x'.join(map(str, t['shape']))} {t['dtype']}" for k, t in c["tensors"].items()},
+            **{k: f"{'x'.join(map(str, t['shape']))} {t['dtype']}" for k, t in c["tensors"].items() if "." not in k},
             "bytes": str(c["bytes"]),
         }
         for c in found
@@ -144,9 +147,20 @@ def _checkpoint(output: Output, directory: Path) -> dict[str, Any]:
     output.say()
     past = list(dict.fromkeys(c["layer"] for c in found if c["mtp"] is not None))
     output.say(f"{len(found)} compressors, {sum(c['bytes'] for c in found)} bytes")
+    for key, what in (("scheme", "names"), ("storage", "stored as")):
+        kinds = {kind: [c["layer"] for c in found if _kind(c, key) == kind] for kind in (_kind(c, key) for c in found)}
+        for kind, layers in kinds.items():
+            where = "" if len(kinds) == 1 else f" in layers {', '.join(map(str, dict.fromkeys(layers)))}"
+            output.say(f"{what}: {kind}{where}")
     if past:
         output.say(f"of MTP layers: {', '.join(map(str, past))}, numbered on from the main ones")
     return {"checkpoint": str(directory), "compressors": found}
+
+
+def _kind(compressor: dict[str, Any], key: str) -> str:
+    """A compressor's storage, or its scheme of names with the prefix."""
+    prefix = f", prefix {compressor['prefix']}" if key == "scheme" and compressor["prefix"] else ""
+    return f"{compressor[key]}{prefix}"
 
 
 def _formats(output: Output, names: bool, markdown: bool) -> dict[str, Any]:
