@@ -18,8 +18,8 @@ def rows(spec, kv_score, ape, gamma, *, theta, first=0):
 
     Candidates before ``first`` do not exist.
     """
-    reference = spec.rounding.value == "reference"
-    rounded = bf16 if reference else float
+    rounded = bf16 if spec.rounding.value == "reference" else float
+    latent = float if spec.rounding.value == "fused" else bf16
     d, r, n_tokens = spec.head_dim, spec.ratio, len(kv_score)
     width = spec.width
     out = []
@@ -41,7 +41,7 @@ def rows(spec, kv_score, ape, gamma, *, theta, first=0):
             row[channel] = math.fsum(math.exp(s - top) * k for s, k in candidates) / total
         u = [rounded(v) for v in row]
         scale = 1 / math.sqrt(math.fsum(v * v for v in u) / d + spec.eps)
-        n = [rounded(float(g) * (v * scale)) for g, v in zip(gamma, u, strict=True)]
+        n = [latent(float(g) * (v * scale)) for g, v in zip(gamma, u, strict=True)]
         position = first + window * r
         for pair in range(spec.rope_dim // 2):
             inverse = np.float32(1) / np.float32(theta) ** np.float32(2 * pair / spec.rope_dim)

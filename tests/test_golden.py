@@ -6,11 +6,12 @@ import torch
 from kvcondense import KvCondenseError
 from kvcondense.backends.reference import ReferenceBackend, Stages
 from kvcondense.conformance.mutants import MUTANTS
+from kvcondense.formats import FORMATS
 from kvcondense.golden.compare import allclose, bf16_allclose_or_ulp, ratio_allclose, row_bounds, rowwise
 from kvcondense.golden.inputs import KINDS, GoldenCase, make_inputs
 from kvcondense.golden.run import comparators, compare, run_backend, run_reference
 from kvcondense.spec import Rounding
-from kvcondense.stages import pool, rope
+from kvcondense.stages import norm, pool, rope
 
 OUTPUTS = ["kv", "kv_state", "score_state", "kv_cache", "kv_bytes"]
 
@@ -53,6 +54,30 @@ def test_a_missing_rounding_is_noticed_by_the_case_itself(kind):
     results = verify(MUTANTS["no-bf16-before-norm"], kind=kind, history=600, rotate=False)
     assert not results["kv_cache"].passed
     assert "bit-equal" in results["kv_cache"].detail
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("format", ["bf16", "fp4_v41_times", "fp4_v41_times_interleaved", "fp8_model1_via_fp4_v41"])
+def test_latent_profile_rounds_the_norm_alone_and_quantises_the_fp32_row(impl, format):
+    """vLLM's chain for V4.1; ``golden.pages`` gets the rows as the backend returned them."""
+    results = verify(impl, kind="csa", history=40, rounding=Rounding.LATENT, rotate=False, format=format)
+    assert all(r.passed for r in results.values()), results
+
+
+@pytest.mark.parametrize("profile", Rounding)
+def test_profiles_differ_where_they_say(profile):
+    """Of a row that bf16 cannot hold: which stage changes it, and whether the cache's bytes are those of its bf16."""
+    x = torch.randn(40, 512, generator=torch.Generator().manual_seed(0)) / 3
+    unrounded = norm.rms_norm(x, torch.ones(512), 1e-6, Rounding.FUSED)
+    n = norm.rms_norm(x, torch.ones(512), 1e-6, profile)
+    assert torch.equal(n, n.bfloat16().float()) == profile.latent
+    assert torch.equal(n, unrounded.bfloat16().float()) == (profile.latent and not profile.pooled)
+    cos, sin = torch.full((40, 32), 0.6), torch.full((40, 32), 0.8)
+    row = rope.pairwise(n, cos, sin, profile)
+    assert torch.equal(row, row.bfloat16().float()) == profile.rotated
+    fmt = FORMATS["fp4_v41_times"]
+    stored = fmt.encode(row, exact=not profile.row)["values"]
+    assert torch.equal(stored, fmt.encode(row.bfloat16())["values"]) == (profile is not Rounding.LATENT)
 
 
 def test_fused_profile_passes_against_its_own_reference():

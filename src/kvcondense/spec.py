@@ -18,7 +18,29 @@ class Rounding(enum.Enum):
     REFERENCE = "reference"
     """Before the norm, after the norm, after RoPE: DeepSeek's inference/model.py and pypto-lib's PR 270."""
     FUSED = "fused"
-    """Nowhere before the cache: one fp32 chain, as vLLM and SGLang compute it."""
+    """Nowhere before the cache: one fp32 chain, as vLLM and SGLang compute it for V4."""
+    LATENT = "latent"
+    """After the norm only, and a cache quantises the row as RoPE leaves it, in fp32: vLLM's chain for V4.1."""
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the pooled row is rounded to bf16, before the norm."""
+        return self is Rounding.REFERENCE
+
+    @property
+    def latent(self) -> bool:
+        """Whether the norm's result is."""
+        return self is not Rounding.FUSED
+
+    @property
+    def rotated(self) -> bool:
+        """Whether the channels that RoPE turned are."""
+        return self is Rounding.REFERENCE
+
+    @property
+    def row(self) -> bool:
+        """Whether the whole row is, on its way to a cache that quantises it."""
+        return self is not Rounding.LATENT
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,9 @@ def test_every_byte_of_every_format(kind, name):
     form, spec = FORMATS[name], wide(kind)
     x = hostile(spec)
     scale = 0.05 if form.tensor_scale else None
-    cache, expected = (PagedCache.allocate(spec.head_dim, 3, 8, format=form, tensor_scale=scale) for _ in range(2))
+    cache, expected = (
+        PagedCache.allocate(spec.head_dim, 3, max(8, form.tile), format=form, tensor_scale=scale) for _ in range(2)
+    )
     for c in (cache, expected):
         c.data.fill_(0xA5)
     batch = RaggedBatch.build([0, x.shape[0]], start_positions=[0], block_table=[[2, 0]])

@@ -35,7 +35,7 @@ def random_rows(cache, n, seed=0):
 @given(data=st.data())
 def test_bytes_of_written_rows_are_golden_and_all_others_untouched(name, data):
     """Pages inside a larger buffer of the engine: tails, gaps between pages and both ends are canaries too."""
-    page_rows = data.draw(st.integers(1, 5))
+    page_rows = data.draw(st.integers(1, 5)) * FORMATS[name].tile
     pages = data.draw(st.integers(1, 4))
     template = allocate(name, pages, page_rows)
     size = template.data.shape[1]
@@ -63,15 +63,16 @@ def test_bytes_of_written_rows_are_golden_and_all_others_untouched(name, data):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_fields_are_views_of_the_pages(name):
-    cache = allocate(name, 3, 4)
+    page_rows = 4 * FORMATS[name].tile
+    cache = allocate(name, 3, page_rows)
     begin, end = cache.data.data_ptr(), cache.data.data_ptr() + cache.data.numel()
     for f in cache.format.fields(cache.head_dim):
         view = cache.field(f.name)
-        assert list(view.shape) == [3, 4, f.count]
+        assert list(view.shape) == ([3, 4, f.count // 16, 16, 16] if f.tile > 1 else [3, page_rows, f.count])
         assert begin <= view.data_ptr() < end
-        byte = cache.data[2, f.base * 4 + f.stride * 3 + f.offset]
+        byte = cache.data[2, f.byte(page_rows, 3)]
         before = int(byte)
-        view[2, 3].view(torch.uint8)[0] = 77
+        (view[2, 0, :, 3, 0] if f.tile > 1 else view[2, 3].view(torch.uint8))[0] = 77
         assert (before, int(byte)) == (0, 77)
 
 
@@ -184,6 +185,24 @@ REFUSED = {
         "scales",
         lambda: PagedCache(torch.zeros(1, 256, dtype=torch.uint8), INT8, 128, 2, torch.ones(1, 2, device="meta")),
     ),
+    **{
+        f"{dtype} as {name}": (
+            "rows",
+            lambda dtype=dtype, name=name, n=n: PagedCache.wrap(
+                torch.zeros(1, 4, n).to(dtype), format=name, scales=None
+            ),
+        )
+        for name, n, dtypes in (
+            ("fp8_tensor", 64, (torch.float8_e4m3fnuz, torch.float8_e5m2, torch.int8, torch.bool)),
+            ("fp8_tensor_fnuz", 64, (torch.float8_e4m3fn,)),
+            ("bf16", 64, (torch.float16, torch.int16)),
+            ("fp32", 64, (torch.int32,)),
+            ("fp8_model1", 584, (torch.int8, torch.float8_e5m2)),
+            ("fp8_model1", 146, (torch.int32, torch.float32)),
+            ("mxfp4_indexer", 68, (torch.int8, torch.float8_e4m3fn)),
+        )
+        for dtype in dtypes
+    },
     "wrap dims": ("rows", lambda: PagedCache.wrap(torch.zeros(4, 16, dtype=torch.bfloat16))),
     "wrap dtype": ("rows", lambda: PagedCache.wrap(torch.zeros(1, 4, 16, dtype=torch.float16))),
     "wrap row bytes": (

@@ -73,7 +73,7 @@ class ReferenceBackend:
             row = do.hadamard(row)
         step.rows[live] = row.to(step.rows.dtype)
         if step.cache is not None:
-            do.scatter(row, dense.window_slot, step.cache)
+            do.scatter(row, dense.window_slot, step.cache, not spec.rounding.row)
         if isinstance(step.state, OnlineState):
             assert acc is not None
             online.keep(dense, tokens, acc, step.state)

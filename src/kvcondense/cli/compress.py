@@ -38,7 +38,10 @@ def compress(
     strict: Strict = True,
     rounding: Annotated[
         str,
-        typer.Option(help="Rounding profile: reference or fused (fp32 throughout).", **one_of(names.ROUNDINGS)),
+        typer.Option(
+            help="Rounding profile: reference, fused (fp32 throughout) or latent (V4.1 in vLLM).",
+            **one_of(names.ROUNDINGS),
+        ),
     ] = "reference",
     rotate: Annotated[
         bool, typer.Option("--rotate/--no-rotate", help="Hadamard rotation of the indexer's rows.")

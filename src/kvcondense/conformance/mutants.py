@@ -161,26 +161,26 @@ def _emit_late(step: Step) -> Step:
     return replace(step, plan=replace(plan, window_slot=torch.where(due, plan.window_slot, -1)))
 
 
-def _scatter_twice(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache) -> None:
-    store.scatter(rows, torch.where(slot + 1 < cache.num_rows, slot + 1, -1), cache)
-    store.scatter(rows, slot, cache)
+def _scatter_twice(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache, exact: bool = False) -> None:
+    store.scatter(rows, torch.where(slot + 1 < cache.num_rows, slot + 1, -1), cache, exact)
+    store.scatter(rows, slot, cache, exact)
 
 
-def _scatter_clamped(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache) -> None:
-    store.scatter(rows, slot.clamp(min=0), cache)
+def _scatter_clamped(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache, exact: bool = False) -> None:
+    store.scatter(rows, slot.clamp(min=0), cache, exact)
 
 
-def _scatter_int32(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache) -> None:
+def _scatter_int32(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache, exact: bool = False) -> None:
     size = cache.format.row_bytes(cache.head_dim)
     offset = (slot * size).to(torch.int32).to(torch.int64)  # wraps
-    store.scatter(rows, torch.where(slot < 0, -1, offset // size % cache.num_rows), cache)
+    store.scatter(rows, torch.where(slot < 0, -1, offset // size % cache.num_rows), cache, exact)
 
 
 def _scatter_as(change: Callable[[CacheFormat], CacheFormat]) -> Callable[..., None]:
     """Store in another format than the cache's, of the same size."""
 
-    def scatter(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache) -> None:
-        store.scatter(rows, slot, replace(cache, format=change(cache.format)))
+    def scatter(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache, exact: bool = False) -> None:
+        store.scatter(rows, slot, replace(cache, format=change(cache.format)), exact)
 
     return scatter
 
@@ -211,13 +211,13 @@ def _ties_down(c: Channels) -> Channels:
     return replace(c, element=E2M1_TIES_DOWN if c.element == E2M1 else c.element)
 
 
-def _scatter_without_pad(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache) -> None:
-    stored = cache.encode(rows[slot >= 0])
+def _scatter_without_pad(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache, exact: bool = False) -> None:
+    stored = cache.encode(rows[slot >= 0], exact)
     cache.put(slot[slot >= 0], {name: values for name, values in stored.items() if name != PAD})
 
 
-def _scatter_nibbles_swapped(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache) -> None:
-    stored = cache.encode(rows[slot >= 0])
+def _scatter_nibbles_swapped(rows: torch.Tensor, slot: torch.Tensor, cache: PagedCache, exact: bool = False) -> None:
+    stored = cache.encode(rows[slot >= 0], exact)
     for c in cache.format.channels:
         if c.element.bits == 4:
             stored[c.name] = (stored[c.name] << 4) | (stored[c.name] >> 4)

@@ -8,13 +8,15 @@ import torch
 
 from kvcondense.errors import DtypeError, require, require_known
 from kvcondense.formats.descriptor import PAD, SCALES, CacheFormat, Channels
-from kvcondense.formats.elements import BF16, E2M1, E2M1_TIES_DOWN, E4M3, FP32, INT8, Element
+from kvcondense.formats.elements import BF16, E2M1, E2M1_TIES_DOWN, E4M3, E4M3FNUZ, FP32, INT8, Element
 from kvcondense.formats.scales import Scale, ScaleRule
 
 _AMAX_FLOOR = 1e-4
 """Least amax of DeepSeek's FP8 act_quant, and the floor of everyone who floors the scale instead."""
 _REF = "DeepSeek-V4 inference/kernel.py"
 _MAIN, _INDEXER = 512, 128
+_NEW_V41 = "vLLM 0.33, SGLang V41_NEW and V41_FP4_NEW, FlashMLA since 2026-09-30"
+_ATOM = "ROCm/ATOM atom/model_ops/v4_kernels/fused_compress.py (ffdf3bb)"
 _ROWS = (("rows",),)
 _TWO_SECTIONS = (("values",), (SCALES,))
 
@@ -73,6 +75,26 @@ _MXFP8_V41 = CacheFormat(
 )
 
 
+def _interleaved(form: CacheFormat) -> CacheFormat:
+    """V4.1 rows whose scales lie right behind their data, in pages of whole rows."""
+    return replace(
+        form,
+        name=f"{form.name}_interleaved",
+        summary=f"{form.summary}; scales behind each row",
+        source=_NEW_V41,
+        sections=(tuple(name for section in form.sections for name in section),),
+        align=1,
+    )
+
+
+def _tiled(form: CacheFormat) -> CacheFormat:
+    """16 rows and 16 channels to a tile, as matrix units load them."""
+    return replace(
+        form, name=f"{form.name}_16x16", summary=f"{form.summary}; data in tiles of 16 rows x 16 channels",
+        source=_ATOM, tile=16,
+    )  # fmt: skip
+
+
 def _rescaled(form: CacheFormat, name: str, summary: str, source: str, rule: ScaleRule) -> CacheFormat:
     """``form`` with another scale rule."""
     channels = tuple(replace(c, scale=rule) if c.scale else c for c in form.channels)
@@ -100,6 +122,22 @@ def _through(form: CacheFormat) -> CacheFormat:
     )
 
 
+_TIMES = ScaleRule(Scale.E4M3_TIMES, 16, 6 * 2.0**-9)
+_FP4_V41_TIMES = _rescaled(
+    _FP4_V41,
+    "fp4_v41_times",
+    f"{_FP4_V41.summary}; the scale by a product, as NVFP4's",
+    "vLLM for V4.1, up to 0.32",
+    _TIMES,
+)
+_FP8_INDEXER_FNUZ = replace(
+    _FP8_INDEXER,
+    name="fp8_indexer_fnuz",
+    summary="indexer keys: FP8 of gfx942 (e4m3fnuz), one fp32 scale that is a power of two; floor on amax",
+    source=_ATOM,
+    channels=(replace(_FP8_INDEXER.channels[0], element=E4M3FNUZ),),
+)
+
 _ALL = (
     _plain("bf16", BF16, "bf16 rows, before any quantisation", "transformers, pypto-lib, vLLM and SGLang in bf16"),
     _plain("fp32", FP32, "rows as computed, for fp32 models and for comparing", "kvcondense"),
@@ -108,6 +146,13 @@ _ALL = (
     _through(_FP4_V41),
     _FP8_MODEL1,
     _floor_on_scale(_FP8_MODEL1, "FlashMLA's test quantiser, vLLM on CPU and in CuTe-DSL"),
+    replace(
+        _FP8_MODEL1,
+        name="fp8_model1_via_fp4_v41",
+        summary=f"{_FP8_MODEL1.summary}; of rows that went through fp4_v41",
+        source="SGLang for V4.1 in V4's pages (sgl-project/sglang issue 38902)",
+        through=_FP4_V41,
+    ),
     CacheFormat(
         name="fp8_tensor",
         summary="FP8 rows with one given scale for the whole cache",
@@ -115,7 +160,24 @@ _ALL = (
         channels=(Channels("rows", E4M3, scale=ScaleRule(Scale.TENSOR, None)),),
         sections=_ROWS,
     ),
+    CacheFormat(
+        name="fp8_tensor_fnuz",
+        summary="FP8 rows of gfx942 (e4m3fnuz) with one given scale for the whole cache",
+        source="engines on AMD's gfx942",
+        channels=(Channels("rows", E4M3FNUZ, scale=ScaleRule(Scale.TENSOR, None)),),
+        sections=_ROWS,
+    ),
     _FP8_INDEXER,
+    _tiled(_FP8_INDEXER),
+    _FP8_INDEXER_FNUZ,
+    _tiled(_FP8_INDEXER_FNUZ),
+    _rescaled(
+        _FP8_INDEXER,
+        "fp8_indexer_ue8m0",
+        "indexer keys: FP8, the exponent of a power-of-two scale as four equal bytes; floor on amax",
+        "vLLM 0.33 on SM100",
+        ScaleRule(Scale.POW2_WORD, _INDEXER, _AMAX_FLOOR),
+    ),
     _rescaled(
         _FP8_INDEXER,
         "fp8_indexer_plain",
@@ -140,7 +202,11 @@ _ALL = (
         head_dim=_INDEXER,
     ),
     _FP4_V41,
+    _FP4_V41_TIMES,
+    _interleaved(_FP4_V41),
+    replace(_interleaved(_FP4_V41_TIMES), source="vLLM 0.33"),
     _MXFP8_V41,
+    _interleaved(_MXFP8_V41),
     _floor_on_scale(_MXFP8_V41, "FlashMLA's test quantiser"),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,9 +29,11 @@ class Channels:
 
 @dataclass(frozen=True)
 class Field:
-    """Bytes of a row that lie together: ``count`` values of ``dtype``.
+    """Bytes of a row: ``count`` values of ``dtype``.
 
-    Row i of a page of P rows has them at byte ``base * P + stride * i + offset`` of the page.
+    Row i of a page of P rows has them at byte ``base * P + stride * i + offset`` of the page, one behind the other.
+    With a ``tile`` t (of single bytes), t rows share t x t tiles: byte c of row i is at ``base * P + stride * t *
+    (i // t) + t * t * (c // t) + t * (i mod t) + c mod t``.
     """
 
     name: str
@@ -40,10 +42,18 @@ class Field:
     base: int
     stride: int
     offset: int
+    tile: int = 1
 
     @property
     def nbytes(self) -> int:
         return self.count * self.dtype.itemsize
+
+    def byte(self, page_rows: int, row: int, index: int = 0) -> int:
+        """Where byte ``index`` of the field of a row lies in its page."""
+        begin, t = self.base * page_rows + self.offset, self.tile
+        if t == 1:
+            return begin + self.stride * row + index
+        return begin + self.stride * t * (row // t) + t * t * (index // t) + t * (row % t) + index % t
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,8 @@ class CacheFormat:
     A row is rounded to bf16 first (not by ``fp32``), since every producer quantises the bf16 row. ``sections``: a page
     holds the first section of all rows, then the second of all rows, and so on; a name is a field of ``channels``,
     ``scales`` or ``pad`` (``pad_bytes`` zeros). Scales that no section names lie outside the pages. The page stride is
-    the payload rounded up to ``align``. ``head_dim`` and ``rope_dim`` None: any. ``through``: the bf16 row holds what
-    that format would give back, bf16(q * s).
+    the payload rounded up to ``align``. ``head_dim`` and ``rope_dim`` None: any. ``through``: what is
+    stored is bf16(q * s), what that format would give back. ``tile``: fields of a section of their own lie in tiles.
     """
 
     name: str
@@ -67,12 +77,20 @@ class CacheFormat:
     pad_bytes: int = 0
     align: int = 1
     through: CacheFormat | None = None
+    tile: int = 1
 
     @functools.cached_property
     def plain(self) -> Element | None:
         """The element, if rows are plain values of one type and nothing else; else None."""
         first, *others = self.channels
         return None if others or first.scale else first.element
+
+    @functools.cached_property
+    def typed(self) -> tuple[torch.dtype, ...]:
+        """Types of tensors that hold such pages, beside uint8: of the plain values, or what torch calls the codes."""
+        element = (self.scaled or self.channels[0]).element
+        typed = getattr(element, "typed", None) or element.dtype
+        return () if typed == torch.uint8 else (typed,)
 
     @functools.cached_property
     def scaled(self) -> Channels | None:
@@ -113,7 +131,8 @@ class CacheFormat:
             stride = sum(count * dtype.itemsize for dtype, count in (sizes[name] for name in section))
             offset = 0
             for name in section:
-                field = Field(name, *sizes[name], base=base, stride=stride, offset=offset)
+                tile = self.tile if section == self.sections[0] else 1
+                field = Field(name, *sizes[name], base=base, stride=stride, offset=offset, tile=tile)
                 found.append(field)
                 offset += field.nbytes
             base += stride
@@ -123,6 +142,11 @@ class CacheFormat:
         """Bytes of account of one row: its fields in the page."""
         return sum(f.nbytes for f in self.fields(head_dim))
 
+    def check_page_rows(self, page_rows: int) -> None:
+        """Raise UnsupportedError unless pages may have so many rows."""
+        if page_rows % self.tile:
+            raise UnsupportedError("page_rows", f"a multiple of {self.tile} for {self.name}", page_rows)
+
     def page_bytes(self, head_dim: int, page_rows: int) -> int:
         """Bytes from one page to the next."""
         return math.ceil(page_rows * self.row_bytes(head_dim) / self.align) * self.align
@@ -131,6 +155,10 @@ class CacheFormat:
         """What lies at ``byte`` of a page: "scales[3] of row 7", or the tail that rounds up the page stride."""
         for f in self.fields(head_dim):
             row, inside = divmod(byte - f.base * page_rows, f.stride)
+            if f.tile > 1 and 0 <= row < page_rows:
+                tiles, (column, cell) = row // f.tile, divmod(byte - f.base * page_rows, f.tile * f.tile)
+                row = tiles * f.tile + cell // f.tile
+                inside = (column - tiles * (f.stride // f.tile)) * f.tile + cell % f.tile
             if 0 <= row < page_rows and f.offset <= inside < f.offset + f.nbytes:
                 return f"{f.name}[{(inside - f.offset) // f.dtype.itemsize}] of row {row}"
         return "the page's tail"
@@ -141,15 +169,17 @@ class CacheFormat:
             return None
         return () if self.tensor_scale else (num_pages, page_rows)
 
-    def encode(self, rows: torch.Tensor, tensor_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def encode(
+        self, rows: torch.Tensor, tensor_scale: torch.Tensor | None = None, exact: bool = False
+    ) -> dict[str, torch.Tensor]:
         """Rows [E, head_dim] (fp32, fp64 or bf16) -> the stored values of each field [E, count], pad bytes included.
 
         ``tensor_scale``: fp32 [], of formats with one scale for the whole cache. Scales outside the pages are in
-        ``scales`` too.
+        ``scales`` too. ``exact``: rows are quantised as they are, not their bf16.
         """
-        x = self._input(rows)
+        x = self._input(rows, exact)
         if self.through is not None:
-            x = self.through.decode(self.through.encode(x))
+            x = self.through.decode(self.through.encode(x, exact=True)).to(torch.bfloat16).to(torch.float32)
         out = {}
         for part in self.channels:
             values = x[:, part.start : part.stop]
@@ -175,17 +205,25 @@ class CacheFormat:
         return torch.cat(pieces, dim=-1)
 
     def error_bound(
-        self, rows: torch.Tensor, stored: dict[str, torch.Tensor], tensor_scale: torch.Tensor | None = None
+        self,
+        rows: torch.Tensor,
+        stored: dict[str, torch.Tensor],
+        tensor_scale: torch.Tensor | None = None,
+        exact: bool = False,
     ) -> torch.Tensor:
         """How far ``decode`` may lie from rows [E, head_dim], elementwise, if nothing saturated: half a step.
 
         The step of a small float grows with the value: relative * |x| + absolute * s. A scale that was itself rounded
         down (e4m3) may also clip the largest values of its block, by as much as it was rounded.
         """
+        x = self._input(rows, exact)
         if self.through is not None:
             inner = self.through
-            return inner.error_bound(rows, inner.encode(self._input(rows)))
-        x = self._input(rows)
+            bound = inner.error_bound(x, inner.encode(x, exact=True), exact=True)
+            if self.scaled is None:
+                return bound
+            back = inner.decode(inner.encode(x, exact=True)).to(torch.bfloat16)
+            return bound + replace(self, through=None).error_bound(back, stored, tensor_scale)
         pieces = []
         for part in self.channels:
             values = x[:, part.start : part.stop].abs()
@@ -201,18 +239,22 @@ class CacheFormat:
         return torch.cat(pieces, dim=-1)
 
     def lost(
-        self, rows: torch.Tensor, stored: dict[str, torch.Tensor], tensor_scale: torch.Tensor | None = None
+        self,
+        rows: torch.Tensor,
+        stored: dict[str, torch.Tensor],
+        tensor_scale: torch.Tensor | None = None,
+        exact: bool = False,
     ) -> torch.Tensor:
         """True for elements [E, head_dim] that did not survive: saturated values, and infinities stored as NaN."""
-        x = self._input(rows)
+        x = self._input(rows, exact)
         back = self.decode(stored, tensor_scale)
         # The other values of a block that a NaN poisoned are gone too, but the NaN tells.
         told = torch.isnan(back) & ~torch.isinf(x)
-        near = (x - back).abs() <= self.error_bound(rows, stored, tensor_scale)
+        near = (x - back).abs() <= self.error_bound(rows, stored, tensor_scale, exact)
         return ~(told | near | (x == back))
 
-    def _input(self, rows: torch.Tensor) -> torch.Tensor:
-        exact = self.plain is not None and self.plain.dtype == torch.float32
+    def _input(self, rows: torch.Tensor, exact: bool) -> torch.Tensor:
+        exact = exact or (self.plain is not None and self.plain.dtype == torch.float32)
         return rows.to(torch.float32) if exact else rows.to(torch.bfloat16).to(torch.float32)
 
     def _scales(

@@ -49,7 +49,7 @@ class SmallFloat:
 
     encode rounds to nearest (ties to even, or down: towards zero), saturates finite values at ``max_code`` and keeps
     the sign of zero. NaN and infinity become the NaN code if there is one and code 0 if not (a scale says so then),
-    without a sign: what sign a NaN has depends on the processor.
+    without a sign: what sign a NaN has depends on the processor. ``typed``: torch's own type of these codes.
     """
 
     name: str
@@ -59,7 +59,13 @@ class SmallFloat:
     max_code: int
     nan_code: int | None
     ties_to_even: bool = True
+    typed: torch.dtype | None = None
     dtype: torch.dtype = torch.uint8
+
+    @property
+    def signless_zero(self) -> bool:
+        """True if the NaN code is where -0 would be: zeros have no sign then."""
+        return self.nan_code == 1 << (self.bits - 1)
 
     @property
     def largest(self) -> float:
@@ -90,6 +96,8 @@ class SmallFloat:
         code = torch.where(magnitude >= (128 - self.bias) << 23, normal, subnormal).clamp(max=self.max_code)
         code = torch.where(magnitude == _INFINITY, self.nan_code or 0, code)
         sign = (bits >> (32 - self.bits)) & (1 << (self.bits - 1))
+        if self.signless_zero:
+            sign = torch.where(code == 0, 0, sign)
         return torch.where(magnitude == _INFINITY, code, code | sign).to(torch.uint8)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -99,7 +107,8 @@ class SmallFloat:
         subnormal = magnitude.to(torch.float32) * 2.0 ** (1 - self.bias - self.mantissa)
         value = torch.where(magnitude >> self.mantissa > 0, normal, subnormal)
         if self.nan_code is not None:
-            value = torch.where(magnitude == self.nan_code, float("nan"), value)
+            nan = (code if self.signless_zero else magnitude) == self.nan_code
+            value = torch.where(nan, float("nan"), value)
         return torch.where(code >> (self.bits - 1) > 0, -value, value)
 
 
@@ -165,8 +174,10 @@ class Plain:
 BF16 = Plain("bf16", torch.bfloat16, nan_bits=0x7FC0)
 FP32 = Plain("fp32", torch.float32, nan_bits=0x7FC00000)
 INT8 = Int8()
-E4M3 = SmallFloat("e4m3", bits=8, mantissa=3, bias=7, max_code=0x7E, nan_code=0x7F)
+E4M3 = SmallFloat("e4m3", bits=8, mantissa=3, bias=7, max_code=0x7E, nan_code=0x7F, typed=torch.float8_e4m3fn)
 """OCP e4m3fn: largest 448, S.1111.111 is NaN."""
+E4M3FNUZ = SmallFloat("e4m3fnuz", bits=8, mantissa=3, bias=8, max_code=0x7F, nan_code=0x80, typed=torch.float8_e4m3fnuz)
+"""e4m3 of AMD's gfx942: the same byte is half the value; largest 240, no -0, 0x80 is NaN."""
 E2M1 = SmallFloat("e2m1", bits=4, mantissa=1, bias=1, max_code=7, nan_code=None)
 """OCP FP4: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives."""
 E2M1_TIES_DOWN = SmallFloat("e2m1", bits=4, mantissa=1, bias=1, max_code=7, nan_code=None, ties_to_even=False)

@@ -25,7 +25,8 @@ class Part:
     element: one of this module's names, in ``bits`` bits; mantissa .. ties_to_even describe a small float (nan_code -1:
     none); largest: fp32 bits of the element's largest value. scale: name of a ``Scale``, "" for none; floor: fp32
     bits of the least amax; floor_exponent: least exponent, for floors on the scale. Row i of a page has its codes at
-    byte code_base + code_stride * i, its scales at scale_base + scale_stride * i.
+    byte code_base + code_stride * i (or in tiles, as ``descriptor.Field`` has it), its scales at scale_base +
+    scale_stride * i.
     """
 
     first: int
@@ -44,6 +45,7 @@ class Part:
     floor_exponent: int = -127
     code_base: int = 0
     code_stride: int = 0
+    tile: int = 1
     scale_base: int = 0
     scale_stride: int = 0
 
@@ -56,13 +58,13 @@ class Part:
 class RowMap:
     """How rows lie in pages of ``page_rows`` rows and what is done to them first.
 
-    round_row: rows are rounded to bf16; through: bf16(q * s) is stored instead of codes and scales; scales_outside: the
-    scales are a tensor of their own.
+    round_row: rows are rounded to bf16; inner: then each part becomes bf16(q * s) of these; scales_outside: the scales
+    are a tensor of their own.
     """
 
     page_rows: int
     round_row: bool
-    through: bool
+    inner: tuple[Part, ...]
     scales_outside: bool
     pad_base: int
     pad_stride: int
@@ -74,27 +76,30 @@ class RowMap:
         return self
 
 
-def row_map(form: CacheFormat, head_dim: int, page_rows: int) -> RowMap:
-    """The format's rows in pages of this size; raises UnsupportedError for an element that kernels do not know."""
+def row_map(form: CacheFormat, head_dim: int, page_rows: int, exact: bool = False) -> RowMap:
+    """The format's rows in pages of this size; ``exact`` as in ``CacheFormat.encode``.
+
+    Raises UnsupportedError for an element that kernels do not know.
+    """
     fields = {f.name: f for f in form.fields(head_dim)}
-    inner = form.through or form
     pad = fields.get(PAD)
-    exact = form.plain is not None and form.plain.dtype == torch.float32
+    exact = exact or (form.plain is not None and form.plain.dtype == torch.float32)
     parts = []
-    for part in inner.channels:
-        code = fields[form.channels[0].name if form.through else part.name]
+    for part in form.channels:
+        code = fields[part.name]
         entries: dict[str, Any] = _part(part, head_dim) | {
             "code_base": code.base * page_rows + code.offset,
             "code_stride": code.stride,
+            "tile": code.tile,
         }
-        if SCALES in fields and part.scale is not None and form.through is None:
+        if SCALES in fields and part.scale is not None:
             scales = fields[SCALES]
             entries |= {"scale_base": scales.base * page_rows + scales.offset, "scale_stride": scales.stride}
         parts.append(Part(**entries))
     return RowMap(
         page_rows=page_rows,
         round_row=not exact,
-        through=form.through is not None,
+        inner=() if form.through is None else tuple(Part(**_part(c, head_dim)) for c in form.through.channels),
         scales_outside=form.scales_outside and not form.tensor_scale,
         pad_base=pad.base * page_rows + pad.offset if pad else 0,
         pad_stride=pad.stride if pad else 0,

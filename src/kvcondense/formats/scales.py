@@ -22,13 +22,16 @@ class Scale(enum.Enum):
 
     POW2_BYTE = "2^ceil(log2(amax / L)) as a ue8m0 byte"
     POW2_FP32 = "2^ceil(log2(amax / L)) as fp32"
+    POW2_WORD = "2^ceil(log2(amax / L)) as four equal ue8m0 bytes"
     PLAIN_FP32 = "amax / L as fp32; codes of x * (1 / s)"
     E4M3_BYTE = "e4m3(amax / L); codes of x / s"
+    E4M3_TIMES = "e4m3(amax * fp32(1 / L)); codes of x / s"
     INVERSE_FP32 = "1 / (L / amax) as fp32; codes of x * (L / amax)"
     TENSOR = "one fp32 for the whole cache, given; codes of x / s"
 
 
-POW2 = (Scale.POW2_BYTE, Scale.POW2_FP32)
+POW2 = (Scale.POW2_BYTE, Scale.POW2_FP32, Scale.POW2_WORD)
+E4M3_SCALES = (Scale.E4M3_BYTE, Scale.E4M3_TIMES)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ class ScaleRule:
     @property
     def dtype(self) -> torch.dtype:
         """Storage type of one scale."""
-        return torch.uint8 if self.kind in (Scale.POW2_BYTE, Scale.E4M3_BYTE) else torch.float32
+        if self.kind is Scale.POW2_WORD:
+            return torch.int32
+        return torch.uint8 if self.kind is Scale.POW2_BYTE or self.kind in E4M3_SCALES else torch.float32
 
     def quantise(
         self, x: torch.Tensor, element: Element, tensor_scale: torch.Tensor | None
@@ -74,11 +79,13 @@ class ScaleRule:
         """Stored scales -> fp32."""
         if self.kind is Scale.POW2_BYTE:
             return decode_ue8m0(stored)
-        return E4M3.decode(stored) if self.kind is Scale.E4M3_BYTE else stored
+        if self.kind is Scale.POW2_WORD:
+            return decode_ue8m0(stored & 0xFF)
+        return E4M3.decode(stored) if self.kind in E4M3_SCALES else stored
 
     def rounding(self, scales: torch.Tensor) -> torch.Tensor:
         """How much less than the exact scale ``scales`` may be; power-of-two scales are rounded up, never down."""
-        if self.kind is Scale.E4M3_BYTE:
+        if self.kind in E4M3_SCALES:
             return scales * E4M3.relative + E4M3.absolute
         return torch.zeros_like(scales)
 
@@ -96,18 +103,24 @@ class ScaleRule:
             # Dividing by a power of two is exact; -exponent is a legal exponent, as 2^-126 <= s <= 2^126.
             scaled = blocks * decode_ue8m0(encode_ue8m0(-exponent))[..., None]
             stored = encode_ue8m0(exponent)
+            if self.kind is Scale.POW2_WORD:
+                return (stored.to(torch.int64) * 0x01010101).to(torch.int32), scaled
             return (stored if self.kind is Scale.POW2_BYTE else decode_ue8m0(stored)), scaled
         if self.kind is Scale.PLAIN_FP32:
             scale = _divide(amax, element.largest)
             return scale, blocks * _divide(1.0, scale)[..., None]
-        if self.kind is Scale.E4M3_BYTE:
-            stored = E4M3.encode(_divide(amax, element.largest))
+        if self.kind in E4M3_SCALES:
+            times = self.kind is Scale.E4M3_TIMES
+            stored = E4M3.encode(
+                amax * _divide(1.0, torch.full_like(amax, element.largest)) if times else _divide(amax, element.largest)
+            )
             return stored, blocks / E4M3.decode(stored)[..., None]
         multiplier = _divide(element.largest, amax)
         return _divide(1.0, multiplier), blocks * multiplier[..., None]
 
     def _nan(self, stored: torch.Tensor) -> torch.Tensor:
-        code = {Scale.POW2_BYTE: UE8M0_NAN, Scale.E4M3_BYTE: E4M3.nan_code}.get(self.kind, float("nan"))
+        codes = {Scale.POW2_BYTE: UE8M0_NAN, Scale.POW2_WORD: -1, **dict.fromkeys(E4M3_SCALES, E4M3.nan_code)}
+        code = codes.get(self.kind, float("nan"))
         return torch.full_like(stored, code or 0)
 
 

@@ -56,18 +56,18 @@ class DecodeCompressor:
         return self._finish(pooled, start_pos // ratio * ratio)
 
     def _finish(self, pooled: torch.Tensor, position: int) -> torch.Tensor:
-        reference = self.spec.rounding is Rounding.REFERENCE
+        def rounded(t: torch.Tensor, *profiles: Rounding) -> torch.Tensor:
+            return t.bfloat16().float() if self.spec.rounding in profiles else t
 
-        def rounded(t: torch.Tensor) -> torch.Tensor:
-            return t.bfloat16().float() if reference else t
-
-        u = rounded(pooled)
-        n = rounded(self.norm_w * (u * torch.rsqrt(u.square().mean() + self.spec.eps)))
+        u = rounded(pooled, Rounding.REFERENCE)
+        n = rounded(
+            self.norm_w * (u * torch.rsqrt(u.square().mean() + self.spec.eps)), Rounding.REFERENCE, Rounding.LATENT
+        )
         rope = self.spec.rope_dim
         if rope:
             x0, x1 = n[-rope:].unflatten(0, (-1, 2)).unbind(-1)
             cos, sin = self.cos[position], self.sin[position]
-            y0, y1 = rounded(x0 * cos - x1 * sin), rounded(x0 * sin + x1 * cos)
+            y0, y1 = (rounded(t, Rounding.REFERENCE) for t in (x0 * cos - x1 * sin, x0 * sin + x1 * cos))
             n = torch.cat([n[:-rope], torch.stack([y0, y1], dim=-1).flatten()])
         if self.spec.rotate:
             assert self.hadamard is not None

@@ -17,37 +17,46 @@ _HALVES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 _BYTES = np.arange(127)
 _FP8 = np.where(_BYTES < 8, _BYTES / 512, (1 + _BYTES % 8 / 8) * 2.0 ** (_BYTES // 8 - 7.0))  # 0 .. 448
 _NAN_FP8 = 0x7F
+_FNUZ = np.append(np.where(_BYTES < 8, _BYTES / 1024, (1 + _BYTES % 8 / 8) * 2.0 ** (_BYTES // 8 - 8.0)), 240.0)
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Bytes of the first and the second section per row, page rounding, and the row's encoder and decoder."""
+    """Bytes of data and of scales of a row, what the page stride is a multiple of, scales behind each row, 16 x 16."""
 
     data: int
     scales: int
     align: int
+    inline: bool = False
+    tiles: bool = False
 
 
 _LAYOUTS = {
     "fp8_model1": _Layout(576, 8, 576),
     "fp8_indexer": _Layout(128, 4, 1),
+    "fp8_indexer_pow2_16x16": _Layout(128, 4, 1, tiles=True),
+    "fp8_indexer_fnuz_16x16": _Layout(128, 4, 1, tiles=True),
     "mxfp4_indexer": _Layout(64, 4, 1),
     "int8_indexer": _Layout(128, 0, 1),
     "fp4_v41": _Layout(256, 32, 256),
+    "fp4_v41_interleaved": _Layout(256, 32, 288, inline=True),
+    "fp4_v41_times_interleaved": _Layout(256, 32, 288, inline=True),
+    "mxfp8_v41_window_interleaved": _Layout(512, 16, 528, inline=True),
     "mxfp8_v41_window": _Layout(512, 16, 512),
 }
 
 
-def encode_row(name: str, row: torch.Tensor, tensor_scale: float = 1.0) -> tuple[bytes, bytes]:
-    """One row [d] -> its bytes in the first section of a page, and in the second (for int8: outside the page)."""
+def encode_row(name: str, row: torch.Tensor, tensor_scale: float = 1.0, exact: bool = False) -> tuple[bytes, bytes]:
+    """One row [d] -> its bytes of data and of scales (for int8: outside the page); ``exact``: not rounded to bf16."""
     if name == "fp32":
         return np.where(np.isnan(x32 := row.float().numpy()), np.float32("nan"), x32).tobytes(), b""
-    x = row.bfloat16().float().numpy().astype(np.float64)
+    x = (row.float() if exact else row.bfloat16().float()).numpy().astype(np.float64)
     if name == "bf16":
-        return _bf16(x), b""
-    if name.startswith("bf16_via_"):
-        inner = name.removeprefix("bf16_via_")
-        return _bf16(decode_row(inner, *encode_row(inner, row))), b""
+        return _bf16(row.bfloat16().double().numpy()), b""
+    if "_via_" in name:
+        outer, inner = name.split("_via_")
+        back = torch.from_numpy(_fp32(decode_row(inner, *encode_row(inner, row, exact=exact))))
+        return encode_row(outer, back.float())
     floor_on_scale = name.endswith("_scale_floor")
     if name.startswith("fp8_model1"):
         codes, exponents = _fp8_blocks(x[:448], 64, floor_on_scale)
@@ -57,16 +66,22 @@ def encode_row(name: str, row: torch.Tensor, tensor_scale: float = 1.0) -> tuple
         return codes, bytes(e + 127 for e in exponents)
     if name == "fp8_tensor":
         return _nearest_fp8(_fp32(x / np.float64(np.float32(tensor_scale)))), b""
-    if name == "fp8_indexer_pow2":
+    if name == "fp8_tensor_fnuz":
+        return _nearest_fnuz(_fp32(x / np.float64(np.float32(tensor_scale)))), b""
+    if name.startswith("fp8_indexer_fnuz"):
+        k = _power_above(max(_amax(x), float(np.float32(1e-4))), 240.0)
+        return _nearest_fnuz(x / 2.0**k), np.float32(2.0**k).tobytes()
+    if name.startswith("fp8_indexer_pow2") or name == "fp8_indexer_ue8m0":
         codes, exponents = _fp8_blocks(x, 128, False)
-        return codes, np.float32(2.0 ** exponents[0]).tobytes()
+        four = bytes([exponents[0] + 127] * 4)
+        return codes, four if name == "fp8_indexer_ue8m0" else np.float32(2.0 ** exponents[0]).tobytes()
     if name == "fp8_indexer_plain":
         scale = np.float32(max(_amax(x), np.float32(1e-4))) / np.float32(448)
         return _nearest_fp8((x.astype(np.float32) * (np.float32(1) / scale)).astype(np.float64)), scale.tobytes()
     if name.startswith("mxfp4_indexer"):
         return _mxfp4(x, ties_down=name.endswith("_ties_down"))
-    if name == "fp4_v41":
-        return _fp4_v41(x)
+    if name.startswith("fp4_v41"):
+        return _fp4_v41(x, times="_times" in name)
     if name == "int8_indexer":
         if not np.isfinite(x).all():
             return bytes(128), np.float32("nan").tobytes()
@@ -82,6 +97,7 @@ def decode_row(name: str, data: bytes, scales: bytes, tensor_scale: float = 1.0)
         return np.frombuffer(data, np.float32).astype(np.float64)
     if name.startswith("bf16"):
         return _from_bf16(data)
+    name = name.split("_via_")[0]
     if name.startswith("fp8_model1"):
         nope = _from_fp8(data[:448]) * np.repeat(_powers(scales[:7]), 64)
         return np.concatenate([nope, _from_bf16(data[448:])])
@@ -89,11 +105,17 @@ def decode_row(name: str, data: bytes, scales: bytes, tensor_scale: float = 1.0)
         return _from_fp8(data) * np.repeat(_powers(scales), 32)
     if name == "fp8_tensor":
         return _fp32(_from_fp8(data) * np.float64(np.float32(tensor_scale)))
+    if name == "fp8_tensor_fnuz":
+        return _fp32(_from_fnuz(data) * np.float64(np.float32(tensor_scale)))
+    if name.startswith("fp8_indexer_fnuz"):
+        return _fp32(_from_fnuz(data) * np.float64(np.frombuffer(scales, np.float32)[0]))
+    if name == "fp8_indexer_ue8m0":
+        return _from_fp8(data) * _powers(scales[:1])
     if name.startswith("fp8_indexer"):
         return _fp32(_from_fp8(data) * np.float64(np.frombuffer(scales, np.float32)[0]))
     if name.startswith("mxfp4_indexer"):
         return _from_fp4(data) * np.repeat(_powers(scales), 32)
-    if name == "fp4_v41":
+    if name.startswith("fp4_v41"):
         return _from_fp4(data) * np.repeat(_from_fp8(scales), 16)
     if name == "int8_indexer":
         return _fp32(np.frombuffer(data, np.int8) * np.float64(np.frombuffer(scales, np.float32)[0]))
@@ -102,23 +124,29 @@ def decode_row(name: str, data: bytes, scales: bytes, tensor_scale: float = 1.0)
 
 def page_bytes(name: str, head_dim: int, page_rows: int) -> int:
     """Bytes of a page, its tail included."""
-    first, second, align = _geometry(name, head_dim)
-    payload = page_rows * (first + second)
-    return -(-payload // align) * align
+    layout = _geometry(name, head_dim)
+    payload = page_rows * (layout.data + layout.scales)
+    return -(-payload // layout.align) * layout.align
 
 
-def place(name: str, head_dim: int, page_rows: int, row: int) -> tuple[int, int]:
-    """Offsets in its page of the two parts of row ``row`` of a page of ``page_rows`` rows."""
-    first, second, _ = _geometry(name, head_dim)
-    return first * row, first * page_rows + second * row
+def place(name: str, head_dim: int, page_rows: int, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each byte of the two parts of row ``row`` lies in a page of ``page_rows`` rows."""
+    layout = _geometry(name, head_dim)
+    n, m, data, scales = layout.data, layout.scales, np.arange(layout.data), np.arange(layout.scales)
+    if layout.inline:
+        return (n + m) * row + data, (n + m) * row + n + scales
+    if layout.tiles:
+        page = np.arange(n * page_rows).reshape(page_rows // 16, n // 16, 16, 16).transpose(0, 2, 1, 3)
+        return page.reshape(page_rows, n)[row], n * page_rows + m * row + scales
+    return n * row + data, n * page_rows + m * row + scales
 
 
-def _geometry(name: str, head_dim: int) -> tuple[int, int, int]:
-    size = {"fp32": 4, "fp8_tensor": 1}.get(name, 2 if name.startswith("bf16") else 0)
+def _geometry(name: str, head_dim: int) -> _Layout:
+    name = name if name.startswith("bf16") else name.split("_via_")[0]
+    size = {"fp32": 4, "fp8_tensor": 1, "fp8_tensor_fnuz": 1}.get(name, 2 if name.startswith("bf16") else 0)
     if size:
-        return size * head_dim, 0, 1
-    layout = next(v for k, v in _LAYOUTS.items() if name.startswith(k))
-    return layout.data, layout.scales, layout.align
+        return _Layout(size * head_dim, 0, 1)
+    return _LAYOUTS[max((known for known in _LAYOUTS if name.startswith(known)), key=len)]
 
 
 def _amax(x: np.ndarray) -> float:
@@ -159,12 +187,13 @@ def _mxfp4(x: np.ndarray, ties_down: bool) -> tuple[bytes, bytes]:
     return _nibbles(np.concatenate(codes)), bytes(scales)
 
 
-def _fp4_v41(x: np.ndarray) -> tuple[bytes, bytes]:
+def _fp4_v41(x: np.ndarray, times: bool) -> tuple[bytes, bytes]:
     codes, scales = [], b""
     for part in x.reshape(-1, 16):
         if np.isfinite(part).all():
-            scale = _nearest_fp8(_fp32(np.array([max(_amax(part), 6 * 2.0**-9)]) / 6))
-            codes.append(_nearest_fp4(part / _from_fp8(scale), False))
+            amax = np.array([max(_amax(part), 6 * 2.0**-9)])
+            scale = _nearest_fp8(_fp32(amax * np.float64(np.float32(1) / np.float32(6)) if times else amax / 6))
+            codes.append(_nearest_fp4(_fp32(part / _from_fp8(scale)), False))
             scales += scale
         else:
             codes.append(np.zeros(16, np.uint8))
@@ -187,6 +216,13 @@ def _nearest_fp8(x: np.ndarray) -> bytes:
     return (codes + 128 * (finite & np.signbit(x))).astype(np.uint8).tobytes()
 
 
+def _nearest_fnuz(x: np.ndarray) -> bytes:
+    """Zero has no sign, and 0x80 is what is not a number."""
+    finite = np.isfinite(x)
+    index = _nearest(np.where(finite, x, 0.0), _FNUZ, False)
+    return np.where(finite, index + 128 * ((index > 0) & np.signbit(x)), 0x80).astype(np.uint8).tobytes()
+
+
 def _nearest_fp4(x: np.ndarray, ties_down: bool) -> np.ndarray:
     return (_nearest(x, _HALVES, ties_down) + 8 * np.signbit(x)).astype(np.uint8)
 
@@ -199,6 +235,11 @@ def _from_fp8(data: bytes) -> np.ndarray:
     codes = np.frombuffer(data, np.uint8)
     table = np.append(_FP8, np.nan)
     return table[codes % 128] * np.where(codes < 128, 1.0, -1.0)
+
+
+def _from_fnuz(data: bytes) -> np.ndarray:
+    codes = np.frombuffer(data, np.uint8)
+    return np.where(codes == 0x80, np.nan, _FNUZ[codes % 128] * np.where(codes < 128, 1.0, -1.0))
 
 
 def _from_fp4(data: bytes) -> np.ndarray:

@@ -44,6 +44,7 @@ class PagedCache:
         for name, value in (("head_dim", self.head_dim), ("page_rows", self.page_rows)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RangeError(name, "an integer of at least 1", repr(value))
+        self.format.check_page_rows(self.page_rows)
         payload = self.page_rows * self.format.row_bytes(self.head_dim)
         page = self.format.page_bytes(self.head_dim, self.page_rows)
         if self.data.dtype != torch.uint8:
@@ -85,6 +86,7 @@ class PagedCache:
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise RangeError(name, f"an integer of at least {low}", repr(value))
         fmt = get_format(format) if isinstance(format, str) else format
+        fmt.check_page_rows(page_rows)
         if fmt.tensor_scale != (tensor_scale is not None):
             wanted = "a positive number" if fmt.tensor_scale else "None"
             raise KvCondenseError("tensor_scale", f"{wanted} for {fmt.name}", tensor_scale)
@@ -106,9 +108,11 @@ class PagedCache:
     ) -> PagedCache:
         """An engine's own tensor [num_pages, page_rows, n], written in place; pages may lie at any stride.
 
-        n elements of any dtype make up the bytes of account of a row, as engines shape it: [.., 584] uint8 for
-        ``fp8_model1``. Within a page, the format's byte map counts, not the shape. Without ``format``, the dtype says
-        it (bf16 or fp32). ``head_dim`` is needed where neither the format nor n tells.
+        n elements make up the bytes of account of a row, as engines shape it: [.., 584] uint8 for ``fp8_model1``.
+        Within a page, the format's byte map counts, not the shape. rows are uint8, or of the type of the format's
+        codes (``CacheFormat.typed``). Without ``format``, the dtype says it (bf16 or fp32). ``head_dim`` is needed
+        where neither the format nor n tells. Raises DtypeError for a type that contradicts the format, ShapeError for
+        rows of another size.
         """
         if rows.dim() != 3 or rows.stride(2) != 1 or rows.stride(1) != rows.shape[2]:
             raise ShapeError("rows", "[num_pages, page_rows, n], contiguous within a page", f"{list(rows.shape)}")
@@ -116,6 +120,8 @@ class PagedCache:
             fmt = format_of_dtype(rows.dtype)
         else:
             fmt = get_format(format) if isinstance(format, str) else format
+        if rows.dtype not in (torch.uint8, *fmt.typed):
+            raise DtypeError("rows", " or ".join(map(str, (torch.uint8, *fmt.typed))) + f" for {fmt.name}", rows.dtype)
         if head_dim is None:
             head_dim = fmt.head_dim or rows.shape[2]
         if rows.shape[2] * rows.dtype.itemsize != fmt.row_bytes(head_dim):
@@ -151,21 +157,27 @@ class PagedCache:
         return self.field("rows")
 
     def field(self, name: str) -> torch.Tensor:
-        """View [num_pages, page_rows, count] of one field of the pages, or of the per-row scales beside them."""
+        """View [num_pages, page_rows, count] of one field of the pages, or of the per-row scales beside them.
+
+        Of a field in tiles, [num_pages, page_rows / t, count / t, t, t]: tile of rows, of bytes, row in it, byte in it.
+        """
         if name == SCALES and self.scales is not None and self.scales.dim() == 2:
             return self.scales[:, :, None]
         fields = {f.name: f for f in self.format.fields(self.head_dim)}
         require_known("field", name, fields, error=RangeError)
         f = fields[name]
         begin = f.base * self.page_rows
-        section = self.data[:, begin : begin + f.stride * self.page_rows].unflatten(1, (self.page_rows, f.stride))
+        section = self.data[:, begin : begin + f.stride * self.page_rows]
+        if f.tile > 1:
+            return section.unflatten(1, (self.page_rows // f.tile, f.stride // f.tile, f.tile, f.tile))
+        section = section.unflatten(1, (self.page_rows, f.stride))
         return section[:, :, f.offset : f.offset + f.nbytes].view(f.dtype)
 
-    def encode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """rows [E, d] -> stored values of each field [E, count]; in validation mode, RangeError if one is lost."""
-        stored = self.format.encode(rows, self.tensor_scale)
+    def encode(self, rows: torch.Tensor, exact: bool = False) -> dict[str, torch.Tensor]:
+        """``CacheFormat.encode``: rows [E, d] -> fields [E, count]; in validation mode, RangeError if one is lost."""
+        stored = self.format.encode(rows, self.tensor_scale, exact)
         if self.strict:
-            lost = self.format.lost(rows, stored, self.tensor_scale).nonzero()
+            lost = self.format.lost(rows, stored, self.tensor_scale, exact).nonzero()
             if lost.shape[0]:
                 row, channel = lost[0].tolist()
                 got = f"{rows[row, channel].item()!r} in channel {channel}, and {lost.shape[0] - 1} more"
@@ -176,7 +188,12 @@ class PagedCache:
         """Write encoded rows (``CacheFormat.encode``) to their slots [E], all of them legal."""
         page, at = slot // self.page_rows, slot % self.page_rows
         for name, values in stored.items():
-            self.field(name)[page, at] = values
+            view = self.field(name)
+            if view.dim() == 5:
+                t = view.shape[4]
+                view[page, at // t, :, at % t] = values.unflatten(1, (-1, t))
+            else:
+                view[page, at] = values
 
     def get(self, slot: torch.Tensor) -> dict[str, torch.Tensor]:
         """Encoded rows at the slots [E], field by field, as ``put`` takes them."""
@@ -184,7 +201,13 @@ class PagedCache:
         names = [f.name for f in self.format.fields(self.head_dim)]
         if self.scales is not None and self.scales.dim() == 2:
             names.append(SCALES)
-        return {name: self.field(name)[page, at] for name in names}
+        return {name: self._taken(self.field(name), page, at) for name in names}
+
+    @staticmethod
+    def _taken(view: torch.Tensor, page: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        if view.dim() == 3:
+            return view[page, at]
+        return view[page, at // view.shape[4], :, at % view.shape[4]].flatten(1)
 
     @property
     def tensor_scale(self) -> torch.Tensor | None:

@@ -43,4 +43,4 @@ def _rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     cos, sin = cos.to(even.dtype), sin.to(even.dtype)
     out = even * cos - odd * sin, even * sin + odd * cos
-    return (round_bf16(out[0]), round_bf16(out[1])) if rounding is Rounding.REFERENCE else out
+    return (round_bf16(out[0]), round_bf16(out[1])) if rounding.rotated else out

@@ -37,9 +37,9 @@ def condense(
     P = sum_j softmax_j(Z_j + ape) K_j, then norm, RoPE and Hadamard, as the spec has them. ``batch``: documents packed
     one after the other (query_start_loc), all from position 0; inert ones and padding are as good as absent. kv_score
     [T, projected] in fp64, fp32, bf16 or fp16 is computed with in fp64 or fp32; what no window reads has a gradient of
-    zero. Where a value is rounded (the REFERENCE profile; ``format``, the name of a cache format whose values the rows
-    then take), the gradient is that of the identity. Rows differ from ``condense``'s by the order of sums. Raises a
-    KvCondenseError for bad input.
+    zero. Where a value is rounded (the REFERENCE and LATENT profiles; ``format``, the name of a cache format whose
+    values the rows then take), the gradient is that of the identity. Rows differ from ``condense``'s by the order
+    of sums. Raises a KvCondenseError for bad input.
     """
     bound = bind(spec, weights, rope)
     require("batch", batch, RaggedBatch)
@@ -58,7 +58,9 @@ def condense(
     pooled = pool(spec, kv_score, weights.ape, plan)  # [E, d]
     values = rows.finish(spec, pooled, weights.norm, rope, plan.window_index * spec.ratio)
     if chosen is not None:
-        values = rows.through(values, lambda x: chosen.decode(chosen.encode(x)).to(x.dtype))
+        values = rows.through(
+            values, lambda x: chosen.decode(chosen.encode(x, exact=not spec.rounding.row)).to(x.dtype)
+        )
     return CondensedRows(values, plan.window_request, plan.window_index, plan.window_slot)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from kvcondense.numerics import round_bf16
 from kvcondense.rope_table import RopeTable
-from kvcondense.spec import CompressorSpec, Rounding
+from kvcondense.spec import CompressorSpec
 from kvcondense.stages.hadamard import hadamard
 from kvcondense.training import cpu
 
@@ -64,17 +64,19 @@ def by_autograd(
 ) -> torch.Tensor:
     """``finish`` in torch's operations."""
 
-    def rounded(x: torch.Tensor) -> torch.Tensor:
-        return through(x, round_bf16) if spec.rounding is Rounding.REFERENCE else x
+    def rounded(x: torch.Tensor, here: bool) -> torch.Tensor:
+        return through(x, round_bf16) if here else x
 
-    u = rounded(pooled)
-    row = rounded(gamma.to(u.dtype) * (u * torch.rsqrt(u.square().mean(-1, keepdim=True) + spec.eps)))
+    u = rounded(pooled, spec.rounding.pooled)
+    row = rounded(
+        gamma.to(u.dtype) * (u * torch.rsqrt(u.square().mean(-1, keepdim=True) + spec.eps)), spec.rounding.latent
+    )
     if rope is not None and spec.rope_dim:
         cos, sin = (t.to(u.dtype) for t in rope.rows(position))  # [E, rope_dim / 2]
         fixed, tail = row.split([spec.head_dim - spec.rope_dim, spec.rope_dim], dim=-1)
         a, b = tail[:, 0::2], tail[:, 1::2]
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
-        row = torch.cat([fixed, rounded(turned)], dim=-1)
+        row = torch.cat([fixed, rounded(turned, spec.rounding.rotated)], dim=-1)
     return row @ _matrix(spec.head_dim).to(row) if spec.rotate else row
 
 

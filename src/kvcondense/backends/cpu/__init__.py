@@ -42,7 +42,7 @@ class CpuBackend:
         if step.cache is not None and step.cache.strict:
             calls.run(step, store=False, keeps=False)
             live = step.plan.window_slot >= 0
-            stored = step.cache.encode(step.rows[live])
+            stored = step.cache.encode(step.rows[live], exact=not step.spec.rounding.row)
             step.cache.put(step.plan.window_slot[live], stored)
             calls.run(step, windows=False)
         else:

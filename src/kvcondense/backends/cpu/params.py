@@ -22,7 +22,10 @@ class Spec(Block):
     head_dim: int
     width: int
     has_gate: int
-    round: int  # 1: REFERENCE profile
+    round_pooled: int
+    round_latent: int
+    round_rotated: int
+    round_row: int  # before a cache quantises it
     rotate: int
     rope_dim: int
     eps: Real
@@ -30,7 +33,7 @@ class Spec(Block):
 
 
 SMALL_FLOAT, WHOLE, PLAIN16, PLAIN32 = range(4)
-POW2_BYTE, POW2_FP32, PLAIN_FP32, E4M3_BYTE, INVERSE_FP32, TENSOR = range(6)
+POW2_BYTE, POW2_FP32, POW2_WORD, PLAIN_FP32, E4M3_BYTE, E4M3_TIMES, INVERSE_FP32, TENSOR = range(8)
 
 
 class Part(Block):
@@ -53,6 +56,7 @@ class Part(Block):
     tensor_scale: Real
     code_base: int  # bytes: row i of a page has its codes at code_base + code_stride * i
     code_stride: int
+    tile: int  # rows of a tile of as many channels; 1: rows lie as they are
     scale_base: int
     scale_stride: int
 
@@ -62,11 +66,11 @@ class Format(Block):
 
     page_rows: int
     round_row: int
-    through: int
+    inner_count: int  # parts that the row goes through first; they come before the others
     pad_base: int
     pad_stride: int
     pad_bytes: int
-    part_count: int
+    part_count: int  # of both
     parts: Annotated[int, Behind(Part)]
 
 

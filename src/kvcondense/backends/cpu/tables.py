@@ -12,14 +12,16 @@ from kvcondense.formats import integers
 from kvcondense.formats.descriptor import CacheFormat
 from kvcondense.formats.integers import Part, float_bits, row_map
 from kvcondense.formats.scales import Scale
-from kvcondense.spec import CompressorSpec, Rounding
+from kvcondense.spec import CompressorSpec
 
 _SCALES = {
     "": -1,
     Scale.POW2_BYTE.name: params.POW2_BYTE,
     Scale.POW2_FP32.name: params.POW2_FP32,
+    Scale.POW2_WORD.name: params.POW2_WORD,
     Scale.PLAIN_FP32.name: params.PLAIN_FP32,
     Scale.E4M3_BYTE.name: params.E4M3_BYTE,
+    Scale.E4M3_TIMES.name: params.E4M3_TIMES,
     Scale.INVERSE_FP32.name: params.INVERSE_FP32,
     Scale.TENSOR.name: params.TENSOR,
 }
@@ -62,7 +64,8 @@ def _spec_block(spec: CompressorSpec) -> array[int]:
     block = params.Spec()
     block.ratio, block.window, block.head_dim, block.width = spec.ratio, spec.window, spec.head_dim, spec.width
     block.has_gate = spec.has_gate
-    block.round = spec.rounding is Rounding.REFERENCE
+    block.round_pooled, block.round_latent = spec.rounding.pooled, spec.rounding.latent
+    block.round_rotated, block.round_row = spec.rounding.rotated, spec.rounding.row
     block.rotate, block.rope_dim = spec.rotate, spec.rope_dim
     block.eps = float_bits(spec.eps)
     block.hadamard_scale = float_bits(spec.head_dim**-0.5)
@@ -70,14 +73,14 @@ def _spec_block(spec: CompressorSpec) -> array[int]:
 
 
 def _format_block(form: CacheFormat, head_dim: int, page_rows: int, tensor_scale: float | None) -> array[int]:
-    rows = row_map(form, head_dim, page_rows)
+    rows = row_map(form, head_dim, page_rows)  # whether a profile rounds rows first is the spec's, see Spec.round_row
     block = params.Format()
     block.page_rows = page_rows
-    block.round_row, block.through = rows.round_row, rows.through
+    block.round_row, block.inner_count = rows.round_row, len(rows.inner)
     block.pad_base, block.pad_stride, block.pad_bytes = rows.pad_base, rows.pad_stride, rows.pad_bytes
-    block.part_count = len(rows.parts)
+    block.part_count = len(rows.inner) + len(rows.parts)
     packed = block.pack()
-    for part in rows.parts:
+    for part in (*rows.inner, *rows.parts):
         packed += _part(part, tensor_scale)
     return packed
 

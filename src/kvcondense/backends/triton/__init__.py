@@ -116,7 +116,7 @@ def _run_strict(step: Step, cache: PagedCache, choice: tuning.Choice | None) -> 
     else:
         copy = None
         _run(step, choice, cache=None, keeps=False)
-    stored = cache.encode(step.rows[live])
+    stored = cache.encode(step.rows[live], exact=not step.spec.rounding.row)
     cache.put(step.plan.window_slot[live], stored)
     if copy is None:
         _run(step, choice, windows=False, cache=None)
@@ -128,10 +128,10 @@ def _run_strict(step: Step, cache: PagedCache, choice: tuning.Choice | None) -> 
 
 def _why_no_format(cache: PagedCache) -> str | None:
     try:
-        parts = row_map(cache.format, cache.head_dim, cache.page_rows).parts
+        rows = row_map(cache.format, cache.head_dim, cache.page_rows)
     except UnsupportedError as error:
         return str(error)
-    for part in parts:
+    for part in (*rows.inner, *rows.parts):
         if part.scale and (cache.head_dim % part.block or part.first % part.block or part.last % part.block):
             return f"{cache.format.name}: blocks of {part.block} channels do not divide {cache.head_dim}"
     return None

@@ -16,7 +16,7 @@ from kvcondense.formats.integers import SMALL_FLOAT, Part, RowMap, row_map
 from kvcondense.layout.addresses import PagedLayout
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.state import StatePool
-from kvcondense.spec import CompressorSpec, Rounding
+from kvcondense.spec import CompressorSpec
 
 _MULTIPLE = 16
 UNROLL = 4
@@ -52,7 +52,9 @@ class Constants:
     hadamard_scale: float
     has_gate: bool
     has_ape: bool
-    round_rows: bool
+    round_pooled: bool
+    round_latent: bool
+    round_rotated: bool
     block: int
     blocks: int
     counters: bool
@@ -123,7 +125,9 @@ def constants(
         hadamard_scale=spec.head_dim**-0.5,
         has_gate=spec.has_gate,
         has_ape=spec.has_ape,
-        round_rows=spec.rounding is Rounding.REFERENCE,
+        round_pooled=spec.rounding.pooled,
+        round_latent=spec.rounding.latent,
+        round_rotated=spec.rounding.rotated,
         block=block,
         blocks=spec.head_dim // block,
         counters=choice.counters,
@@ -139,7 +143,7 @@ def constants(
         raw_scores=state.raw_scores,
         latent=latent,
         has_cache=form is not None,
-        rows_map=None if form is None else row_map(form, spec.head_dim, page_rows),
+        rows_map=None if form is None else row_map(form, spec.head_dim, page_rows, exact=not spec.rounding.row),
         scale_part=SCALE_PART,
         hardware_cast=choice.hardware_cast,
         unroll=unroll,

@@ -61,6 +61,8 @@ def small_float(x, size, mantissa, bias, max_code, nan_code, ties_to_even):
     largest = isplat(np.int32(max_code))
     code = simd.iwhere_less(largest, code, largest, code)
     sign = simd.shift_right(b, isplat(np.int32(32 - size))) & isplat(np.int32(1 << (size - 1)))
+    if nan_code == 1 << (size - 1):  # that is where -0 would be
+        sign = simd.iwhere_less(isplat(np.int32(0)), code, sign, isplat(np.int32(0)))
     return simd.iwhere_less(magnitude, isplat(_INFINITY), code | sign, isplat(np.int32(max(nan_code, 0))))
 
 
@@ -74,7 +76,10 @@ def small_float_value(code, size, mantissa, bias, nan_code):
     subnormal = simd.to_float(magnitude) * step
     value = simd.bits(normal)
     value = simd.iwhere_less(magnitude, isplat(np.int32(1 << mantissa)), simd.bits(subnormal), value)
-    if nan_code >= 0:
+    if nan_code == 1 << (size - 1):
+        only = isplat(np.int32(nan_code))
+        value = simd.iwhere_less(code, only, value, simd.iwhere_less(only, code, value, isplat(np.int32(_NAN))))
+    elif nan_code >= 0:
         value = simd.iwhere_less(isplat(np.int32(nan_code - 1)), magnitude, isplat(np.int32(_NAN)), value)
     sign = simd.shift_left(simd.shift_right(code, isplat(np.int32(size - 1))), isplat(np.int32(31)))
     return simd.from_bits(value | sign)
@@ -157,15 +162,18 @@ def _scale_of(amax_bits, part):
     rule = part.scale
     largest = simd.float_of(part.largest)
     amax = simd.float_of(amax_bits)
-    if rule in (params.POW2_BYTE, params.POW2_FP32):
+    if rule in (params.POW2_BYTE, params.POW2_FP32, params.POW2_WORD):
         exponent = _power_of_two(amax_bits, part)
         return _ue8m0(exponent + 127), _ue8m0(127 - exponent), exponent + 127
     if rule == params.PLAIN_FP32:
         scale = amax / largest
         return scale, np.float32(1) / scale, 0
-    if rule == params.E4M3_BYTE:
+    if rule in (params.E4M3_BYTE, params.E4M3_TIMES):
         size, mantissa, bias, max_code, nan_code = _E4M3
-        code = small_float(splat(amax / largest), size, mantissa, bias, max_code, nan_code, 1)
+        quotient = amax / largest
+        if rule == params.E4M3_TIMES:
+            quotient = amax * (np.float32(1) / largest)
+        code = small_float(splat(quotient), size, mantissa, bias, max_code, nan_code, 1)
         value = simd.first_lane(small_float_value(code, size, mantissa, bias, nan_code))
         return value, value, simd.largest_lane(code)
     multiplier = largest / amax
@@ -173,12 +181,13 @@ def _scale_of(amax_bits, part):
 
 
 @kernel
-def _part(row, part, code, scales, through):
-    """Encode the channels of one part: codes to ``code``, scales to ``scales``."""
+def _part(row, part, code, scales, inner):
+    """Encode the channels of one part: codes to ``code``, scales to ``scales``; ``inner``: bf16(q s) into the row."""
     rule = part.scale
     first, last = part.first, part.last
     block = part.block if rule >= 0 else last - first
-    byte_scale = rule in (params.POW2_BYTE, params.E4M3_BYTE)
+    e4m3_scale = rule in (params.E4M3_BYTE, params.E4M3_TIMES)
+    tile = part.tile
     for at in range(first, last, block):
         begin, end = row + 4 * at, row + 4 * (at + block)
         stored, factor, byte = np.float32(1), np.float32(1), 0
@@ -200,21 +209,25 @@ def _part(row, part, code, scales, through):
                 byte = 255 if rule == params.POW2_BYTE else _E4M3[4]
         for i in range(begin, end, BYTES):
             x = splat(np.float32(0)) if poisoned else load(i)
-            if rule in (params.TENSOR, params.E4M3_BYTE):
+            if rule == params.TENSOR or e4m3_scale:
                 x = x / splat(factor)
             elif rule >= 0:
                 x = x * splat(factor)
-            if through:
+            if inner:
                 if rule >= 0:
-                    x = _code_value(x, part) * splat(stored)
-                simd.store_16(code, bf16_code(x))
-                code += 2 * LANES
+                    store(i, round_bf16(_code_value(x, part) * splat(stored)))
+            elif tile > 1:
+                _store_codes(x, part, code)
+                code += tile * tile
             else:
                 code += _store_codes(x, part, code)
-        if rule >= 0 and rule != params.TENSOR and not through:
-            if byte_scale:
+        if rule >= 0 and rule != params.TENSOR and not inner:
+            if rule == params.POW2_BYTE or e4m3_scale:
                 simd.store_byte(scales, byte)
                 scales += 1
+            elif rule == params.POW2_WORD:
+                simd.store_scalar(scales, simd.float_of(byte * 0x01010101))
+                scales += 4
             else:
                 simd.store_scalar(scales, stored)
                 scales += 4
@@ -227,22 +240,27 @@ def put(row, slot, call, work):
     page_rows = form.page_rows
     page, at = slot // page_rows, slot % page_rows
     base = call.layer.cache + page * call.layer.page_stride
-    through = form.through
     outside = call.layer.scales
-    if form.round_row:
+    inner = form.inner_count
+    rounding = form.round_row and call.layer.spec.round_row
+    if rounding or inner:
         last = form.parts[form.part_count - 1].last
         for i in range(0, 4 * last, BYTES):
-            store(work + i, round_bf16(load(row + i)))
+            x = load(row + i)
+            store(work + i, round_bf16(x) if rounding else x)
         row = work
-    for k in range(form.part_count):
+    for k in range(inner):
+        _part(row, form.parts[k], 0, 0, True)
+    for k in range(inner, form.part_count):
         part = form.parts[k]
         code = base + part.code_base + part.code_stride * at
-        if through:  # one bf16 row, whatever the parts of the format behind it
-            code += 2 * part.first
+        if part.tile > 1:
+            lane = at % part.tile
+            code += (part.tile - part.code_stride) * lane
         scales = base + part.scale_base + part.scale_stride * at
         if outside:
             scales = outside + page * call.layer.scales_stride + 4 * at
-        _part(row, part, code, scales, through)
+        _part(row, part, code, scales, False)
     pad = base + form.pad_base + form.pad_stride * at
     for i in range(form.pad_bytes):
         simd.store_byte(pad + i, 0)

@@ -62,11 +62,11 @@ def tree_sum(x, n):
 
 @kernel
 def rms_norm(row, gamma, spec, work):
-    """n = gamma * (u * rsqrt(mean(u^2) + eps)); the REFERENCE profile rounds u and n to bf16."""
-    d, rounding = spec.head_dim, spec.round
+    """n = gamma * (u * rsqrt(mean(u^2) + eps)); u and n are rounded as the profile has it."""
+    d = spec.head_dim
     for i in range(0, 4 * d, BYTES):
         u = load(row + i)
-        if rounding:
+        if spec.round_pooled:
             u = round_bf16(u)
             store(row + i, u)
         store(work + i, u * u)
@@ -74,13 +74,13 @@ def rms_norm(row, gamma, spec, work):
     scale = splat(np.float32(1) / np.float32(math.sqrt(mean + spec.eps)))
     for i in range(0, 4 * d, BYTES):
         n = load(gamma + i) * (load(row + i) * scale)
-        store(row + i, round_bf16(n) if rounding else n)
+        store(row + i, round_bf16(n) if spec.round_latent else n)
 
 
 @kernel
 def rope(row, cos, sin, spec):
-    """(a, b) -> (a cos - b sin, a sin + b cos) on pairs of the last channels; the REFERENCE profile rounds to bf16."""
-    turn(row, cos, sin, spec, np.float32(1), spec.round)
+    """(a, b) -> (a cos - b sin, a sin + b cos) on pairs of the last channels; rounded if the profile says so."""
+    turn(row, cos, sin, spec, np.float32(1), spec.round_rotated)
 
 
 @kernel

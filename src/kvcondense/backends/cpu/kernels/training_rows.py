@@ -39,12 +39,12 @@ def _forward(call, e, spec, work):
 def _backward(call, e, spec, scratch, sums):
     """y = u s, s = rsqrt(mean(u^2) + eps), g before RoPE: d gamma += g y, du = s (gamma g - y mean(gamma g y))."""
     d = spec.head_dim
-    gamma, rounding = call.gamma, spec.round
+    gamma = call.gamma
     out, pooled = call.out + 4 * d * e, call.pooled + 4 * d * e
     given, g, y, work = call.given + 4 * d * e, scratch, scratch + 4 * d, scratch + 8 * d
     for c in range(0, 4 * d, BYTES):
         u = load(pooled + c)
-        if rounding:
+        if spec.round_pooled:
             u = row.round_bf16(u)
         store(g + c, load(given + c))
         store(y + c, u)

@@ -53,7 +53,11 @@ def small_float(x, part: tl.constexpr, HARDWARE: tl.constexpr):
         normal = round_shift(rebiased, 23 - MANTISSA, TIES_TO_EVEN)
         subnormal = scaled_integer(magnitude, BIAS + MANTISSA - 1, TIES_TO_EVEN)
         code = tl.where(magnitude >= ((128 - BIAS) << 23), normal, subnormal)
-        code = tl.minimum(code, MAX_CODE) | ((b >> (32 - BITS)) & (1 << (BITS - 1)))
+        code = tl.minimum(code, MAX_CODE)
+        sign = (b >> (32 - BITS)) & (1 << (BITS - 1))
+        if NAN_CODE == 1 << (BITS - 1):  # that is where -0 would be
+            sign = tl.where(code > 0, sign, 0)
+        code = code | sign
     NAN: tl.constexpr = NAN_CODE if NAN_CODE > 0 else 0
     return tl.where(magnitude >= 0x7F800000, NAN, code)
 
@@ -70,7 +74,9 @@ def small_float_value(code, part: tl.constexpr):
     step = from_bits(magnitude * 0 + ((128 - BIAS - MANTISSA) << 23))
     subnormal = to_bits(magnitude.to(tl.float32) * step)
     value = tl.where(magnitude < (1 << MANTISSA), subnormal, normal)
-    if NAN_CODE > 0:
+    if NAN_CODE == 1 << (BITS - 1):
+        value = tl.where(code == NAN_CODE, 0x7FC00000, value)
+    elif NAN_CODE > 0:
         value = tl.where(magnitude >= NAN_CODE, 0x7FC00000, value)
     return from_bits(value | ((code >> (BITS - 1)) << 31))
 
@@ -105,7 +111,7 @@ def scale_of(amax_bits, part: tl.constexpr, scale_part: tl.constexpr):
     LEAST: tl.constexpr = part.value.floor_exponent
     amax = from_bits(amax_bits)
     largest = from_bits(amax_bits * 0 + LARGEST)
-    if SCALE == "POW2_BYTE" or SCALE == "POW2_FP32":
+    if SCALE == "POW2_BYTE" or SCALE == "POW2_FP32" or SCALE == "POW2_WORD":
         # ceil(log2(amax / largest)) changes where the mantissa of amax passes that of largest.
         above = tl.where((amax_bits & 0x7FFFFF) > (LARGEST & 0x7FFFFF), 1, 0)
         exponent = (amax_bits >> 23) - (LARGEST >> 23) + above
@@ -115,12 +121,18 @@ def scale_of(amax_bits, part: tl.constexpr, scale_part: tl.constexpr):
         stored = to_bits(value)
         if SCALE == "POW2_BYTE":
             stored = exponent + 127
+        elif SCALE == "POW2_WORD":
+            stored = exponent + 127
+            stored = stored | (stored << 8) | (stored << 16) | (stored << 24)
     elif SCALE == "PLAIN_FP32":
         value = tl.div_rn(amax, largest)
         factor = tl.div_rn(from_bits(amax_bits * 0 + 0x3F800000), value)
         stored = to_bits(value)
-    elif SCALE == "E4M3_BYTE":
-        stored = small_float(tl.div_rn(amax, largest), scale_part, False)
+    elif SCALE == "E4M3_BYTE" or SCALE == "E4M3_TIMES":
+        quotient = tl.div_rn(amax, largest)
+        if SCALE == "E4M3_TIMES":
+            quotient = amax * tl.div_rn(from_bits(amax_bits * 0 + 0x3F800000), largest)
+        stored = small_float(quotient, scale_part, False)
         value = small_float_value(stored, scale_part)
         factor = value
     else:
@@ -134,9 +146,9 @@ def scale_of(amax_bits, part: tl.constexpr, scale_part: tl.constexpr):
 def codes_of(x, part: tl.constexpr, HARDWARE: tl.constexpr):
     """Codes of the part's element, as int32."""
     ELEMENT: tl.constexpr = part.value.element
-    MANTISSA: tl.constexpr = part.value.mantissa
+    BIAS: tl.constexpr = part.value.bias
     if ELEMENT == "small_float":
-        code = small_float(x, part, HARDWARE and MANTISSA == 3)
+        code = small_float(x, part, HARDWARE and BIAS == 7)
     elif ELEMENT == "whole":
         code = whole(x)
     elif ELEMENT == "plain16":
@@ -153,12 +165,17 @@ def put_codes(code, pointer, part: tl.constexpr, D: tl.constexpr):
     LAST: tl.constexpr = part.value.last
     ELEMENT: tl.constexpr = part.value.element
     BITS: tl.constexpr = part.value.bits
+    TILE: tl.constexpr = part.value.tile
     if ELEMENT == "small_float" and BITS == 4:
         pair = tl.arange(0, D // 2)
         # The even channel in the low nibble.
         shifted = tl.reshape(code << (4 * (tl.arange(0, D) % 2)), (D // 2, 2))
         mine = (pair >= FIRST // 2) & (pair < LAST // 2)
         store_bytes(pointer, tl.sum(shifted, axis=1), mine, D // 2, 1)
+    elif TILE > 1:  # one row of each tile
+        channel = tl.arange(0, D)
+        place = TILE * TILE * (channel // TILE) + channel % TILE
+        tl.store(pointer + place, code.to(tl.uint8), mask=(channel >= FIRST) & (channel < LAST))
     else:
         channel = tl.arange(0, D)
         WIDTH: tl.constexpr = 4 if ELEMENT == "plain32" else (2 if ELEMENT == "plain16" else 1)
@@ -181,59 +198,79 @@ def put_scales(stored, page, at, page_base, scales, scales_stride, c: tl.constex
     if OUTSIDE:
         tl.store(scales + page * scales_stride + at + block, from_bits(stored), mask=mine)
     else:
-        WIDTH: tl.constexpr = 1 if SCALE == "POW2_BYTE" or SCALE == "E4M3_BYTE" else 4
+        WIDTH: tl.constexpr = 1 if SCALE == "POW2_BYTE" or SCALE == "E4M3_BYTE" or SCALE == "E4M3_TIMES" else 4
         store_bytes(page_base + (BASE + STRIDE * at), stored, mine, D // BLOCK, WIDTH)
+
+
+@triton.jit
+def through_part(row, c: tl.constexpr, K: tl.constexpr):
+    """Row [d] with the channels of inner part K as bf16(q * s)."""
+    part: tl.constexpr = c.value.rows_map.inner[K]
+    D: tl.constexpr = c.value.head_dim
+    BLOCK: tl.constexpr = part.value.block
+    SCALE: tl.constexpr = part.value.scale
+    FIRST: tl.constexpr = part.value.first
+    LAST: tl.constexpr = part.value.last
+    if SCALE != "":
+        code, stored, value = codes_and_scales(row, c, part)
+        back = small_float_value(tl.reshape(code, (D // BLOCK, BLOCK)), part) * value[:, None]
+        channel = tl.arange(0, D)
+        row = tl.where((channel >= FIRST) & (channel < LAST), round_bf16(tl.reshape(back, (D,))), row)
+    return row
+
+
+@triton.jit
+def codes_and_scales(row, c: tl.constexpr, part: tl.constexpr):
+    """Of row [d] in blocks of the part: codes [d], and scales [blocks] as they are stored and as values."""
+    scale_part: tl.constexpr = c.value.scale_part
+    D: tl.constexpr = c.value.head_dim
+    HARDWARE: tl.constexpr = c.value.hardware_cast
+    SCALE: tl.constexpr = part.value.scale
+    BLOCK: tl.constexpr = part.value.block
+    NAN_CODE: tl.constexpr = part.value.nan_code
+    FLOOR: tl.constexpr = part.value.floor
+    x = tl.reshape(row, (D // BLOCK, BLOCK))
+    magnitude = magnitude_bits(x)
+    amax = tl.max(tl.where(magnitude < 0x7F800000, magnitude, 0), axis=1)
+    stored, value, factor = scale_of(tl.maximum(amax, FLOOR), part, scale_part)
+    if SCALE == "E4M3_BYTE" or SCALE == "E4M3_TIMES":
+        x = tl.div_rn(x, tl.broadcast_to(factor[:, None], (D // BLOCK, BLOCK)))
+    else:
+        x = x * factor[:, None]
+    if NAN_CODE < 0:  # elements without a NaN: the scale says so
+        poisoned = tl.max(magnitude, axis=1) >= 0x7F800000
+        x = tl.where(poisoned[:, None], 0.0, x)
+        value = tl.where(poisoned, from_bits(amax * 0 + 0x7FC00000), value)
+        E4M3: tl.constexpr = SCALE == "E4M3_BYTE" or SCALE == "E4M3_TIMES"
+        BYTE: tl.constexpr = 255 if SCALE == "POW2_BYTE" else (0x7F if E4M3 else 0x7FC00000)
+        stored = tl.where(poisoned, BYTE, stored)
+    return tl.reshape(codes_of(x, part, HARDWARE), (D,)), stored, value
 
 
 @triton.jit
 def put_part(row, page, at, page_base, scales, scales_stride, c: tl.constexpr, K: tl.constexpr):
     """Encode and store part K of row [d]."""
     part: tl.constexpr = c.value.rows_map.parts[K]
-    scale_part: tl.constexpr = c.value.scale_part
     D: tl.constexpr = c.value.head_dim
-    THROUGH: tl.constexpr = c.value.rows_map.through
     HARDWARE: tl.constexpr = c.value.hardware_cast
     SCALE: tl.constexpr = part.value.scale
-    BLOCK: tl.constexpr = part.value.block
-    NAN_CODE: tl.constexpr = part.value.nan_code
     BASE: tl.constexpr = part.value.code_base
     STRIDE: tl.constexpr = part.value.code_stride
+    TILE: tl.constexpr = part.value.tile
     FIRST: tl.constexpr = part.value.first
     BITS: tl.constexpr = part.value.bits
     pointer = page_base + (BASE + STRIDE * at)
+    if TILE > 1:
+        pointer = page_base + (BASE + STRIDE * (at - at % TILE) + TILE * (at % TILE))
     if SCALE == "":
         code = codes_of(row, part, HARDWARE)
     elif SCALE == "TENSOR":
         code = codes_of(tl.div_rn(row, tl.zeros_like(row) + tl.load(scales)), part, HARDWARE)
     else:
-        x = tl.reshape(row, (D // BLOCK, BLOCK))
-        magnitude = magnitude_bits(x)
-        FLOOR: tl.constexpr = part.value.floor
-        amax = tl.max(tl.where(magnitude < 0x7F800000, magnitude, 0), axis=1)
-        stored, value, factor = scale_of(tl.maximum(amax, FLOOR), part, scale_part)
-        if SCALE == "E4M3_BYTE":
-            x = tl.div_rn(x, tl.broadcast_to(factor[:, None], (D // BLOCK, BLOCK)))
-        else:
-            x = x * factor[:, None]
-        if NAN_CODE < 0:  # elements without a NaN: the scale says so
-            poisoned = tl.max(magnitude, axis=1) >= 0x7F800000
-            x = tl.where(poisoned[:, None], 0.0, x)
-            value = tl.where(poisoned, from_bits(amax * 0 + 0x7FC00000), value)
-            BYTE: tl.constexpr = 255 if SCALE == "POW2_BYTE" else (0x7F if SCALE == "E4M3_BYTE" else 0x7FC00000)
-            stored = tl.where(poisoned, BYTE, stored)
-        code = codes_of(x, part, HARDWARE)
-        if THROUGH:
-            code = bf16_bits(small_float_value(code, part) * value[:, None]) >> 16
-        else:
-            put_scales(stored, page, at, page_base, scales, scales_stride, c, part)
-        code = tl.reshape(code, (D,))
-    if THROUGH:  # one bf16 row, whatever the parts of the format behind it
-        channel = tl.arange(0, D)
-        LAST: tl.constexpr = part.value.last
-        store_bytes(pointer, code, (channel >= FIRST) & (channel < LAST), D, 2)
-    else:
-        BEFORE: tl.constexpr = FIRST * BITS // 8
-        put_codes(code, pointer - BEFORE, part, D)
+        code, stored, value = codes_and_scales(row, c, part)
+        put_scales(stored, page, at, page_base, scales, scales_stride, c, part)
+    BEFORE: tl.constexpr = FIRST * BITS // 8
+    put_codes(code, pointer - BEFORE, part, D)
 
 
 @triton.jit
@@ -241,6 +278,7 @@ def put(row, slot, cache, scales, page_stride, scales_stride, c: tl.constexpr):
     """Encode row [d] and write it to cache slot ``slot`` (int64)."""
     PAGE_ROWS: tl.constexpr = c.value.rows_map.page_rows
     ROUND: tl.constexpr = c.value.rows_map.round_row
+    INNER: tl.constexpr = len(c.value.rows_map.inner)
     PARTS: tl.constexpr = len(c.value.rows_map.parts)
     PAD_BASE: tl.constexpr = c.value.rows_map.pad_base
     PAD_STRIDE: tl.constexpr = c.value.rows_map.pad_stride
@@ -249,6 +287,8 @@ def put(row, slot, cache, scales, page_stride, scales_stride, c: tl.constexpr):
     page_base = cache + page * page_stride
     if ROUND:
         row = round_bf16(row)
+    for k in tl.static_range(INNER):
+        row = through_part(row, c, k)
     for k in tl.static_range(PARTS):
         put_part(row, page, at, page_base, scales, scales_stride, c, k)
     for i in tl.static_range(PAD):

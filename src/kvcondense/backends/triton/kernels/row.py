@@ -10,27 +10,28 @@ from kvcondense.backends.triton.kernels.bits import partner, round_bf16, tree_su
 
 @triton.jit
 def rms_norm(row, gamma, c: tl.constexpr):
-    """n = gamma * (u * rsqrt(mean(u^2) + eps)), row [d]; the REFERENCE profile rounds u and n to bf16."""
+    """n = gamma * (u * rsqrt(mean(u^2) + eps)), row [d]; u and n are rounded as the profile has it."""
     D: tl.constexpr = c.value.head_dim
     LEVELS: tl.constexpr = c.value.channel_levels
     EPS: tl.constexpr = c.value.eps
-    ROUND: tl.constexpr = c.value.round_rows
+    POOLED: tl.constexpr = c.value.round_pooled
+    LATENT: tl.constexpr = c.value.round_latent
     channel = tl.arange(0, D)
-    if ROUND:
+    if POOLED:
         row = round_bf16(row)
     mean = tree_sum(row * row, D, LEVELS) * (1.0 / D)  # d is a power of two: exact
     n = tl.load(gamma + channel) * (row * tl.div_rn(tl.full([1], 1.0, tl.float32), tl.sqrt_rn(mean + EPS)))
-    if ROUND:
+    if LATENT:
         n = round_bf16(n)
     return n
 
 
 @triton.jit
 def rope(row, cos, sin, position, c: tl.constexpr):
-    """(a, b) -> (a cos - b sin, a sin + b cos) on pairs of the last channels; the REFERENCE profile rounds to bf16."""
+    """(a, b) -> (a cos - b sin, a sin + b cos) on pairs of the last channels; rounded if the profile says so."""
     D: tl.constexpr = c.value.head_dim
     SIZE: tl.constexpr = c.value.rope_dim
-    ROUND: tl.constexpr = c.value.round_rows
+    ROUND: tl.constexpr = c.value.round_rotated
     channel = tl.arange(0, D)
     rotated = channel >= D - SIZE
     pair = tl.where(rotated, (channel - (D - SIZE)) // 2, 0)
