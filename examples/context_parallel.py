@@ -48,6 +48,7 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     kinds = {"CSA": kc.CompressorSpec.csa, "HCA": kc.CompressorSpec.hca, "indexer": kc.CompressorSpec.indexer}
     good = [check(name, make(kc.ModelConfig.FLASH), tokens) for name, make in kinds.items()]
+    dist.barrier()  # nobody leaves while another still talks to it
     dist.destroy_process_group()
     if not all(good):
         raise SystemExit("rows differ from a single rank's")

@@ -17,6 +17,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "engine.py"
 FLASH = ModelConfig.FLASH
 CSA = CompressorSpec.csa(FLASH, rounding=Rounding.FUSED)
 INDEXER = CompressorSpec.indexer(FLASH, rounding=Rounding.FUSED)
+UNROTATED = CompressorSpec.indexer(FLASH, rounding=Rounding.FUSED, rotate=False)  # as vLLM has it
 HCA = CompressorSpec.hca(FLASH, rounding=Rounding.FUSED)
 ROPE = RopeTable.build(FLASH, 1024)
 
@@ -100,20 +101,41 @@ def test_vllm_goes_on_from_blocks_that_it_wrote_itself(impl):
 
 def test_vllm_indexer_cache_and_tables():
     pages, storage = blocks(2, 64, 132, 132 * 64, torch.uint8)
-    x, w = tokens(INDEXER, 12), weights(INDEXER)
+    x, w = tokens(UNROTATED, 12), weights(UNROTATED)
     slots = torch.full((12,), -1)
     slots[[3, 7, 11]] = torch.tensor([64, 70, 3])
     batch = vllm.batch(
         torch.tensor([0, 12]), torch.tensor([12]), state_block_table=torch.tensor([[0, 1, 2]]), slot_mapping=slots
     )
-    state = vllm.state(torch.zeros(3, 4, INDEXER.state_dim), prefix_caching=False)
-    done = condense(INDEXER, x, w, ROPE, batch, state=state, cache=vllm.cache(pages))
+    state = vllm.state(torch.zeros(3, 4, UNROTATED.state_dim), prefix_caching=False)
+    done = condense(UNROTATED, x, w, ROPE, batch, state=state, cache=vllm.cache(pages, format="fp8_indexer_pow2"))
     for page, rows in rows_by_page(done.values, done.slot, 64).items():
         assert raw_bytes(storage[page]) == indexer_page(rows, 64, power_of_two=True)
     assert not bool(state.data[0].any()), "without prefix caching, rows that nobody can read are not written"
     cache = torch.cat([ROPE.cos, ROPE.sin], dim=1)
     assert torch.equal(vllm.rope(cache).sin, ROPE.sin)
     assert vllm.rope(cache).cos.is_contiguous()
+
+
+def test_vllm_caches_of_one_size_must_be_named():
+    """132, 288 and 528 bytes: fp32 or ue8m0 scales, block-split or interleaved rows; nothing in a buffer tells."""
+    for size, names in ((132, ("fp8_indexer_pow2", "fp8_indexer_ue8m0")), (288, ("fp4_v41_times_interleaved",)),
+                        (528, ("mxfp8_v41_window", "mxfp8_v41_window_interleaved"))):  # fmt: skip
+        pages = torch.zeros(2, 64, size, dtype=torch.uint8)
+        for name in names:
+            assert vllm.cache(pages, format=name).format.name == name
+            with pytest.raises(KvCondenseError, match=f"^format: expected one of .*{name}"):
+                vllm.cache(pages)
+    with pytest.raises(ShapeError, match="rows: expected 528 bytes"):
+        vllm.cache(torch.zeros(2, 64, 288, dtype=torch.uint8), format="mxfp8_v41_window")
+
+
+def test_vllm_states_with_a_head_of_their_own():
+    """[B, 1, N, C], as 0.33 has them, are the same memory."""
+    tensor = torch.zeros(5, 1, 4, CSA.state_dim)
+    state = vllm.state(tensor)
+    assert state.data.data_ptr() == tensor.data_ptr()
+    assert state.blocks.shape[:2] == (5, 4)
 
 
 def test_vllm_other_caches():

@@ -1,24 +1,35 @@
 """vLLM's tensors of a DeepSeek-V4 compressor: paged fp32 states, block tables, cache pages. Shared, never copied.
 
+As of 0.32 (whose C++ operators ``bench/peer_cpp.py`` compares with), and 0.33 where it is named. An indexer's keys are
+not rotated there, nor are its queries: ``CompressorSpec.indexer(..., rotate=False)``.
+
 Names and layouts: vllm/models/deepseek_v4/compressor.py (``CompressorStateCache``, ``CompressorMetadata``) and
-common/ops/fused_compress_quant_cache.py. vLLM's chain rounds nothing before the cache: ``Rounding.FUSED``.
+common/ops/fused_compress_quant_cache.py. vLLM's chain rounds nothing before the cache for V4, ``Rounding.FUSED``, and
+the norm's result alone for V4.1, ``Rounding.LATENT``.
 """
 
 from __future__ import annotations
 
 import torch
 
-from kvcondense.errors import DtypeError, ShapeError, require
+from kvcondense.errors import DtypeError, KvCondenseError, ShapeError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.state import StatePool
 from kvcondense.rope_table import RopeTable
 
-_BYTES = {584: "fp8_model1", 132: "fp8_indexer_pow2", 68: "mxfp4_indexer"}
+_BYTES = {584: "fp8_model1", 68: "mxfp4_indexer"}
+_TO_NAME = {
+    132: ("fp8_indexer_pow2", "fp8_indexer_ue8m0 (0.33 on SM100)", "fp8_indexer_pow2_16x16 (ROCm)"),
+    288: ("fp4_v41_times (up to 0.32)", "fp4_v41_times_interleaved (0.33)"),
+    528: ("mxfp8_v41_window (up to 0.32)", "mxfp8_v41_window_interleaved (0.33)"),
+}
 
 
 def state(kv_cache: torch.Tensor, *, prefix_caching: bool = True) -> StatePool:
     """``CompressorStateCache.kv_cache`` [num_blocks, block_size, 2 N] fp32, of rows [kv | score + ape].
+
+    0.33 has them as [num_blocks, 1, block_size, 2 N], which is taken too.
 
     vLLM stores the rows of all tokens. With ``prefix_caching`` so does a step here, since another request may go on
     from any block; without, only rows that the request itself can read again are written.
@@ -26,22 +37,32 @@ def state(kv_cache: torch.Tensor, *, prefix_caching: bool = True) -> StatePool:
     require("kv_cache", kv_cache, torch.Tensor)
     if kv_cache.dtype != torch.float32:
         raise DtypeError("kv_cache", "fp32 states", kv_cache.dtype)
+    if kv_cache.dim() == 4 and kv_cache.shape[1] == 1:
+        kv_cache = kv_cache[:, 0]
     return StatePool.wrap(kv_cache, paged=True, keep_all=prefix_caching)
 
 
-def cache(kv_cache: torch.Tensor, *, scale: torch.Tensor | None = None) -> PagedCache:
-    """A layer's compressed cache [num_blocks, rows of a block, n] as pages: the format follows from dtype and n.
+def cache(kv_cache: torch.Tensor, *, scale: torch.Tensor | None = None, format: str | None = None) -> PagedCache:
+    """A layer's compressed cache [num_blocks, rows of a block, n] as pages: dtype and n say the format where they can.
 
-    uint8 rows of 584 bytes are ``fp8_ds_mla`` (fp8_model1), of 132 and 68 bytes the indexer's FP8 and MXFP4; bf16 rows
-    are plain; e4m3 rows take ``scale``, fp32 [], of the whole cache. Raises ShapeError or DtypeError for others.
+    uint8 rows of 584 bytes are ``fp8_ds_mla`` (fp8_model1), of 68 bytes the indexer's MXFP4; bf16 rows are plain; e4m3
+    rows take ``scale``, fp32 [], of the whole cache. Rows of 132, 288 and 528 bytes lie in more than one way, which
+    nothing in the buffer tells apart: ``format`` names one. Raises KvCondenseError without it,
+    ShapeError for rows of other sizes, DtypeError for other types.
     """
     require("kv_cache", kv_cache, torch.Tensor)
+    if format is not None:
+        return PagedCache.wrap(kv_cache, format=format, scales=scale)
     if kv_cache.dtype == torch.float8_e4m3fn:
         return PagedCache.wrap(kv_cache, format="fp8_tensor", scales=scale)
     if kv_cache.dtype != torch.uint8:
         return PagedCache.wrap(kv_cache)
-    if kv_cache.shape[-1] not in _BYTES:
-        raise ShapeError("kv_cache", f"rows of {', '.join(map(str, _BYTES))} bytes", f"{kv_cache.shape[-1]}")
+    size = kv_cache.shape[-1]
+    if size in _TO_NAME:
+        raise KvCondenseError("format", f"one of {', '.join(_TO_NAME[size])} for rows of {size} bytes", None)
+    if size not in _BYTES:
+        known = ", ".join(map(str, sorted({*_BYTES, *_TO_NAME})))
+        raise ShapeError("kv_cache", f"rows of {known} bytes", f"{size}")
     return PagedCache.wrap(kv_cache, format=_BYTES[kv_cache.shape[-1]])
 
 
