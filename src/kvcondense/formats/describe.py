@@ -20,6 +20,8 @@ def byte_map(fmt: CacheFormat, head_dim: int) -> list[dict[str, Any]]:
         start = " + ".join(
             t for t in (f"{f.base} P" if f.base else "", f"{f.stride} i", str(f.offset) if f.offset else "") if t
         )
+        if f.tile > 1:
+            start = f"tiles of {f.tile} x {f.tile}"
         lines.append({"field": f.name, "byte": start, "bytes": f.nbytes, "holds": _holds(fmt, f)})
     if fmt.scales_outside:
         where = "" if fmt.tensor_scale else "[num_pages, P]: "
@@ -35,14 +37,13 @@ def stride(fmt: CacheFormat, head_dim: int) -> str:
 
 def picture(fmt: CacheFormat, head_dim: int, page_rows: int = 2, columns: int = COLUMNS) -> list[str]:
     """A page of a few rows as a strip of boxes, one for each field of each row, with the byte where each begins."""
+    page_rows = max(page_rows, fmt.tile)
     page = fmt.page_bytes(head_dim, page_rows)
-    boxes = []
-    for f in sorted(
-        ((f.base * page_rows + f.stride * i + f.offset, f, i) for f in fmt.fields(head_dim) for i in range(page_rows)),
-        key=lambda box: box[0],
-    ):
-        begin, field, row = f
-        boxes.append((begin, f"{field.name} {row}"))
+    boxes = sorted(
+        (f.byte(page_rows, i), f"{f.name} {i}" if f.tile == 1 else f"{f.name} {i}..{i + f.tile - 1}")
+        for f in fmt.fields(head_dim)
+        for i in range(0, page_rows, f.tile)
+    )
     end = page_rows * fmt.row_bytes(head_dim)
     if end < page:
         boxes.append((end, "tail"))
