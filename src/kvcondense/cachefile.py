@@ -164,7 +164,7 @@ def first_difference(wanted: Any, found: Any, path: str = "") -> tuple[str, str,
 
 
 def _dense(fmt: CacheFormat) -> bool:
-    return len(fmt.channels) == 1 and len(fmt.sections) == 1 and fmt.align == 1
+    return len(fmt.channels) == 1 and fmt.sections == ((fmt.channels[0].name,),) and fmt.align == 1
 
 
 def _stored(cache: PagedCache, n: int) -> dict[str, torch.Tensor]:

@@ -42,7 +42,8 @@ def check(fmt: CacheFormat) -> Callable[[str | Backend], str | None]:
             norm=falling * (1 + 0.3 * torch.randn(d, generator=gen)), ape=torch.randn(2, spec.width, generator=gen)
         )
         scale = TENSOR_SCALE if fmt.tensor_scale else None
-        cache = PagedCache.allocate(d, 5, _PAGE_ROWS, format=fmt, tensor_scale=scale)
+        page_rows = max(_PAGE_ROWS, fmt.tile)
+        cache = PagedCache.allocate(d, 5, page_rows, format=fmt, tensor_scale=scale)
         cache.data.fill_(CANARY)
         before = replace(cache, data=cache.data.clone(), scales=None if cache.scales is None else cache.scales.clone())
         # Request 0 completes six windows, one of them for nobody; request 1 four; slots in no order.
@@ -54,7 +55,7 @@ def check(fmt: CacheFormat) -> Callable[[str | Backend], str | None]:
         written = {s: row for s, row in zip(rows.slot.tolist(), rows.values, strict=True) if s >= 0}
         if len(written) != 9:
             return f"{len(written)} rows were returned for the cache instead of 9"
-        name = functools.partial(name_byte, fmt, d, _PAGE_ROWS, cache.data.shape[0])
+        name = functools.partial(name_byte, fmt, d, page_rows, cache.data.shape[0])
         result = same_bytes(name)(all_bytes(cache), golden_bytes(before, written))
         return None if result.passed else f"{fmt.name}: {result.detail}"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kvcondense.errors import RangeError, require, require_int
+from kvcondense.errors import RangeError, UnsupportedError, require, require_int
 from kvcondense.formats import CacheFormat, get_format
 from kvcondense.layout.addresses import PagedLayout, RingLayout
 from kvcondense.layout.batch import RaggedBatch
@@ -84,6 +84,8 @@ def trace(scenario: Scenario) -> dict[str, Any]:
     spec, layout = scenario.spec, scenario.layout
     form = get_format(scenario.format)
     form.check(spec.head_dim, spec.rope_dim)
+    if form.tile > 1:
+        raise UnsupportedError("format", "one whose rows do not share tiles (a row is drawn in one piece)", form.name)
     rows = spec.visible_rows(scenario.longest) + 1
     table = [[(3 * i + 1) % _prime(rows) for i in range(-(-rows // scenario.page_rows))]]
     steps = []
@@ -126,7 +128,7 @@ def _pairs(*columns: Any) -> list[list[int]]:
 
 
 def _row_bytes(form: CacheFormat, head_dim: int, page_rows: int, row: int) -> list[list[Any]]:
-    first = ((f, f.base * page_rows + f.stride * row + f.offset) for f in form.fields(head_dim))
+    first = ((f, f.byte(page_rows, row)) for f in form.fields(head_dim))
     return [[f.name, at, at + f.nbytes] for f, at in first]
 
 
