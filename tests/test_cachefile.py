@@ -35,7 +35,7 @@ def hidden(tmp_path_factory):
 
 
 def options(main="bf16", indexer="bf16"):
-    scale = {"tensor_scale": 0.05} if "fp8_tensor" in (main, indexer) else {}
+    scale = {"tensor_scale": 0.05} if any(FORMATS[n].tensor_scale for n in (main, indexer)) else {}
     return {"format": main, "indexer_format": indexer, **scale}
 
 

@@ -195,7 +195,9 @@ def test_bytes_are_the_formats_own_from_equal_rows(name, strict):
         gamma[:8] = torch.tensor([1e3, 448.0, 1e30, -3.0, 0.0, -0.0, 6.0, 2.0**-30])
     scale = (0.5 if strict else 0.01) if fmt.tensor_scale else None
     batch = RaggedBatch.build([0, 64], start_positions=[0], slot_mapping=torch.arange(64) // 2)
-    expected, cache = (PagedCache.allocate(d, 4, 9, format=fmt, tensor_scale=scale, strict=strict) for _ in range(2))
+    expected, cache = (
+        PagedCache.allocate(d, 4, 9 * fmt.tile, format=fmt, tensor_scale=scale, strict=strict) for _ in range(2)
+    )
     for c in (expected, cache):
         c.data.fill_(0xA5)
     rows = condense(spec, x, CompressorWeights(norm=gamma), table, batch, cache=cache, impl="cpu")
