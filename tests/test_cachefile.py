@@ -35,7 +35,8 @@ def hidden(tmp_path_factory):
 
 
 def options(main="bf16", indexer="bf16"):
-    scale = {"tensor_scale": 0.05} if any(FORMATS[n].tensor_scale for n in (main, indexer)) else {}
+    name = next((n for n in (main, indexer) if FORMATS[n].tensor_scale), None)
+    scale = {} if name is None else {"tensor_scale": 22.4 / FORMATS[name].scaled.element.largest}  # 0.05 of e4m3
     return {"format": main, "indexer_format": indexer, **scale}
 
 
