@@ -93,3 +93,10 @@ def poisoned_empty(monkeypatch):
 def _no_terminal(monkeypatch):
     """Lines stay whole, wherever the tests run (pytest-xdist tells its workers the terminal's width)."""
     monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture
+def no_gradients():
+    """Inference: nothing of a test is recorded."""
+    with torch.no_grad():
+        yield

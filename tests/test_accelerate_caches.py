@@ -11,16 +11,12 @@ from generation import cache_of, close, generate, ids, small_model
 from kvcondense.errors import UnsupportedError
 from kvcondense.integrations.transformers import accelerate
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 
 @pytest.fixture(scope="module")
 def model():
     return small_model()
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
 
 
 def pickled(cache):

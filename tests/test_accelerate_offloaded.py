@@ -9,16 +9,12 @@ from kvcondense.integrations.transformers import accelerate
 
 hub = pytest.importorskip("accelerate")
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 
 @pytest.fixture
 def model():
     return small_model()
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
 
 
 def in_memory(model, _, **more):

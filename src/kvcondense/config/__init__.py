@@ -2,6 +2,6 @@
 
 from kvcondense.config.model import ModelConfig, Yarn
 from kvcondense.config.presets import PRESETS
-from kvcondense.config.reader import config_of
+from kvcondense.config.reader import config_of, json_of
 
-__all__ = ["PRESETS", "ModelConfig", "Yarn", "config_of"]
+__all__ = ["PRESETS", "ModelConfig", "Yarn", "config_of", "json_of"]

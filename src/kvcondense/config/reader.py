@@ -37,10 +37,21 @@ _DEFAULT_LENGTH = 4096
 def read(path: Path) -> ModelConfig:
     """See ``ModelConfig.from_json``."""
     path = _file(path)
+    data = json_of(path)
+    folder = path.parent.parent if path.parts[-2:] == _INFERENCE.parts else path.parent
+    try:
+        return _parse(data, name=folder.name or "model")
+    except KvCondenseError as error:
+        raise _of_file(error, path) from error
+    except RecursionError as error:  # of values that are compared or shown
+        raise CheckpointError(str(path), "a JSON object", "one nested too deeply") from error
+
+
+def json_of(path: Path) -> dict[str, Any]:
+    """The object in a config.json; raises CheckpointError for another one, too large, or with two values for a key."""
     size = path.stat().st_size
     if size > _MAX_CONFIG_BYTES:
         raise CheckpointError(str(path), f"at most {_MAX_CONFIG_BYTES} bytes", size)
-    folder = path.parent.parent if path.parts[-2:] == _INFERENCE.parts else path.parent
     try:
         # Some editors begin a file with a byte order mark.
         data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_two_values)
@@ -50,12 +61,7 @@ def read(path: Path) -> ModelConfig:
         raise CheckpointError(str(path), "a JSON object", _clipped(error)) from error
     if not isinstance(data, dict):
         raise CheckpointError(str(path), "a JSON object", type(data).__name__)
-    try:
-        return _parse(data, name=folder.name or "model")
-    except KvCondenseError as error:
-        raise _of_file(error, path) from error
-    except RecursionError as error:  # of values that are compared or shown
-        raise CheckpointError(str(path), "a JSON object", "one nested too deeply") from error
+    return data
 
 
 def _of_file(error: KvCondenseError, path: Path) -> KvCondenseError:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvcondense.config import config_of
+from kvcondense.config import config_of, json_of
 from kvcondense.errors import CheckpointError
-
-_MAX_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -29,13 +26,7 @@ class Settings:
         path = config_of(folder)
         if path is None:
             return cls()
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise CheckpointError(str(path), f"at most {_MAX_BYTES} bytes", size)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(str(path), "a JSON object", str(error)[:400]) from error
+        data = json_of(path)
         block, mlx = _mapping(path, data, "quantization_config"), _mapping(path, data, "quantization")
         return cls(_block(path, block.get("weight_block_size")), mlx)
 
@@ -53,8 +44,8 @@ class Settings:
         return group, bits
 
 
-def _mapping(path: Path, data: object, key: str) -> dict[str, Any]:
-    for where in (data, data.get("text_config") if isinstance(data, dict) else None):
+def _mapping(path: Path, data: dict[str, Any], key: str) -> dict[str, Any]:
+    for where in (data, data.get("text_config")):
         value = where.get(key) if isinstance(where, dict) else None
         if value is not None:
             if not isinstance(value, dict):
