@@ -1,8 +1,9 @@
 """Cache files: the compressed rows of a sequence in any cache format, live state and a header, as safetensors.
 
 ``<part>.rows`` [n, count] if the format's rows are values of one type, or ``<part>.pages`` uint8 [num_pages,
-page_bytes] as an engine's cache holds them; ``<part>.scales`` if scales lie outside; ``<part>.state`` [live, state_dim]
-fp32, the rows that the next token needs. The header says what it is, in JSON.
+page_bytes] as an engine's cache holds them; ``<part>.scales`` if scales lie outside, ``<part>.second`` [num_pages,
+page_rows, count] if channels do; ``<part>.state`` [live, state_dim] fp32, the rows that the next token needs. The
+header says what it is, in JSON.
 """
 
 from __future__ import annotations
@@ -176,6 +177,8 @@ def _stored(cache: PagedCache, n: int) -> dict[str, torch.Tensor]:
         out["pages"] = cache.data[: -(-n // cache.page_rows)].contiguous()
     if cache.scales is not None:
         out["scales"] = cache.scales if cache.scales.dim() == 0 else cache.scales[:n, 0].contiguous()
+    if cache.second is not None:
+        out["second"] = cache.second[: -(-n // cache.page_rows)].contiguous()
     return out
 
 
@@ -189,12 +192,14 @@ def _shapes(fmt: CacheFormat, head_dim: int, n: int, page_rows: int) -> dict[str
         out["pages"] = ([-(-n // page_rows), fmt.page_bytes(head_dim, page_rows)], torch.uint8)
     if fmt.scales_outside:
         out["scales"] = ([] if fmt.tensor_scale else [n], torch.float32)
+    if (beside := fmt.second(head_dim)) is not None:
+        out["second"] = ([-(-n // page_rows), page_rows, beside.count], beside.dtype)
     return out
 
 
 def _cache(fmt: CacheFormat, head_dim: int, page_rows: int, tensors: dict[str, torch.Tensor]) -> PagedCache:
     if not _dense(fmt):
-        return PagedCache(tensors["pages"], fmt, head_dim, page_rows)
+        return PagedCache(tensors["pages"], fmt, head_dim, page_rows, second=tensors.get("second"))
     scales = tensors.get("scales")
     data = tensors["rows"].view(torch.uint8)
     return PagedCache(data, fmt, head_dim, 1, scales if scales is None or scales.dim() == 0 else scales[:, None])

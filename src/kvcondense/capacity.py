@@ -153,10 +153,10 @@ def _line(
 
 
 def _cache(spec: CompressorSpec, form: CacheFormat, context: int, page_tokens: int) -> tuple[int, int, int, int]:
-    """(rows, pages, bytes of them, bytes of a page) of one layer, with scales that lie outside of pages."""
+    """(rows, pages, bytes of them, bytes of a page) of one layer, with what lies beside the pages."""
     form.check(spec.head_dim, spec.rope_dim)
     rows, page_rows = spec.visible_rows(context), max(1, page_tokens // spec.ratio)
     pages = -(-rows // page_rows)
-    outside = 4 * page_rows if form.scales_outside and not form.tensor_scale else 0
+    outside = form.outside_bytes(spec.head_dim) * page_rows
     page = form.page_bytes(spec.head_dim, page_rows) + outside
     return rows, pages, pages * page, page

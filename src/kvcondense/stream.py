@@ -278,10 +278,12 @@ def _grown(cache: PagedCache, rows: int) -> PagedCache:
     """The same pages and as many zeroed ones as ``rows`` rows need."""
     more = max(0, -(-rows // cache.page_rows) - cache.data.shape[0])
     data = torch.cat([cache.data, cache.data.new_zeros(more, cache.data.shape[1])])
-    scales = cache.scales
+    scales, second = cache.scales, cache.second
     if scales is not None and scales.dim():
         scales = torch.cat([scales, scales.new_zeros(more, cache.page_rows)])
-    return replace(cache, data=data, scales=scales)
+    if second is not None:
+        second = torch.cat([second, second.new_zeros(more, *second.shape[1:])])
+    return replace(cache, data=data, scales=scales, second=second)
 
 
 def _digest(*tensors: torch.Tensor) -> str:

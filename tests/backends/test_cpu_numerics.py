@@ -192,17 +192,19 @@ def test_bytes_are_the_formats_own_from_equal_rows(name, strict):
     if not strict:
         x[10:14, ::3] *= 1e4
         x[20, 5], x[21, 7], x[22, 9] = float("nan"), float("inf"), -float("inf")
-        gamma[:8] = torch.tensor([1e3, 448.0, 1e30, -3.0, 0.0, -0.0, 6.0, 2.0**-30])
+        gamma[:9] = torch.tensor([1e3, 448.0, 1e30, -3.0, 0.0, -0.0, 6.0, 2.0**-30, 3e38])
     scale = (0.5 if strict else 0.01) if fmt.tensor_scale else None
     batch = RaggedBatch.build([0, 64], start_positions=[0], slot_mapping=torch.arange(64) // 2)
     expected, cache = (
         PagedCache.allocate(d, 4, 9 * fmt.tile, format=fmt, tensor_scale=scale, strict=strict) for _ in range(2)
     )
     for c in (expected, cache):
-        c.data.fill_(0xA5)
+        c.fill(0xA5)
     rows = condense(spec, x, CompressorWeights(norm=gamma), table, batch, cache=cache, impl="cpu")
     expected.put(rows.slot, fmt.encode(rows.values, expected.tensor_scale))
     assert torch.equal(cache.data, expected.data)
     assert (cache.data != 0xA5).any()
+    if expected.second is not None:
+        assert torch.equal(cache.second.view(torch.uint8), expected.second.view(torch.uint8))
     if expected.scales is not None:
         assert torch.equal(cache.scales.nan_to_num(9), expected.scales.nan_to_num(9))

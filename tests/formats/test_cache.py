@@ -151,6 +151,7 @@ def test_decode_rows_in_any_order_with_int32_and_holes():
 
 
 FP8, INT8 = FORMATS["fp8_model1"], FORMATS["int8_indexer"]
+TWO = PagedCache.allocate(512, 2, 4, format="fp8_model1_two_buffers")
 REFUSED = {
     "head_dim of the format": ("format", lambda: PagedCache.allocate(128, 1, 4, format="fp8_model1")),
     "unknown format": ("format", lambda: PagedCache.allocate(128, 1, 4, format="fp5")),
@@ -167,6 +168,21 @@ REFUSED = {
     "page order": (
         "cache data",
         lambda: PagedCache(torch.zeros(1152, 3, dtype=torch.uint8).t(), FP8, 512, 1),
+    ),
+    **{
+        f"second {what}": ("second", lambda second=second: replace(TWO, second=second))
+        for what, second in (
+            ("missing", None),
+            ("shape", torch.zeros(2, 4, 32, dtype=torch.bfloat16)),
+            ("pages", torch.zeros(1, 4, 64, dtype=torch.bfloat16)),
+            ("rows", torch.zeros(2, 4, 128, dtype=torch.bfloat16)[..., :64]),
+            ("dtype", torch.zeros(2, 4, 64, dtype=torch.float16)),
+            ("device", torch.zeros(2, 4, 64, dtype=torch.bfloat16, device="meta")),
+        )
+    },
+    "second unwanted": (
+        "second",
+        lambda: PagedCache(torch.zeros(1, 1152, dtype=torch.uint8), FP8, 512, 1, second=torch.zeros(1, 1, 64)),
     ),
     "scales missing": ("scales", lambda: PagedCache(torch.zeros(1, 256, dtype=torch.uint8), INT8, 128, 2)),
     "scales unwanted": (

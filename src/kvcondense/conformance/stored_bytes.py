@@ -44,8 +44,8 @@ def check(fmt: CacheFormat) -> Callable[[str | Backend], str | None]:
         scale = TENSOR_SCALE if fmt.tensor_scale else None
         page_rows = max(_PAGE_ROWS, fmt.tile)
         cache = PagedCache.allocate(d, 5, page_rows, format=fmt, tensor_scale=scale)
-        cache.data.fill_(CANARY)
-        before = replace(cache, data=cache.data.clone(), scales=None if cache.scales is None else cache.scales.clone())
+        cache.fill(CANARY)
+        before = cache.copy()
         # Request 0 completes six windows, one of them for nobody; request 1 four; slots in no order.
         slots = torch.full((20,), -1)
         slots[1::2] = torch.tensor([7, 0, 14, 3, -1, 5, 9, 1, 12, 10])

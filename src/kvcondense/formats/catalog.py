@@ -17,6 +17,7 @@ _REF = "DeepSeek-V4 inference/kernel.py"
 _MAIN, _INDEXER = 512, 128
 _NEW_V41 = "vLLM 0.33, SGLang V41_NEW and V41_FP4_NEW, FlashMLA since 2026-09-30"
 _ATOM = "ROCm/ATOM atom/model_ops/v4_kernels/fused_compress.py (ffdf3bb)"
+_ATOM_MAIN = "ROCm/ATOM atom/model_ops/v4_kernels/v4_quant.py (ffdf3bb)"
 _ROWS = (("rows",),)
 _TWO_SECTIONS = (("values",), (SCALES,))
 
@@ -95,6 +96,12 @@ def _tiled(form: CacheFormat) -> CacheFormat:
     )  # fmt: skip
 
 
+def _cleaned(form: CacheFormat, source: str) -> CacheFormat:
+    """As vLLM writes it on gfx950: scales of at most 254, no NaN."""
+    summary = f"{form.summary}; nothing stored is NaN"
+    return replace(form, name=f"{form.name}_clean", summary=summary, source=source, clean=True)
+
+
 def _rescaled(form: CacheFormat, name: str, summary: str, source: str, rule: ScaleRule) -> CacheFormat:
     """``form`` with another scale rule."""
     channels = tuple(replace(c, scale=rule) if c.scale else c for c in form.channels)
@@ -138,6 +145,33 @@ _FP8_INDEXER_FNUZ = replace(
     channels=(replace(_FP8_INDEXER.channels[0], element=E4M3FNUZ),),
 )
 
+_TWO_BUFFERS = CacheFormat(
+    name="fp8_model1_two_buffers",
+    summary="main rows in two buffers: 448 FP8 channels in blocks of 64, each scale twice; 64 RoPE channels in bf16",
+    source=f"{_ATOM_MAIN}, gfx950",
+    channels=(
+        Channels("nope", E4M3, 0, 448, ScaleRule(Scale.POW2_PAIR, 64, _AMAX_FLOOR, floor_on_scale=True)),
+        Channels("rope", BF16, 448, 512),
+    ),
+    sections=(("nope", SCALES, PAD),),
+    head_dim=_MAIN,
+    rope_dim=64,
+    pad_bytes=50,
+)
+_FLASHINFER = CacheFormat(
+    name="fp4_model1",
+    summary="main rows of 384 bytes: 448 FP4 channels in blocks of 16 with e4m3 scales, 64 RoPE channels in bf16",
+    source="FlashInfer 0.7.2 csrc/sparse_mla_sm120/dsv4_nvfp4_cache_ops.cu",
+    channels=(
+        Channels("nope", E2M1, 0, 448, ScaleRule(Scale.E4M3_INVERSE, 16)),
+        Channels("rope", BF16, 448, 512),
+    ),
+    sections=(("nope", "rope"), (SCALES, PAD)),
+    head_dim=_MAIN,
+    rope_dim=64,
+    pad_bytes=4,
+)
+
 _ALL = (
     _plain("bf16", BF16, "bf16 rows, before any quantisation", "transformers, pypto-lib, vLLM and SGLang in bf16"),
     _plain("fp32", FP32, "rows as computed, for fp32 models and for comparing", "kvcondense"),
@@ -153,6 +187,16 @@ _ALL = (
         source="SGLang for V4.1 in V4's pages (sgl-project/sglang issue 38902)",
         through=_FP4_V41,
     ),
+    _cleaned(_FP8_MODEL1, "vLLM 0.33 on gfx950"),
+    _TWO_BUFFERS,
+    replace(
+        _TWO_BUFFERS,
+        name="fp8_model1_two_buffers_fnuz",
+        summary=_TWO_BUFFERS.summary.replace("FP8", "e4m3fnuz"),
+        source=f"{_ATOM_MAIN}, gfx942",
+        channels=(replace(_TWO_BUFFERS.channels[0], element=E4M3FNUZ), _TWO_BUFFERS.channels[1]),
+    ),
+    _FLASHINFER,
     CacheFormat(
         name="fp8_tensor",
         summary="FP8 rows with one given scale for the whole cache",
@@ -205,8 +249,10 @@ _ALL = (
     _FP4_V41_TIMES,
     _interleaved(_FP4_V41),
     replace(_interleaved(_FP4_V41_TIMES), source="vLLM 0.33"),
+    _cleaned(_interleaved(_FP4_V41_TIMES), "vLLM 0.33 on gfx950"),
     _MXFP8_V41,
     _interleaved(_MXFP8_V41),
+    _cleaned(_interleaved(_MXFP8_V41), "vLLM 0.33 on gfx950"),
     _floor_on_scale(_MXFP8_V41, "FlashMLA's test quantiser"),
 )
 

@@ -26,6 +26,16 @@ def byte_map(fmt: CacheFormat, head_dim: int) -> list[dict[str, Any]]:
     if fmt.scales_outside:
         where = "" if fmt.tensor_scale else "[num_pages, P]: "
         lines.append({"field": SCALES, "byte": "outside", "bytes": 4, "holds": where + _rule(fmt)})
+    if (beside := fmt.second(head_dim)) is not None:
+        where = f"[num_pages, P, {beside.count}]: "
+        lines.append(
+            {
+                "field": beside.name,
+                "byte": "second buffer",
+                "bytes": beside.nbytes,
+                "holds": where + _holds(fmt, beside),
+            }
+        )
     return lines
 
 
@@ -63,7 +73,8 @@ def overview(formats: dict[str, CacheFormat] | None = None) -> list[dict[str, An
     lines = []
     for fmt in (FORMATS if formats is None else formats).values():
         d = fmt.head_dim or EXAMPLE_DIM
-        outside = " + 4" if fmt.scales_outside and not fmt.tensor_scale else ""
+        beside = fmt.outside_bytes(d)
+        outside = f" + {beside}" if beside else ""
         row = fmt.row_bytes(d) if fmt.head_dim else f"{fmt.row_bytes(1)} d"
         lines.append(
             {

@@ -65,6 +65,8 @@ class CacheFormat:
     ``scales`` or ``pad`` (``pad_bytes`` zeros). Scales that no section names lie outside the pages. The page stride is
     the payload rounded up to ``align``. ``head_dim`` and ``rope_dim`` None: any. ``through``: what is
     stored is bf16(q * s), what that format would give back. ``tile``: fields of a section of their own lie in tiles.
+    ``clean``: a NaN is stored as 0 and an infinity, of channels with scales, as the largest code of its block, so that
+    no code and no scale is NaN. Channels that no section names lie in a second buffer, row by row.
     """
 
     name: str
@@ -78,6 +80,7 @@ class CacheFormat:
     align: int = 1
     through: CacheFormat | None = None
     tile: int = 1
+    clean: bool = False
 
     @functools.cached_property
     def plain(self) -> Element | None:
@@ -138,6 +141,22 @@ class CacheFormat:
             base += stride
         return tuple(found)
 
+    @functools.cache  # noqa: B019
+    def second(self, head_dim: int) -> Field | None:
+        """Channels in a second buffer beside the pages, if there are such: row after row, nothing else."""
+        named = {name for section in self.sections for name in section}
+        part = next((c for c in self.channels if c.name not in named), None)
+        if part is None:
+            return None
+        dtype, count = self._sizes(head_dim)[part.name]
+        return Field(part.name, dtype, count, base=0, stride=count * dtype.itemsize, offset=0)
+
+    def outside_bytes(self, head_dim: int) -> int:
+        """Bytes of a row that lie beside the pages: its scale, or its channels in a second buffer."""
+        second = self.second(head_dim)
+        own_scale = self.scales_outside and not self.tensor_scale
+        return (4 if own_scale else 0) + (0 if second is None else second.nbytes)
+
     def row_bytes(self, head_dim: int) -> int:
         """Bytes of account of one row: its fields in the page."""
         return sum(f.nbytes for f in self.fields(head_dim))
@@ -178,6 +197,8 @@ class CacheFormat:
         ``scales`` too. ``exact``: rows are quantised as they are, not their bf16.
         """
         x = self._input(rows, exact)
+        if self.clean:
+            x = torch.where(torch.isnan(x), 0.0, x)
         if self.through is not None:
             x = self.through.decode(self.through.encode(x, exact=True)).to(torch.bfloat16).to(torch.float32)
         out = {}
@@ -186,7 +207,7 @@ class CacheFormat:
             if part.scale is None:
                 codes = part.element.encode(values)
             else:
-                codes, stored = part.scale.quantise(values, part.element, tensor_scale)
+                codes, stored = part.scale.quantise(values, part.element, tensor_scale, self.clean)
                 if stored is not None:
                     out[SCALES] = stored
             out[part.name] = pack_nibbles(codes) if part.element.bits == 4 else codes

@@ -24,9 +24,10 @@ class Part:
 
     element: one of this module's names, in ``bits`` bits; mantissa .. ties_to_even describe a small float (nan_code -1:
     none); largest: fp32 bits of the element's largest value. scale: name of a ``Scale``, "" for none; floor: fp32
-    bits of the least amax; floor_exponent: least exponent, for floors on the scale. Row i of a page has its codes at
+    bits of the least amax; floor_exponent: least exponent, for floors on the scale. scale_bytes, scale_copies, divides,
+    scale_nan: as ``ScaleRule`` has them. clean: nothing stored is NaN. Row i of a page has its codes at
     byte code_base + code_stride * i (or in tiles, as ``descriptor.Field`` has it), its scales at scale_base +
-    scale_stride * i.
+    scale_stride * i; second: its codes lie in the buffer beside the pages.
     """
 
     first: int
@@ -41,8 +42,14 @@ class Part:
     ties_to_even: int = 0
     largest: int = 0
     scale: str = ""
+    scale_bytes: int = 0
+    scale_copies: int = 0
+    divides: int = 0
+    scale_nan: int = 0
+    clean: int = 0
     floor: int = 0
     floor_exponent: int = -127
+    second: int = 0
     code_base: int = 0
     code_stride: int = 0
     tile: int = 1
@@ -86,11 +93,15 @@ def row_map(form: CacheFormat, head_dim: int, page_rows: int, exact: bool = Fals
     exact = exact or (form.plain is not None and form.plain.dtype == torch.float32)
     parts = []
     for part in form.channels:
-        code = fields[part.name]
+        beside = form.second(head_dim)
+        code = fields.get(part.name, beside)
+        assert code is not None
         entries: dict[str, Any] = _part(part, head_dim) | {
             "code_base": code.base * page_rows + code.offset,
             "code_stride": code.stride,
             "tile": code.tile,
+            "second": int(code is beside),
+            "clean": int(form.clean),
         }
         if SCALES in fields and part.scale is not None:
             scales = fields[SCALES]
@@ -119,6 +130,8 @@ def _part(part: Channels, head_dim: int) -> dict[str, Any]:
     rule = part.scale
     if rule is not None:
         entries["scale"] = rule.kind.name
+        entries |= {"scale_bytes": rule.nbytes, "scale_copies": rule.copies}
+        entries |= {"divides": int(rule.divides), "scale_nan": rule.nan}
         entries["floor"] = 0 if rule.floor_on_scale else float_bits(rule.floor)
         if rule.block is not None:
             entries["block"] = rule.block

@@ -22,17 +22,23 @@ _FNUZ = np.append(np.where(_BYTES < 8, _BYTES / 1024, (1 + _BYTES % 8 / 8) * 2.0
 
 @dataclass(frozen=True)
 class _Layout:
-    """Bytes of data and of scales of a row, what the page stride is a multiple of, scales behind each row, 16 x 16."""
+    """Bytes of data and of scales of a row, what the page stride is a multiple of, scales behind each row, 16 x 16.
+
+    second: how many of the last bytes of data lie in a buffer of their own.
+    """
 
     data: int
     scales: int
     align: int
     inline: bool = False
     tiles: bool = False
+    second: int = 0
 
 
 _LAYOUTS = {
     "fp8_model1": _Layout(576, 8, 576),
+    "fp8_model1_two_buffers": _Layout(576, 64, 1, inline=True, second=128),
+    "fp4_model1": _Layout(352, 32, 1),
     "fp8_indexer": _Layout(128, 4, 1),
     "fp8_indexer_pow2_16x16": _Layout(128, 4, 1, tiles=True),
     "fp8_indexer_fnuz_16x16": _Layout(128, 4, 1, tiles=True),
@@ -57,12 +63,20 @@ def encode_row(name: str, row: torch.Tensor, tensor_scale: float = 1.0, exact: b
         outer, inner = name.split("_via_")
         back = torch.from_numpy(_fp32(decode_row(inner, *encode_row(inner, row, exact=exact))))
         return encode_row(outer, back.float())
-    floor_on_scale = name.endswith("_scale_floor")
+    floor_on_scale, clean = name.endswith("_scale_floor") or "_two_buffers" in name, name.endswith("_clean")
+    if clean:
+        x = np.where(np.isnan(x), 0.0, x)
     if name.startswith("fp8_model1"):
-        codes, exponents = _fp8_blocks(x[:448], 64, floor_on_scale)
-        return codes + _bf16(x[448:]), bytes(e + 127 for e in exponents) + b"\0"
+        fnuz = name.endswith("_fnuz")
+        codes, exponents = _fp8_blocks(x[:448], 64, floor_on_scale, clean, fnuz)
+        scales = bytes(e + 127 for e in exponents)
+        scales = bytes(np.repeat(bytearray(scales), 2)) + bytes(50) if "_two_buffers" in name else scales + b"\0"
+        return codes + _bf16(x[448:]), scales
+    if name == "fp4_model1":
+        codes, scales = _fp4_v41(x[:448], _INVERSE)
+        return codes + _bf16(x[448:]), scales + bytes(4)
     if name.startswith("mxfp8_v41_window"):
-        codes, exponents = _fp8_blocks(x, 32, floor_on_scale)
+        codes, exponents = _fp8_blocks(x, 32, floor_on_scale, clean)
         return codes, bytes(e + 127 for e in exponents)
     if name == "fp8_tensor":
         return _nearest_fp8(_fp32(x / np.float64(np.float32(tensor_scale)))), b""
@@ -81,7 +95,7 @@ def encode_row(name: str, row: torch.Tensor, tensor_scale: float = 1.0, exact: b
     if name.startswith("mxfp4_indexer"):
         return _mxfp4(x, ties_down=name.endswith("_ties_down"))
     if name.startswith("fp4_v41"):
-        return _fp4_v41(x, times="_times" in name)
+        return _fp4_v41(x, _TIMES if "_times" in name else _BY, clean)
     if name == "int8_indexer":
         if not np.isfinite(x).all():
             return bytes(128), np.float32("nan").tobytes()
@@ -99,8 +113,12 @@ def decode_row(name: str, data: bytes, scales: bytes, tensor_scale: float = 1.0)
         return _from_bf16(data)
     name = name.split("_via_")[0]
     if name.startswith("fp8_model1"):
-        nope = _from_fp8(data[:448]) * np.repeat(_powers(scales[:7]), 64)
-        return np.concatenate([nope, _from_bf16(data[448:])])
+        values = _from_fnuz(data[:448]) if name.endswith("_fnuz") else _from_fp8(data[:448])
+        powers = _powers(scales[0:14:2] if "_two_buffers" in name else scales[:7])
+        return np.concatenate([values * np.repeat(powers, 64), _from_bf16(data[448:])])
+    if name == "fp4_model1":
+        nope = _from_fp4(data[:224]) * np.repeat(_from_fp8(scales[:28]), 16)
+        return np.concatenate([nope, _from_bf16(data[224:])])
     if name.startswith("mxfp8_v41_window"):
         return _from_fp8(data) * np.repeat(_powers(scales), 32)
     if name == "fp8_tensor":
@@ -125,14 +143,20 @@ def decode_row(name: str, data: bytes, scales: bytes, tensor_scale: float = 1.0)
 def page_bytes(name: str, head_dim: int, page_rows: int) -> int:
     """Bytes of a page, its tail included."""
     layout = _geometry(name, head_dim)
-    payload = page_rows * (layout.data + layout.scales)
+    payload = page_rows * (layout.data - layout.second + layout.scales)
     return -(-payload // layout.align) * layout.align
 
 
+def second_bytes(name: str, head_dim: int) -> int:
+    """How many of the last bytes of a row's data lie in a buffer beside the pages."""
+    return _geometry(name, head_dim).second
+
+
 def place(name: str, head_dim: int, page_rows: int, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each byte of the two parts of row ``row`` lies in a page of ``page_rows`` rows."""
+    """Where each byte of the two parts of row ``row`` lies in a page of ``page_rows`` rows; not those beside it."""
     layout = _geometry(name, head_dim)
-    n, m, data, scales = layout.data, layout.scales, np.arange(layout.data), np.arange(layout.scales)
+    n, m = layout.data - layout.second, layout.scales
+    data, scales = np.arange(n), np.arange(m)
     if layout.inline:
         return (n + m) * row + data, (n + m) * row + n + scales
     if layout.tiles:
@@ -162,14 +186,17 @@ def _power_above(amax: float, largest: float) -> int:
     return k
 
 
-def _fp8_blocks(x: np.ndarray, block: int, floor_on_scale: bool) -> tuple[bytes, list[int]]:
-    floor = float(np.float32(1e-4))
+def _fp8_blocks(
+    x: np.ndarray, block: int, floor_on_scale: bool, clean: bool = False, fnuz: bool = False
+) -> tuple[bytes, list[int]]:
+    floor, largest = float(np.float32(1e-4)), 240.0 if fnuz else 448.0
     codes, exponents = b"", []
     for part in x.reshape(-1, block):
         amax = _amax(part)
-        k = max(_power_above(amax, 448.0), _power_above(floor, 1.0)) if floor_on_scale else None
-        k = _power_above(max(amax, floor), 448.0) if k is None else k
-        codes += _nearest_fp8(part / 2.0**k)
+        k = max(_power_above(amax, largest), _power_above(floor, 1.0)) if floor_on_scale else None
+        k = _power_above(max(amax, floor), largest) if k is None else k
+        part = _saturated(part) if clean else part
+        codes += (_nearest_fnuz if fnuz else _nearest_fp8)(part / 2.0**k)
         exponents.append(k)
     return codes, exponents
 
@@ -187,13 +214,29 @@ def _mxfp4(x: np.ndarray, ties_down: bool) -> tuple[bytes, bytes]:
     return _nibbles(np.concatenate(codes)), bytes(scales)
 
 
-def _fp4_v41(x: np.ndarray, times: bool) -> tuple[bytes, bytes]:
+_BY, _TIMES, _INVERSE = range(3)
+"""Scales amax / 6 and x / s; amax * (1 / 6) and x / s; amax / 6 without a floor and x * (1 / s)."""
+
+
+def _saturated(x: np.ndarray) -> np.ndarray:
+    """Infinities as numbers beyond any code."""
+    return np.where(np.isinf(x), np.copysign(1e300, x), x)
+
+
+def _fp4_v41(x: np.ndarray, way: int, clean: bool = False) -> tuple[bytes, bytes]:
     codes, scales = [], b""
     for part in x.reshape(-1, 16):
-        if np.isfinite(part).all():
-            amax = np.array([max(_amax(part), 6 * 2.0**-9)])
-            scale = _nearest_fp8(_fp32(amax * np.float64(np.float32(1) / np.float32(6)) if times else amax / 6))
-            codes.append(_nearest_fp4(_fp32(part / _from_fp8(scale)), False))
+        if np.isfinite(part).all() or clean:
+            amax = np.array([_amax(part) if way == _INVERSE else max(_amax(part), 6 * 2.0**-9)])
+            scale = _nearest_fp8(_fp32(amax * np.float64(np.float32(1) / np.float32(6)) if way == _TIMES else amax / 6))
+            value = float(_from_fp8(scale)[0])
+            if way == _INVERSE:
+                inverse = np.float64(np.float32(1) / np.float32(value)) if value else 0.0
+                scaled = _fp32(part * inverse)
+            else:
+                scaled = np.minimum(np.abs(_saturated(part) / value), 1e30) * np.copysign(1.0, part)
+                scaled = _fp32(scaled)
+            codes.append(_nearest_fp4(scaled, False))
             scales += scale
         else:
             codes.append(np.zeros(16, np.uint8))

@@ -151,7 +151,8 @@ def golden_bytes(cache: PagedCache, rows: dict[int, torch.Tensor], exact: bool =
 
     ``exact``: rows are quantised as they are, not their bf16.
     """
-    data, scales = cache.data.clone(), None if cache.scales is None else cache.scales.clone()
+    cache = cache.copy()
+    data, scales = cache.data, cache.scales
     target, name, scale = data.numpy(), cache.format.name, _tensor_scale(cache)
     for slot, row in rows.items():
         page, at = divmod(slot, cache.page_rows)
@@ -161,15 +162,17 @@ def golden_bytes(cache: PagedCache, rows: dict[int, torch.Tensor], exact: bool =
             assert scales is not None
             scales[page, at] = torch.from_numpy(np.frombuffer(second, np.float32).copy())[0]
             second = b""
+        if (beside := pages.second_bytes(name, cache.head_dim)) and cache.second is not None:
+            cache.second.view(torch.uint8)[page, at] = torch.from_numpy(np.frombuffer(first[-beside:], np.uint8).copy())
+            first = first[:-beside]
         for offset, part in zip(offsets, (first, second), strict=True):
             target[page, offset[: len(part)]] = np.frombuffer(part, np.uint8)
-    return all_bytes(PagedCache(data, cache.format, cache.head_dim, cache.page_rows, scales))
+    return all_bytes(cache)
 
 
 def all_bytes(cache: PagedCache) -> torch.Tensor:
-    """Bytes of the pages, one after the other, then those of the scales beside them."""
-    scales = [] if cache.scales is None else [cache.scales.flatten().view(torch.uint8)]
-    return torch.cat([cache.data.flatten(), *scales])
+    """Bytes of the pages, one after the other, then those of what lies beside them."""
+    return torch.cat([t.flatten().view(torch.uint8) for t in cache.memory])
 
 
 def compare(inputs: GoldenInputs, actual: GoldenOutputs, expected: GoldenOutputs) -> dict[str, Comparison]:
@@ -188,7 +191,7 @@ def _cache(inputs: GoldenInputs) -> PagedCache:
     batch, rows, d = inputs.kv_cache.shape
     scale = TENSOR_SCALE if inputs.format.tensor_scale else None
     cache = PagedCache.allocate(d, batch, rows, format=inputs.format, tensor_scale=scale)
-    cache.data.fill_(CANARY)
+    cache.fill(CANARY)
     return cache
 
 
@@ -204,6 +207,8 @@ def _read(inputs: GoldenInputs, cache: PagedCache, written: dict[int, torch.Tens
         first, second = (data[page, places].tobytes() for places in offsets)
         if cache.scales is not None and not cache.format.tensor_scale:
             second = cache.scales[page, at].numpy().tobytes()
+        if cache.second is not None:
+            first += cache.second[page, at].view(torch.uint8).numpy().tobytes()
         out[page, at] = torch.from_numpy(pages.decode_row(name, first, second, scale))
     return out
 
@@ -225,7 +230,7 @@ def name_byte(fmt: CacheFormat, head_dim: int, page_rows: int, num_pages: int, b
     """Where byte ``byte`` of ``all_bytes`` lies."""
     page, offset = divmod(byte, fmt.page_bytes(head_dim, page_rows))
     if page >= num_pages:
-        return "the scales beside the pages"
+        return "what lies beside the pages"
     return f"page {page} byte {offset} ({fmt.name_byte(head_dim, page_rows, offset)})"
 
 

@@ -25,8 +25,9 @@ class PagedCache:
     """Pages of compressed rows: ``data`` uint8 [num_pages, page_bytes], pages at any stride.
 
     Slot s is row s % page_rows of page s // page_rows. ``scales``: fp32 scales of formats that keep them outside the
-    pages, [num_pages, page_rows] or one for the whole cache []. ``strict`` is the validation mode: a row that the
-    format cannot hold (a saturated value, an infinity) raises RangeError before anything is written.
+    pages, [num_pages, page_rows] or one for the whole cache []. ``second``: [num_pages, page_rows, count], the second
+    buffer of formats that have one (``CacheFormat.second``), pages at any stride. ``strict`` is the validation mode: a
+    row that the format cannot hold (a saturated value, an infinity) raises RangeError before anything is written.
     """
 
     data: torch.Tensor
@@ -35,6 +36,7 @@ class PagedCache:
     page_rows: int
     scales: torch.Tensor | None = None
     strict: bool = False
+    second: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.check_memory()
@@ -53,6 +55,7 @@ class PagedCache:
             wanted = f"{page}" if payload == page else f"{page} (or {payload}, without the page's tail)"
             raise ShapeError("cache data", f"shape [num_pages, {wanted}], bytes in order", f"{list(self.data.shape)}")
         check_written("cache data", self.data)
+        self._check_second()
         wanted = self.format.scale_shape(self.data.shape[0], self.page_rows)
         if (wanted is None) != (self.scales is None):
             raise KvCondenseError("scales", "None" if wanted is None else f"fp32 {list(wanted)}", f"{self.scales}")
@@ -64,6 +67,24 @@ class PagedCache:
             if self.scales.dim() == 2 and self.scales.stride(1) != 1:
                 raise ShapeError("scales", "scales of a page one behind the other", f"strides {self.scales.stride()}")
             check_written("scales", self.scales)
+
+    def _check_second(self) -> None:
+        field, got = self.format.second(self.head_dim), self.second
+        if field is None or got is None:
+            if (field is None) != (got is None):
+                wanted = "None" if field is None else f"a tensor of {field.name}, {field.dtype}"
+                raise KvCondenseError(
+                    "second", f"{wanted} for {self.format.name}", "a tensor" if got is not None else got
+                )
+            return
+        shape = (self.data.shape[0], self.page_rows, field.count)
+        if tuple(got.shape) != shape or got.stride(2) != 1 or got.stride(1) != field.count:
+            raise ShapeError("second", f"{list(shape)}, contiguous within a page", f"{list(got.shape)} {got.stride()}")
+        if got.dtype != field.dtype:
+            raise DtypeError("second", f"{field.dtype} for {self.format.name}", got.dtype)
+        if got.device != self.data.device:
+            raise DeviceError("second", f"device {self.data.device}", got.device)
+        check_written("second", got)
 
     @classmethod
     def allocate(
@@ -95,6 +116,10 @@ class PagedCache:
         if shape is not None:
             fill = 0.0 if tensor_scale is None else check_tensor_scale(tensor_scale)
             scales = torch.full(shape, fill, dtype=torch.float32, device=device)
+        field = fmt.second(head_dim)
+        if field is not None:
+            second = torch.zeros(num_pages, page_rows, field.count, dtype=field.dtype, device=device)
+            return cls(data, fmt, head_dim, page_rows, scales, strict, second)
         return cls(data, fmt, head_dim, page_rows, scales, strict)
 
     @classmethod
@@ -105,6 +130,7 @@ class PagedCache:
         format: str | CacheFormat | None = None,
         head_dim: int | None = None,
         scales: torch.Tensor | None = None,
+        second: torch.Tensor | None = None,
     ) -> PagedCache:
         """An engine's own tensor [num_pages, page_rows, n], written in place; pages may lie at any stride.
 
@@ -131,17 +157,31 @@ class PagedCache:
                 f"{rows.shape[2] * rows.dtype.itemsize} bytes",
             )
         data = rows.as_strided((rows.shape[0], rows.shape[1] * rows.shape[2]), (rows.stride(0), 1))
-        return cls(data.view(torch.uint8), fmt, head_dim, rows.shape[1], scales)
+        return cls(data.view(torch.uint8), fmt, head_dim, rows.shape[1], scales, second=second)
 
     @property
     def memory(self) -> tuple[torch.Tensor, ...]:
         """What a step writes."""
-        return (self.data,) if self.scales is None else (self.data, self.scales)
+        return tuple(self.tensors.values())
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The same by name."""
-        return dict(zip(("cache", "cache scales"), self.memory, strict=False))
+        named = {"cache": self.data, "cache scales": self.scales, "cache second": self.second}
+        return {name: t for name, t in named.items() if t is not None}
+
+    def copy(self) -> PagedCache:
+        """The same bytes in memory of their own."""
+        beside = (None if t is None else t.clone() for t in (self.scales, self.second))
+        return PagedCache(
+            self.data.clone(), self.format, self.head_dim, self.page_rows, next(beside), self.strict, next(beside)
+        )
+
+    def fill(self, byte: int) -> None:
+        """Set every byte of the pages and of the second buffer, but no scale beside them."""
+        self.data.fill_(byte)
+        if self.second is not None:
+            self.second.view(torch.uint8).fill_(byte)
 
     @property
     def num_rows(self) -> int:
@@ -157,12 +197,16 @@ class PagedCache:
         return self.field("rows")
 
     def field(self, name: str) -> torch.Tensor:
-        """View [num_pages, page_rows, count] of one field of the pages, or of the per-row scales beside them.
+        """View [num_pages, page_rows, count] of one field of the pages, or of what lies beside them.
 
         Of a field in tiles, [num_pages, page_rows / t, count / t, t, t]: tile of rows, of bytes, row in it, byte in it.
         """
         if name == SCALES and self.scales is not None and self.scales.dim() == 2:
             return self.scales[:, :, None]
+        beside = self.format.second(self.head_dim)
+        if beside is not None and name == beside.name:
+            assert self.second is not None
+            return self.second
         fields = {f.name: f for f in self.format.fields(self.head_dim)}
         require_known("field", name, fields, error=RangeError)
         f = fields[name]
@@ -201,6 +245,8 @@ class PagedCache:
         names = [f.name for f in self.format.fields(self.head_dim)]
         if self.scales is not None and self.scales.dim() == 2:
             names.append(SCALES)
+        if (beside := self.format.second(self.head_dim)) is not None:
+            names.append(beside.name)
         return {name: self._taken(self.field(name), page, at) for name in names}
 
     @staticmethod

@@ -84,8 +84,9 @@ def trace(scenario: Scenario) -> dict[str, Any]:
     spec, layout = scenario.spec, scenario.layout
     form = get_format(scenario.format)
     form.check(spec.head_dim, spec.rope_dim)
-    if form.tile > 1:
-        raise UnsupportedError("format", "one whose rows do not share tiles (a row is drawn in one piece)", form.name)
+    if form.tile > 1 or form.second(spec.head_dim) is not None:
+        wanted = "one whose rows lie in one piece (neither in tiles nor in two buffers), as they are drawn"
+        raise UnsupportedError("format", wanted, form.name)
     rows = spec.visible_rows(scenario.longest) + 1
     table = [[(3 * i + 1) % _prime(rows) for i in range(-(-rows // scenario.page_rows))]]
     steps = []

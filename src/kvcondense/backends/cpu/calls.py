@@ -114,6 +114,10 @@ def _layer(step: Step) -> _Kept:
     layer.acc, layer.folded = (state.acc.data_ptr(), state.folded.data_ptr()) if online else (0, 0)
     layer.cache, layer.page_stride = (0, 0) if cache is None else (cache.data.data_ptr(), cache.data.stride(0))
     layer.scales, layer.scales_stride = (0, 0) if scales is None else (scales.data_ptr(), 4 * scales.stride(0))
+    second = None if cache is None else cache.second
+    layer.second, layer.second_stride = (
+        (0, 0) if second is None else (second.data_ptr(), second.itemsize * second.stride(0))
+    )
     block = layer.pack()
     made = _Kept(block, address(block), of, (rule, form, *read))
     # What was converted, as the scale of a whole cache, may have another value by the next step.

@@ -33,7 +33,7 @@ class Spec(Block):
 
 
 SMALL_FLOAT, WHOLE, PLAIN16, PLAIN32 = range(4)
-POW2_BYTE, POW2_FP32, POW2_WORD, PLAIN_FP32, E4M3_BYTE, E4M3_TIMES, INVERSE_FP32, TENSOR = range(8)
+POW2, PLAIN_FP32, E4M3_BYTE, E4M3_TIMES, E4M3_INVERSE, INVERSE_FP32, TENSOR = range(7)
 
 
 class Part(Block):
@@ -49,13 +49,19 @@ class Part(Block):
     nan_code: int  # -1: none
     ties_to_even: int
     largest: int  # bits of an fp32
-    scale: int  # POW2_BYTE .. TENSOR; -1: none
+    scale: int  # POW2 .. TENSOR; -1: none
+    scale_bytes: int
+    scale_copies: int  # 0: stored as fp32
+    divides: int
+    scale_nan: int
+    clean: int
     block: int
     floor: int
     floor_exponent: int  # least exponent, for floors on the scale
     tensor_scale: Real
     code_base: int  # bytes: row i of a page has its codes at code_base + code_stride * i
     code_stride: int
+    second: int  # 1: in the buffer beside the pages
     tile: int  # rows of a tile of as many channels; 1: rows lie as they are
     scale_base: int
     scale_stride: int
@@ -94,6 +100,8 @@ class Layer(Block):
     page_stride: int  # bytes
     scales: int  # fp32 scales beside the pages
     scales_stride: int  # bytes from page to page
+    second: int  # channels beside the pages
+    second_stride: int
 
 
 class Work(Block):

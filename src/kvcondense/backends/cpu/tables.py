@@ -11,17 +11,16 @@ from kvcondense.errors import UnsupportedError
 from kvcondense.formats import integers
 from kvcondense.formats.descriptor import CacheFormat
 from kvcondense.formats.integers import Part, float_bits, row_map
-from kvcondense.formats.scales import Scale
+from kvcondense.formats.scales import POW2, Scale
 from kvcondense.spec import CompressorSpec
 
 _SCALES = {
     "": -1,
-    Scale.POW2_BYTE.name: params.POW2_BYTE,
-    Scale.POW2_FP32.name: params.POW2_FP32,
-    Scale.POW2_WORD.name: params.POW2_WORD,
+    **{kind.name: params.POW2 for kind in POW2},
     Scale.PLAIN_FP32.name: params.PLAIN_FP32,
     Scale.E4M3_BYTE.name: params.E4M3_BYTE,
     Scale.E4M3_TIMES.name: params.E4M3_TIMES,
+    Scale.E4M3_INVERSE.name: params.E4M3_INVERSE,
     Scale.INVERSE_FP32.name: params.INVERSE_FP32,
     Scale.TENSOR.name: params.TENSOR,
 }

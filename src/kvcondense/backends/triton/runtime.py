@@ -109,8 +109,8 @@ def state_table(batch: RaggedBatch, state: StatePool | OnlineState | None) -> tu
 
 
 def cache_operands(cache: PagedCache | None) -> tuple[torch.Tensor | None, torch.Tensor | None, int, int]:
-    """Pages, scales beside them, and the strides of both."""
+    """Pages, what lies beside them (scales, or bytes of channels), and the strides of both."""
     if cache is None:
         return None, None, 0, 0
-    scales = cache.scales
-    return cache.data, scales, cache.data.stride(0), 0 if scales is None or scales.dim() == 0 else scales.stride(0)
+    beside = cache.scales if cache.second is None else cache.second.view(torch.uint8)
+    return cache.data, beside, cache.data.stride(0), 0 if beside is None or beside.dim() == 0 else beside.stride(0)

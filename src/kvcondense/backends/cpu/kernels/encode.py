@@ -162,22 +162,55 @@ def _scale_of(amax_bits, part):
     rule = part.scale
     largest = simd.float_of(part.largest)
     amax = simd.float_of(amax_bits)
-    if rule in (params.POW2_BYTE, params.POW2_FP32, params.POW2_WORD):
+    if rule == params.POW2:
         exponent = _power_of_two(amax_bits, part)
         return _ue8m0(exponent + 127), _ue8m0(127 - exponent), exponent + 127
     if rule == params.PLAIN_FP32:
         scale = amax / largest
         return scale, np.float32(1) / scale, 0
-    if rule in (params.E4M3_BYTE, params.E4M3_TIMES):
+    if rule in (params.E4M3_BYTE, params.E4M3_TIMES, params.E4M3_INVERSE):
         size, mantissa, bias, max_code, nan_code = _E4M3
         quotient = amax / largest
         if rule == params.E4M3_TIMES:
             quotient = amax * (np.float32(1) / largest)
         code = small_float(splat(quotient), size, mantissa, bias, max_code, nan_code, 1)
         value = simd.first_lane(small_float_value(code, size, mantissa, bias, nan_code))
-        return value, value, simd.largest_lane(code)
+        factor = value
+        if rule == params.E4M3_INVERSE and value > np.float32(0):
+            factor = np.float32(1) / value
+        return value, factor, simd.largest_lane(code)
     multiplier = largest / amax
     return np.float32(1) / multiplier, multiplier, 0
+
+
+@inlined
+def _clean(x, clean):
+    """x, or 0 where it is NaN and nothing stored may be."""
+    if clean:
+        zero, b = isplat(np.int32(0)), simd.bits(x)
+        return simd.from_bits(simd.iwhere_less(isplat(_INFINITY), b & isplat(_MAGNITUDE), zero, b))
+    return x
+
+
+@inlined
+def _finite(x, clean):
+    """x, or the largest number of its sign where it is infinite and nothing stored may be."""
+    if clean:
+        b = simd.bits(x)
+        magnitude, least = b & isplat(_MAGNITUDE), isplat(np.int32(_INFINITY - 1))
+        return simd.from_bits(simd.iwhere_less(least, magnitude, b - isplat(np.int32(1)), b))
+    return x
+
+
+@inlined
+def _store_scale(address, stored, byte, part):
+    """A scale, as fp32 or as the copies of its byte; returns the bytes written."""
+    if part.scale_copies == 0:
+        simd.store_scalar(address, stored)
+    else:
+        for i in range(part.scale_bytes):
+            simd.store_byte(address + i, byte)
+    return part.scale_bytes
 
 
 @kernel
@@ -186,8 +219,7 @@ def _part(row, part, code, scales, inner):
     rule = part.scale
     first, last = part.first, part.last
     block = part.block if rule >= 0 else last - first
-    e4m3_scale = rule in (params.E4M3_BYTE, params.E4M3_TIMES)
-    tile = part.tile
+    divides, clean, tile = part.divides, part.clean, part.tile
     for at in range(first, last, block):
         begin, end = row + 4 * at, row + 4 * (at + block)
         stored, factor, byte = np.float32(1), np.float32(1), 0
@@ -203,16 +235,16 @@ def _part(row, part, code, scales, inner):
                 finite = simd.iwhere_less(finite, m, m, finite)
             amax = max(simd.largest_lane(finite), part.floor)
             stored, factor, byte = _scale_of(amax, part)
-            if simd.largest_lane(largest) >= _INFINITY and part.nan_code < 0:
+            if simd.largest_lane(largest) >= _INFINITY and part.nan_code < 0 and not clean:
                 poisoned = True
                 stored = simd.float_of(_NAN)
-                byte = 255 if rule == params.POW2_BYTE else _E4M3[4]
+                byte = part.scale_nan
         for i in range(begin, end, BYTES):
-            x = splat(np.float32(0)) if poisoned else load(i)
-            if rule == params.TENSOR or e4m3_scale:
-                x = x / splat(factor)
+            x = splat(np.float32(0)) if poisoned else _clean(load(i), clean)
+            if divides:
+                x = _finite(x / splat(factor), clean)
             elif rule >= 0:
-                x = x * splat(factor)
+                x = _finite(x * splat(factor), clean)
             if inner:
                 if rule >= 0:
                     store(i, round_bf16(_code_value(x, part) * splat(stored)))
@@ -222,15 +254,7 @@ def _part(row, part, code, scales, inner):
             else:
                 code += _store_codes(x, part, code)
         if rule >= 0 and rule != params.TENSOR and not inner:
-            if rule == params.POW2_BYTE or e4m3_scale:
-                simd.store_byte(scales, byte)
-                scales += 1
-            elif rule == params.POW2_WORD:
-                simd.store_scalar(scales, simd.float_of(byte * 0x01010101))
-                scales += 4
-            else:
-                simd.store_scalar(scales, stored)
-                scales += 4
+            scales += _store_scale(scales, stored, byte, part)
 
 
 @kernel
@@ -253,7 +277,8 @@ def put(row, slot, call, work):
         _part(row, form.parts[k], 0, 0, True)
     for k in range(inner, form.part_count):
         part = form.parts[k]
-        code = base + part.code_base + part.code_stride * at
+        code = (call.layer.second + page * call.layer.second_stride) if part.second else base
+        code += part.code_base + part.code_stride * at
         if part.tile > 1:
             lane = at % part.tile
             code += (part.tile - part.code_stride) * lane

@@ -109,9 +109,10 @@ def scale_of(amax_bits, part: tl.constexpr, scale_part: tl.constexpr):
     SCALE: tl.constexpr = part.value.scale
     LARGEST: tl.constexpr = part.value.largest
     LEAST: tl.constexpr = part.value.floor_exponent
+    COPIES: tl.constexpr = part.value.scale_copies
     amax = from_bits(amax_bits)
     largest = from_bits(amax_bits * 0 + LARGEST)
-    if SCALE == "POW2_BYTE" or SCALE == "POW2_FP32" or SCALE == "POW2_WORD":
+    if SCALE == "POW2_BYTE" or SCALE == "POW2_FP32" or SCALE == "POW2_PAIR" or SCALE == "POW2_WORD":
         # ceil(log2(amax / largest)) changes where the mantissa of amax passes that of largest.
         above = tl.where((amax_bits & 0x7FFFFF) > (LARGEST & 0x7FFFFF), 1, 0)
         exponent = (amax_bits >> 23) - (LARGEST >> 23) + above
@@ -119,22 +120,22 @@ def scale_of(amax_bits, part: tl.constexpr, scale_part: tl.constexpr):
         value = power_of_two(exponent)
         factor = power_of_two(-exponent)
         stored = to_bits(value)
-        if SCALE == "POW2_BYTE":
-            stored = exponent + 127
-        elif SCALE == "POW2_WORD":
-            stored = exponent + 127
-            stored = stored | (stored << 8) | (stored << 16) | (stored << 24)
+        if COPIES > 0:
+            stored = (exponent + 127) * COPIES
     elif SCALE == "PLAIN_FP32":
         value = tl.div_rn(amax, largest)
         factor = tl.div_rn(from_bits(amax_bits * 0 + 0x3F800000), value)
         stored = to_bits(value)
-    elif SCALE == "E4M3_BYTE" or SCALE == "E4M3_TIMES":
+    elif SCALE == "E4M3_BYTE" or SCALE == "E4M3_TIMES" or SCALE == "E4M3_INVERSE":
         quotient = tl.div_rn(amax, largest)
         if SCALE == "E4M3_TIMES":
             quotient = amax * tl.div_rn(from_bits(amax_bits * 0 + 0x3F800000), largest)
         stored = small_float(quotient, scale_part, False)
         value = small_float_value(stored, scale_part)
         factor = value
+        if SCALE == "E4M3_INVERSE":
+            one = from_bits(amax_bits * 0 + 0x3F800000)
+            factor = tl.where(value > 0.0, tl.div_rn(one, tl.where(value > 0.0, value, one)), 0.0)
     else:
         factor = tl.div_rn(largest, amax)
         value = tl.div_rn(from_bits(amax_bits * 0 + 0x3F800000), factor)
@@ -189,7 +190,7 @@ def put_scales(stored, page, at, page_base, scales, scales_stride, c: tl.constex
     BLOCK: tl.constexpr = part.value.block
     FIRST: tl.constexpr = part.value.first
     LAST: tl.constexpr = part.value.last
-    SCALE: tl.constexpr = part.value.scale
+    WIDTH: tl.constexpr = part.value.scale_bytes
     BASE: tl.constexpr = part.value.scale_base
     STRIDE: tl.constexpr = part.value.scale_stride
     OUTSIDE: tl.constexpr = c.value.rows_map.scales_outside
@@ -198,7 +199,6 @@ def put_scales(stored, page, at, page_base, scales, scales_stride, c: tl.constex
     if OUTSIDE:
         tl.store(scales + page * scales_stride + at + block, from_bits(stored), mask=mine)
     else:
-        WIDTH: tl.constexpr = 1 if SCALE == "POW2_BYTE" or SCALE == "E4M3_BYTE" or SCALE == "E4M3_TIMES" else 4
         store_bytes(page_base + (BASE + STRIDE * at), stored, mine, D // BLOCK, WIDTH)
 
 
@@ -225,31 +225,35 @@ def codes_and_scales(row, c: tl.constexpr, part: tl.constexpr):
     scale_part: tl.constexpr = c.value.scale_part
     D: tl.constexpr = c.value.head_dim
     HARDWARE: tl.constexpr = c.value.hardware_cast
-    SCALE: tl.constexpr = part.value.scale
     BLOCK: tl.constexpr = part.value.block
     NAN_CODE: tl.constexpr = part.value.nan_code
     FLOOR: tl.constexpr = part.value.floor
+    DIVIDES: tl.constexpr = part.value.divides
+    CLEAN: tl.constexpr = part.value.clean
+    COPIES: tl.constexpr = part.value.scale_copies
+    NAN: tl.constexpr = part.value.scale_nan
     x = tl.reshape(row, (D // BLOCK, BLOCK))
     magnitude = magnitude_bits(x)
     amax = tl.max(tl.where(magnitude < 0x7F800000, magnitude, 0), axis=1)
     stored, value, factor = scale_of(tl.maximum(amax, FLOOR), part, scale_part)
-    if SCALE == "E4M3_BYTE" or SCALE == "E4M3_TIMES":
+    if DIVIDES:
         x = tl.div_rn(x, tl.broadcast_to(factor[:, None], (D // BLOCK, BLOCK)))
     else:
         x = x * factor[:, None]
-    if NAN_CODE < 0:  # elements without a NaN: the scale says so
+    if CLEAN:
+        b = to_bits(x)
+        x = from_bits(tl.where((b & 0x7FFFFFFF) == 0x7F800000, b - 1, b))  # infinity: the largest number of its sign
+    elif NAN_CODE < 0:  # elements without a NaN: the scale says so
         poisoned = tl.max(magnitude, axis=1) >= 0x7F800000
         x = tl.where(poisoned[:, None], 0.0, x)
         value = tl.where(poisoned, from_bits(amax * 0 + 0x7FC00000), value)
-        E4M3: tl.constexpr = SCALE == "E4M3_BYTE" or SCALE == "E4M3_TIMES"
-        BYTE: tl.constexpr = 255 if SCALE == "POW2_BYTE" else (0x7F if E4M3 else 0x7FC00000)
-        stored = tl.where(poisoned, BYTE, stored)
+        stored = tl.where(poisoned, NAN * COPIES if COPIES > 0 else 0x7FC00000, stored)
     return tl.reshape(codes_of(x, part, HARDWARE), (D,)), stored, value
 
 
 @triton.jit
 def put_part(row, page, at, page_base, scales, scales_stride, c: tl.constexpr, K: tl.constexpr):
-    """Encode and store part K of row [d]."""
+    """Encode and store part K of row [d]; ``scales``: bytes beside the pages, where the part lies there."""
     part: tl.constexpr = c.value.rows_map.parts[K]
     D: tl.constexpr = c.value.head_dim
     HARDWARE: tl.constexpr = c.value.hardware_cast
@@ -259,7 +263,13 @@ def put_part(row, page, at, page_base, scales, scales_stride, c: tl.constexpr, K
     TILE: tl.constexpr = part.value.tile
     FIRST: tl.constexpr = part.value.first
     BITS: tl.constexpr = part.value.bits
-    pointer = page_base + (BASE + STRIDE * at)
+    CLEAN: tl.constexpr = part.value.clean
+    if part.value.second:
+        pointer = scales + page * scales_stride + (BASE + STRIDE * at)
+    else:
+        pointer = page_base + (BASE + STRIDE * at)
+    if CLEAN:
+        row = tl.where(row == row, row, 0.0)
     if TILE > 1:
         pointer = page_base + (BASE + STRIDE * (at - at % TILE) + TILE * (at % TILE))
     if SCALE == "":
