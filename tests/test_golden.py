@@ -57,7 +57,9 @@ def test_a_missing_rounding_is_noticed_by_the_case_itself(kind):
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
-@pytest.mark.parametrize("format", ["bf16", "fp4_v41_times", "fp4_v41_times_interleaved", "fp8_model1_via_fp4_v41"])
+@pytest.mark.parametrize(
+    "format", ["bf16", "fp4_v41_times", "fp4_v41_times_interleaved", "fp8_model1_via_fp4_v41_times"]
+)
 def test_latent_profile_rounds_the_norm_alone_and_quantises_the_fp32_row(impl, format):
     """vLLM's chain for V4.1; ``golden.pages`` gets the rows as the backend returned them."""
     results = verify(impl, kind="csa", history=40, rounding=Rounding.LATENT, rotate=False, format=format)

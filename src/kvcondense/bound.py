@@ -17,6 +17,7 @@ import torch
 from kvcondense import marks, validate
 from kvcondense.backends import Backend, Step, fused_form, select, select_projector
 from kvcondense.errors import KvCondenseError, require
+from kvcondense.layout.addresses import PagedLayout
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.memory import check_apart, span
@@ -99,13 +100,32 @@ class Bound:
         """A step from hidden states x [T, D]. Mutates state and cache; raises before anything is written."""
         return compress_together([self], x, [plan])[0]
 
-    def step(self, kv_score: torch.Tensor, plan: Plan, name: str = "kv_score") -> Step:
-        """The step that kv_score, called ``name``, and a plan make, admitted."""
+    def pool(self, plan: Plan) -> CondensedRows:
+        """A step whose tokens are in the state already: its windows are pooled from there, and nothing is kept.
+
+        For states that somebody else fills, token by token, as vLLM's first kernel does: pages with a row for every
+        position (``StatePool.wrap(..., paged=True, keep_all=True)``). Where a caller knows a slot for each position
+        instead, pages of one row take them: state_block_table[q, p]. Mutates the cache; raises before anything is
+        written.
+        """
+        state = self.state
+        paged = isinstance(state, StatePool) and isinstance(state.layout, PagedLayout) and state.layout.keep_all
+        if not isinstance(state, StatePool) or not paged or state.tags is not None:
+            wanted = "pages that others write, a row for every position"
+            hint = "StatePool.wrap(..., paged=True, keep_all=True)"
+            raise KvCondenseError("state", wanted, "none" if state is None else f"{state.layout}", hint)
+        nothing = state.data.new_zeros(1, self.spec.projected)
+        step = replace(self.step(nothing, plan, rows=plan.extremes.tokens), stored=True)
+        backend = self.backend(step)
+        return _run([step], lambda: backend.run(step))[0]
+
+    def step(self, kv_score: torch.Tensor, plan: Plan, name: str = "kv_score", rows: int | None = None) -> Step:
+        """The step that kv_score, called ``name``, and a plan make, admitted; ``rows``: as if it had so many."""
         validate.tokens(self.spec, name, kv_score, plan.batch.query_start_loc.device)
         if self.checked.places != _places(self.weights, self.rope, self.state, self.cache):
             wanted = "the memory that was bound"
             raise KvCondenseError("weights, rope, state, cache", wanted, "other memory", "bind them again")
-        self.admit(plan, kv_score.shape[0], name)
+        self.admit(plan, kv_score.shape[0] if rows is None else rows, name)
         first, last = span(kv_score)
         for begin, end in self.checked.spans:
             if begin < last and first < end:

@@ -31,12 +31,19 @@ class CompressorWeights:
     """Weights of one compressor.
 
     w [projected, D]: wkv stacked on wgate (wkv alone without a gate), any float dtype; None if the caller brings its
-    own kv_score. ape [ratio, N] fp32 or None. norm [head_dim] fp32.
+    own kv_score. ape [ratio, N] fp32 or None. norm [head_dim] fp32. Both may be fp64, too; bf16 and fp16, as engines
+    keep them, are widened when this is made: a copy, which does not see what becomes of theirs.
     """
 
     norm: torch.Tensor
     ape: torch.Tensor | None = None
     w: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("norm", "ape"):
+            t = getattr(self, name)
+            if isinstance(t, torch.Tensor) and t.dtype in (torch.bfloat16, torch.float16):
+                object.__setattr__(self, name, t.to(torch.float32))
 
     def __getstate__(self) -> dict[str, torch.Tensor | None]:
         """The tensors: what was found out of them here (``bound.bind``) is of no use in a copy or elsewhere."""

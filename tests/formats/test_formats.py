@@ -98,7 +98,7 @@ def test_what_is_not_a_number_never_reads_as_one(name):
                 assert bad == bad or back[0, channel] == 0
                 continue
             assert not back[0, channel].isfinite()
-            inner = fmt.through if fmt.through is FORMATS["fp4_v41"] else fmt
+            inner = fmt.through if fmt.through is FORMATS["fp4_v41_times"] else fmt
             if channel >= (d if inner.scaled is None else inner.scaled.stop or d):
                 assert back[0].isfinite().sum() == d - 1
             elif inner.scaled is not None and inner.scaled.element is E2M1 and fmt.scaled is not None:

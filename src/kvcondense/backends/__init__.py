@@ -29,6 +29,8 @@ class Step:
     its format's fields; a backend that does not check values says so for a ``strict`` cache.
     made: what a backend keeps of spec, ape, gamma, rope, state and cache between steps, by its name; whoever gives it
     sees to it that their memory stays where it is, but a copy of a step may have others.
+    stored: the step's own tokens are in the state, too: all are read from there, kv_score has no values and nothing is
+    kept.
     """
 
     spec: CompressorSpec
@@ -42,6 +44,7 @@ class Step:
     rows: torch.Tensor
     latent: torch.Tensor | None
     made: dict[str, Any] | None = None
+    stored: bool = False
 
 
 class Backend(Protocol):

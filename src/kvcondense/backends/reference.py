@@ -53,7 +53,8 @@ class ReferenceBackend:
         """tokens -> rows -> windows -> pool -> norm -> RoPE -> Hadamard -> cache; then keep what later steps read."""
         do, spec, plan = self.stages, step.spec, step.plan
         state_dtype = None if step.state is None else step.state.dtype
-        positions = do.token_positions(plan, step.kv_score.shape[0])
+        none = plan.batch.query_start_loc.new_zeros(step.kv_score.shape[0])
+        positions = none if step.stored else do.token_positions(plan, step.kv_score.shape[0])
         raw = isinstance(step.state, StatePool) and step.state.layout.raw_scores
         ape = None if raw else step.ape
         tokens = do.state_rows(spec, step.kv_score, ape, positions, state_dtype)  # [T, state_dim]
@@ -63,7 +64,8 @@ class ReferenceBackend:
         if isinstance(step.state, OnlineState):
             pooled, acc = online.fold(spec, dense, tokens, step.state, step.ape)  # [E, d], [A, 3, d]
         else:
-            pooled = do.pool(*do.gather(spec, dense, tokens, step.state, step.ape))  # [E, W, d] each -> [E, d]
+            read = (step.stored,) if step.stored else ()
+            pooled = do.pool(*do.gather(spec, dense, tokens, step.state, step.ape, *read))  # [E, W, d] each -> [E, d]
         row = do.norm(pooled, step.gamma, spec.eps, spec.rounding)  # [E, d]
         if step.latent is not None:
             step.latent[live] = row.to(step.latent.dtype)
@@ -77,7 +79,7 @@ class ReferenceBackend:
         if isinstance(step.state, OnlineState):
             assert acc is not None
             online.keep(dense, tokens, acc, step.state)
-        elif step.state is not None:
+        elif step.state is not None and not step.stored:
             do.keep(dense, tokens, step.state)
 
 

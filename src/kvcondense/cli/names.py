@@ -12,12 +12,14 @@ KINDS = ("hca", "csa", "indexer")
 BACKENDS = ("cpu", "triton", "reference")
 FORMATS = (
     "bf16", "fp32", "bf16_via_fp8_model1", "bf16_via_mxfp4_indexer", "bf16_via_fp4_v41", "fp8_model1",
-    "fp8_model1_scale_floor", "fp8_model1_via_fp4_v41", "fp8_model1_clean", "fp8_model1_two_buffers",
+    "fp8_model1_scale_floor", "fp8_model1_via_fp4_v41_times", "fp8_model1_clean", "fp8_model1_two_buffers",
     "fp8_model1_two_buffers_fnuz", "fp4_model1", "fp8_tensor", "fp8_tensor_fnuz", "fp8_indexer_pow2",
     "fp8_indexer_pow2_16x16", "fp8_indexer_fnuz", "fp8_indexer_fnuz_16x16", "fp8_indexer_ue8m0",
     "fp8_indexer_plain", "mxfp4_indexer", "mxfp4_indexer_ties_down", "int8_indexer", "fp4_v41", "fp4_v41_times",
     "fp4_v41_interleaved", "fp4_v41_times_interleaved", "fp4_v41_times_interleaved_clean", "mxfp8_v41_window",
     "mxfp8_v41_window_interleaved", "mxfp8_v41_window_interleaved_clean", "mxfp8_v41_window_scale_floor",
+    "mxfp8_v41_window_scale_floor_via_fp4_v41_times", "mxfp8_v41_window_interleaved_scale_floor",
+    "mxfp8_v41_window_interleaved_scale_floor_via_fp4_v41_times",
 )  # fmt: skip
 ROUNDINGS = ("reference", "fused", "latent")
 STATES = ("ring", "online")

@@ -15,7 +15,7 @@ _AMAX_FLOOR = 1e-4
 """Least amax of DeepSeek's FP8 act_quant, and the floor of everyone who floors the scale instead."""
 _REF = "DeepSeek-V4 inference/kernel.py"
 _MAIN, _INDEXER = 512, 128
-_NEW_V41 = "vLLM 0.33, SGLang V41_NEW and V41_FP4_NEW, FlashMLA since 2026-09-30"
+_NEW_V41 = "vLLM 0.33, SGLang 0.5.23, FlashMLA since 2026-09-30"
 _ATOM = "ROCm/ATOM atom/model_ops/v4_kernels/fused_compress.py (ffdf3bb)"
 _ATOM_MAIN = "ROCm/ATOM atom/model_ops/v4_kernels/v4_quant.py (ffdf3bb)"
 _ROWS = (("rows",),)
@@ -68,7 +68,7 @@ _FP4_V41 = CacheFormat(
 _MXFP8_V41 = CacheFormat(
     name="mxfp8_v41_window",
     summary="V4.1 window rows: FP8 over all 512 channels in blocks of 32; floor on amax",
-    source="FlashMLA V41_FP8Sparse, vLLM and SGLang for V4.1",
+    source="FlashMLA V41_FP8Sparse, vLLM for V4.1",
     channels=(Channels("values", E4M3, scale=ScaleRule(Scale.POW2_BYTE, 32, _AMAX_FLOOR)),),
     sections=_TWO_SECTIONS,
     head_dim=_MAIN,
@@ -145,6 +145,20 @@ _FP8_INDEXER_FNUZ = replace(
     channels=(replace(_FP8_INDEXER.channels[0], element=E4M3FNUZ),),
 )
 
+
+def _via_fp4(form: CacheFormat, layout: str) -> CacheFormat:
+    """SGLang's FP8 pages of V4.1's compressed rows: the FP4 row's values, quantised again."""
+    return replace(
+        form,
+        name=f"{form.name}_via_{_FP4_V41_TIMES.name}",
+        summary=f"{form.summary}; of rows that went through {_FP4_V41_TIMES.name}",
+        source=f"SGLang 0.5.23 KVLayout.{layout}, compressed rows of V4.1: jit/csrc/deepseek_v4/c1.cuh",
+        through=_FP4_V41_TIMES,
+    )
+
+
+_MXFP8_SCALE_FLOOR = _floor_on_scale(_MXFP8_V41, "FlashMLA's test quantiser; SGLang 0.5.23 KVLayout.V41, window rows")
+_MXFP8_SCALE_FLOOR_NEW = _floor_on_scale(_interleaved(_MXFP8_V41), "SGLang 0.5.23 KVLayout.V41_NEW, window rows")
 _TWO_BUFFERS = CacheFormat(
     name="fp8_model1_two_buffers",
     summary="main rows in two buffers: 448 FP8 channels in blocks of 64, each scale twice; 64 RoPE channels in bf16",
@@ -180,13 +194,7 @@ _ALL = (
     _through(_FP4_V41),
     _FP8_MODEL1,
     _floor_on_scale(_FP8_MODEL1, "FlashMLA's test quantiser, vLLM on CPU and in CuTe-DSL"),
-    replace(
-        _FP8_MODEL1,
-        name="fp8_model1_via_fp4_v41",
-        summary=f"{_FP8_MODEL1.summary}; of rows that went through fp4_v41",
-        source="SGLang for V4.1 in V4's pages (sgl-project/sglang issue 38902)",
-        through=_FP4_V41,
-    ),
+    _via_fp4(_FP8_MODEL1, "V4"),
     _cleaned(_FP8_MODEL1, "vLLM 0.33 on gfx950"),
     _TWO_BUFFERS,
     replace(
@@ -253,7 +261,10 @@ _ALL = (
     _MXFP8_V41,
     _interleaved(_MXFP8_V41),
     _cleaned(_interleaved(_MXFP8_V41), "vLLM 0.33 on gfx950"),
-    _floor_on_scale(_MXFP8_V41, "FlashMLA's test quantiser"),
+    _MXFP8_SCALE_FLOOR,
+    _via_fp4(_MXFP8_SCALE_FLOOR, "V41"),
+    _MXFP8_SCALE_FLOOR_NEW,
+    _via_fp4(_MXFP8_SCALE_FLOOR_NEW, "V41_NEW"),
 )
 
 FORMATS: dict[str, CacheFormat] = {f.name: f for f in _ALL}

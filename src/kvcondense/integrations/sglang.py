@@ -1,8 +1,9 @@
 """SGLang's tensors of a DeepSeek-V4 compressor: rings with raw scores, its order of the ape, cache pages.
 
-Names and layouts: python/sglang/srt/mem_cache/deepseek_v4_compress_state.py (``CompressStatePool``),
-deepseek_v4_memory_pool.py and layers/attention/compressed/compressor.py (``get_raw_loc``). States and pages are shared,
-never copied. SGLang's chain rounds nothing before the cache: ``Rounding.FUSED``.
+As of 0.5.23. Names and layouts: sglang/srt/mem_cache/deepseek_v4_compress_state.py (``CompressStatePool``),
+deepseek_v4_memory_pool.py, srt/layers/attention/dsv4, kernels/ops/attention/dsv4/kv_layout.py (``KVLayout``). States
+and pages are shared, never copied. SGLang's chain rounds nothing before the cache for V4, ``Rounding.FUSED``; for V4.1
+it rounds as DeepSeek's code does, ``Rounding.REFERENCE``.
 """
 
 from __future__ import annotations
@@ -16,13 +17,23 @@ from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.state import StatePool
 from kvcondense.rope_table import RopeTable
 
+LAYOUTS = {
+    "v4": "fp8_model1_via_fp4_v41_times",
+    "v41": "mxfp8_v41_window_scale_floor_via_fp4_v41_times",
+    "v41_new": "mxfp8_v41_window_interleaved_scale_floor_via_fp4_v41_times",
+    "v41_fp4": "fp4_v41",
+    "v41_fp4_new": "fp4_v41_interleaved",
+}
+"""``KVLayout`` of V4.1's compressed rows -> format. FP8 pages hold what FP4 rows would give back."""
+
 
 def state(kv_score_buffer: torch.Tensor, ring_size: int, *, swa_page_size: int | None = None) -> StatePool:
     """``kv_score_buffer.kv_score`` [size, 2 N], fp32 or bf16, rows [kv | score] without ape.
 
     With ``swa_page_size``, a ring of ``ring_size`` rows for each page of that many positions, as SGLang finds a row:
-    swa_page * ring_size + position mod ring_size; else one for each request slot. A remainder of rows at the end (it
-    has some to spare) is left alone.
+    swa_page * ring_size + position mod ring_size; else one for each request slot, as V4.1's ratio 2 has them (of 2
+    rows, or the next power of two above drafts + 1). A remainder of rows at the end (it has some to spare) is left
+    alone.
     """
     require("kv_score_buffer", kv_score_buffer, torch.Tensor)
     if kv_score_buffer.dim() != 2 or not 1 <= ring_size <= kv_score_buffer.shape[0]:
@@ -37,8 +48,9 @@ def cache(
 ) -> PagedCache:
     """A layer's pages, uint8 [num_pages, bytes of a page], of ``page_rows`` compressed rows each.
 
-    Main rows are ``fp8_model1``; the indexer's are ``fp8_indexer_plain`` or ``mxfp4_indexer_ties_down``. ``head_dim``
-    is needed only where the format leaves it open. Raises ShapeError for pages of another size.
+    Main rows are ``fp8_model1``; the indexer's are ``fp8_indexer_plain`` or ``mxfp4_indexer_ties_down``. V4.1's layouts
+    have a format each, ``LAYOUTS``; block-split and interleaved pages may have one size, so name it. ``head_dim`` is
+    needed only where the format leaves it open. Raises ShapeError for pages of another size.
     """
     form = get_format(format)
     d = head_dim or form.head_dim

@@ -1,11 +1,11 @@
 """vLLM's tensors of a DeepSeek-V4 compressor: paged fp32 states, block tables, cache pages. Shared, never copied.
 
-As of 0.32 (whose C++ operators ``bench/peer_cpp.py`` compares with), and 0.33 where it is named. An indexer's keys are
-not rotated there, nor are its queries: ``CompressorSpec.indexer(..., rotate=False)``.
+As of 0.32 (whose C++ operators ``bench/peer_cpp.py`` compares with) and 0.33. An indexer's keys are not rotated there,
+nor are its queries: ``CompressorSpec.indexer(..., rotate=False)``.
 
 Names and layouts: vllm/models/deepseek_v4/compressor.py (``CompressorStateCache``, ``CompressorMetadata``) and
-common/ops/fused_compress_quant_cache.py. vLLM's chain rounds nothing before the cache for V4, ``Rounding.FUSED``, and
-the norm's result alone for V4.1, ``Rounding.LATENT``.
+common/ops/fused_compress_quant_cache.py, and the same files of deepseek_v41. vLLM's chain rounds nothing before the
+cache for V4, ``Rounding.FUSED``, and the norm's result alone for V4.1, ``Rounding.LATENT``.
 """
 
 from __future__ import annotations
@@ -34,12 +34,25 @@ def state(kv_cache: torch.Tensor, *, prefix_caching: bool = True) -> StatePool:
     vLLM stores the rows of all tokens. With ``prefix_caching`` so does a step here, since another request may go on
     from any block; without, only rows that the request itself can read again are written.
     """
+    return StatePool.wrap(_blocks(kv_cache), paged=True, keep_all=prefix_caching)
+
+
+def ring_state(kv_cache: torch.Tensor) -> StatePool:
+    """V4.1's ``CompressorStateCache.kv_cache`` of 0.33, fp32 [num_blocks, (1,) capacity, 2 N]: a ring for each request.
+
+    Row p mod capacity of a request's block holds [kv | score] of position p; V4.1 has no ape. capacity is max(8, next
+    power of two of drafts + 2). Ratio 1 has no state. vLLM keeps the last ``capacity`` rows of a step; here, those that
+    can be read again are kept.
+    """
+    return StatePool.wrap(_blocks(kv_cache), paged=False)
+
+
+def _blocks(kv_cache: torch.Tensor) -> torch.Tensor:
+    """fp32 states [num_blocks, rows, 2 N], without 0.33's head of one."""
     require("kv_cache", kv_cache, torch.Tensor)
     if kv_cache.dtype != torch.float32:
         raise DtypeError("kv_cache", "fp32 states", kv_cache.dtype)
-    if kv_cache.dim() == 4 and kv_cache.shape[1] == 1:
-        kv_cache = kv_cache[:, 0]
-    return StatePool.wrap(kv_cache, paged=True, keep_all=prefix_caching)
+    return kv_cache[:, 0] if kv_cache.dim() == 4 and kv_cache.shape[1] == 1 else kv_cache
 
 
 def cache(kv_cache: torch.Tensor, *, scale: torch.Tensor | None = None, format: str | None = None) -> PagedCache:
@@ -85,6 +98,34 @@ def batch(
         start_positions=starts,
         draft_rows=draft_rows,
         state_block_table=state_block_table,
+        slot_mapping=slot_mapping,
+    )
+
+
+def ring_batch(
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    block_table: torch.Tensor | None = None,
+    slot_mapping: torch.Tensor | None = None,
+    draft_rows: torch.Tensor | int = 0,
+) -> RaggedBatch:
+    """A step of V4.1: as ``batch``, with the states' block table [R, 1 or more], whose first column names the rings.
+
+    Block 0 is vLLM's null block: such requests (padding, dummies) are inert, neither read nor written. Without a block
+    table (ratio 1, which has no state) every request is live.
+    """
+    slots = None
+    if block_table is not None:
+        if block_table.dim() != 2 or block_table.shape[1] < 1:
+            raise ShapeError("block_table", "[R, at least 1]", list(block_table.shape))
+        ring = block_table[:, 0].to(torch.int64)
+        slots = torch.where(ring == 0, -1, ring)
+    return RaggedBatch.build(
+        query_start_loc,
+        start_positions=seq_lens.to(torch.int64) - query_start_loc.diff().to(torch.int64),
+        draft_rows=draft_rows,
+        state_slots=slots,
         slot_mapping=slot_mapping,
     )
 

@@ -42,9 +42,14 @@ def state_rows(
 
 
 def gather(
-    spec: CompressorSpec, plan: Plan, rows: torch.Tensor, state: StatePool | None, ape: torch.Tensor | None
+    spec: CompressorSpec,
+    plan: Plan,
+    rows: torch.Tensor,
+    state: StatePool | None,
+    ape: torch.Tensor | None,
+    stored: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Candidates of each window, oldest first: kv and score [E, W, d] each.
+    """Candidates of each window, oldest first: kv and score [E, W, d] each; ``stored``: all of them from the state.
 
     Candidate j of window c is position (c + 1) * r - W + j. It reads channels [0, d) if it lies before the window
     (overlap) and the last d channels if it lies in it. Positions below 0 are kv 0, score -inf.
@@ -55,21 +60,21 @@ def gather(
     position = (plan.window_index[:, None] + 1) * spec.ratio - spec.window + step  # [E, W]
     missing = position < 0
     start = batch.start_positions[request]
-    in_call = position >= start
+    in_call = (position >= start) & (not stored)
     token = torch.where(in_call, batch.query_start_loc[request] + position - start, 0)
     half = (step >= spec.window - spec.ratio).to(torch.int64) if spec.overlap else torch.zeros_like(step)
     parts = spec.state_dim // spec.width  # kv and score, or kv alone
     by_half = rows.view(rows.shape[0], parts, spec.halves, d)  # [T, parts, c, d]
     picked = by_half[token, :, half]  # [E, W, parts, d]
     if state is not None:
-        stored = ~in_call & ~missing
+        old_ones = ~in_call & ~missing
         # Lanes that read nothing from the state have no address: a table need not have a page for them. They take row
         # 0, which is dropped.
         address = torch.zeros_like(position)
-        address[stored] = state.layout.address(batch, request.expand_as(position)[stored], position[stored])
+        address[old_ones] = state.layout.address(batch, request.expand_as(position)[old_ones], position[old_ones])
         old = state.take(address).unflatten(2, (parts, spec.halves, d))  # [E, W, parts, c, d]
         old = old[:, torch.arange(spec.window, device=half.device), :, half].transpose(0, 1).to(rows.dtype)
-        picked = torch.where(stored[:, :, None, None], old, picked)
+        picked = torch.where(old_ones[:, :, None, None], old, picked)
     kv = torch.where(missing[:, :, None], 0.0, picked[:, :, 0])
     raw = state is not None and state.layout.raw_scores
     score = torch.where(missing[:, :, None], float("-inf"), _scores(spec, picked, position, half, ape, raw))

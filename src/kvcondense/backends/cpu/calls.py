@@ -63,7 +63,7 @@ def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = T
         kv_score = kv_score.contiguous()
     layer, work = _layer(step), _work(plan)
     count = plan.window_request.shape[0] if windows else 0
-    kept = plan.keep_token.shape[0] if keeps and state is not None else 0
+    kept = plan.keep_token.shape[0] if keeps and state is not None and not step.stored else 0
     requests = plan.batch.start_positions.shape[0] if keeps and type(state) is OnlineState else 0
     plain = kv_score.dtype is _FP32 and (state is None or state.dtype is _FP32)
     staged = 0 if plain else min(_STAGE_CHANNELS, spec.head_dim)
@@ -75,6 +75,7 @@ def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = T
     call.kv_score, call.kv_stride = kv_score.data_ptr(), kv_score.stride(0) * kv_score.itemsize
     call.kv_kind = KINDS[kv_score.dtype]
     call.rows, call.latent = step.rows.data_ptr(), 0 if step.latent is None else step.latent.data_ptr()
+    call.stored = step.stored
     call.store, call.windows, call.requests, call.keeps = store, count, requests, kept
     call.blocks, call.chunk = blocks, chunk
     block = call.pack()

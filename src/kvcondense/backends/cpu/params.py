@@ -136,6 +136,7 @@ class Call(Block):
     kv_kind: int  # FP32, BF16 or FP16
     rows: int  # fp32 [E, d]
     latent: int  # fp32 [E, d]; 0: not asked for
+    stored: int  # 1: all tokens are read from the state
     store: int  # 1: rows go to the cache, if there is one
     windows: int
     requests: int  # whose online state is left open

@@ -74,7 +74,7 @@ class TritonBackend:
         """Do the step. A cache in validation mode is encoded by its format, so that nothing is written if it raises."""
         if step.cache is not None and step.cache.strict:
             _run_strict(step, step.cache, self.choice)
-        elif step.plan.overwrites and not isinstance(step.state, OnlineState):
+        elif step.plan.overwrites and not step.stored and not isinstance(step.state, OnlineState):
             # A kept row takes the place of one that a window of this step still reads.
             _run(step, self.choice, cache=step.cache, keeps=False)
             _run(step, self.choice, cache=step.cache, windows=False)
@@ -150,7 +150,7 @@ def _run(
     count = plan.num_windows if windows else 0
     online = isinstance(state, OnlineState)
     kept = 0
-    if keeps and state is not None:
+    if keeps and state is not None and not step.stored:
         kept = plan.batch.start_positions.shape[0] if online else plan.keep_token.shape[0]
     if count == 0 and kept == 0:
         return
@@ -165,6 +165,7 @@ def _run(
         step.latent is not None,
         choice,
         unroll=1 if interpreted() else UNROLL,
+        stored=step.stored,
     )
     launch(step, cache, c, count, kept, choice.num_warps)
 

@@ -34,7 +34,7 @@ class Constants:
     state_rows: rows of a ring, a page or a draft log; page_tokens: positions that share a page; strides in elements,
     state_multiple: a power of two that divides them, so that rows begin where 16 bytes do.
     window_padded, window_levels: the window as a power of two, and its logarithm; ratio_levels: the ratio's. splits:
-    partial sums that make a value of kv_score; 0: it is one.
+    partial sums that make a value of kv_score; 0: it is one. stored: all tokens are read from the state.
     """
 
     ratio: int
@@ -75,6 +75,7 @@ class Constants:
     hardware_cast: bool
     unroll: int
     splits: int
+    stored: bool = False
 
     @property
     def value(self) -> Constants:
@@ -104,6 +105,7 @@ def constants(
     choice: Choice,
     unroll: int = UNROLL,
     splits: int = 0,
+    stored: bool = False,
 ) -> Constants:
     """The record for these; ``state`` as ``state_key`` has it, ``page_rows`` of the cache."""
     # Without counters a launch of its own finishes windows; who writes back an online state then has to be one program.
@@ -148,6 +150,7 @@ def constants(
         hardware_cast=choice.hardware_cast,
         unroll=unroll,
         splits=splits,
+        stored=stored,
     )
 
 

@@ -53,6 +53,8 @@ def candidates(call, q, begin, end, current, table, zero):
     biased = gate and not call.layer.state_raw
     late = width - spec.head_dim
     start = call.plan.start[q]
+    if call.stored:
+        start = end
     first_token = call.plan.query_start[q] - start
     kv_score, stride = call.kv_score, call.kv_stride
     ape = call.layer.ape

@@ -88,7 +88,10 @@ def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, sta
     APE: tl.constexpr = c.value.has_ape
     STATE: tl.constexpr = c.value.has_state
     RAW: tl.constexpr = c.value.raw_scores
+    STORED: tl.constexpr = c.value.stored
     start = tl.load(start_positions + q)
+    if STORED:
+        start = start * 0 + (index + 1) * R  # none of the tokens is this step's
     first_token = tl.load(query_start_loc + q) - start
     begin = (index + 1) * R - W
     j = tl.arange(0, PADDED)
