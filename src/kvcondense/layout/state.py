@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcondense.errors import DtypeError, KvCondenseError, RangeError, ShapeError, StateMismatchError, require
+from kvcondense.errors import (
+    DeviceError,
+    DtypeError,
+    KvCondenseError,
+    RangeError,
+    ShapeError,
+    StateMismatchError,
+    require,
+)
 from kvcondense.layout.addresses import PagedLayout, RingLayout, live_starts
 from kvcondense.layout.batch import RaggedBatch, spread
 from kvcondense.layout.memory import check_written
@@ -41,7 +49,8 @@ def check_fork(source: torch.Tensor, target: torch.Tensor) -> None:
 class StatePool:
     """State rows of many requests: ``data`` [num_rows, state_dim], fp32 by default, and how to address them.
 
-    Or [blocks, block_rows, state_dim], slots or pages at any stride (``wrap``).
+    Or [blocks, block_rows, state_dim], slots or pages at any stride (``wrap``). With ``score``, a second tensor of the
+    same shape, type and strides, ``data`` holds kv alone [.., N], and ``score`` the rest of each row.
 
     ``tags`` [num_rows] int64 holds the absolute position stored in each row (-1: nothing, -2: a step that was broken
     off has begun to write it). It lets the host check,
@@ -56,6 +65,7 @@ class StatePool:
     data: torch.Tensor
     layout: RingLayout | PagedLayout
     tags: torch.Tensor | None = None
+    score: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.check_memory()
@@ -70,10 +80,22 @@ class StatePool:
         if self.data.dtype not in STATE_DTYPES:
             raise DtypeError("state data", "fp32, bf16 or fp64", self.data.dtype)
         check_written("state data", self.data)
+        if self.score is not None:
+            self._check_score(self.score)
         if self.tags is not None and (
             self.tags.shape != (rows,) or self.tags.dtype != torch.int64 or self.tags.is_meta
         ):
             raise ShapeError("state tags", f"int64 [{self.layout.num_rows}]", f"{self.tags.dtype} {self.tags.shape}")
+
+    def _check_score(self, score: torch.Tensor) -> None:
+        if score.dtype != self.data.dtype:
+            raise DtypeError("state score", f"{self.data.dtype} as the state data", score.dtype)
+        if score.device != self.data.device:
+            raise DeviceError("state score", f"device {self.data.device}", score.device)
+        if score.shape != self.data.shape or score.stride() != self.data.stride():
+            wanted = f"shape {list(self.data.shape)}, strides {list(self.data.stride())} as the state data"
+            raise ShapeError("state score", wanted, f"{list(score.shape)}, {list(score.stride())}")
+        check_written("state score", score)
 
     @classmethod
     def ring(
@@ -110,14 +132,16 @@ class StatePool:
         rows: torch.Tensor,
         *,
         paged: bool,
+        score: torch.Tensor | None = None,
         page_tokens: int = 0,
         keep_all: bool = False,
         raw_scores: bool = False,
     ) -> StatePool:
         """An engine's own tensor [slots or pages, rows, state_dim], read and written in place; blocks at any stride.
 
-        The other arguments are those of ``PagedLayout`` and ``RingLayout``. There are no tags, since others
-        may write these rows, too.
+        ``score``: where an engine has kv and scores in two tensors [.., N] of one shape and layout. The other
+        arguments are those of ``PagedLayout`` and ``RingLayout``. There are no tags, since others may write these
+        rows, too.
         """
         if not isinstance(rows, torch.Tensor) or rows.dim() != 3:
             raise ShapeError("rows", "[blocks, block_rows, state_dim]", getattr(rows, "shape", type(rows).__name__))
@@ -125,7 +149,7 @@ class StatePool:
             raise KvCondenseError("paged", "True (page_tokens and keep_all are of pages)", "False")
         blocks, each = rows.shape[:2]
         layout = PagedLayout(blocks, each, page_tokens, keep_all, raw_scores) if paged else None
-        return cls(rows, layout or RingLayout(blocks, each, raw_scores))
+        return cls(rows, layout or RingLayout(blocks, each, raw_scores), score=score)
 
     @classmethod
     def _new(
@@ -153,20 +177,27 @@ class StatePool:
     @property
     def state_dim(self) -> int:
         """Channels of a row."""
-        return self.data.shape[-1]
+        return sum(t.shape[-1] for t in self.memory)
 
     @property
     def blocks(self) -> torch.Tensor:
-        """View [slots or pages, rows of each, state_dim]."""
-        return self.data if self.data.dim() == 3 else self.data.unflatten(0, (-1, self.layout.block_rows))
+        """View [slots or pages, rows of each, channels of ``data``]."""
+        return self._in_blocks(self.data)
+
+    def _in_blocks(self, t: torch.Tensor) -> torch.Tensor:
+        return t if t.dim() == 3 else t.unflatten(0, (-1, self.layout.block_rows))
 
     def take(self, row: torch.Tensor) -> torch.Tensor:
         """Rows by number (``PagedLayout.address``), of any shape: [..., state_dim], a copy."""
-        return self.data[row] if self.data.dim() == 2 else self.data[self._split(row)]
+        at = row if self.data.dim() == 2 else self._split(row)
+        parts = [t[at] for t in self.memory]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def put(self, row: torch.Tensor, values: torch.Tensor) -> None:
         """Write rows by number."""
-        self.data[row if self.data.dim() == 2 else self._split(row)] = values
+        at = row if self.data.dim() == 2 else self._split(row)
+        for t, part in zip(self.memory, values.split(self.data.shape[-1], dim=-1), strict=True):
+            t[at] = part
 
     def _split(self, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return row // self.layout.block_rows, row % self.layout.block_rows
@@ -178,7 +209,8 @@ class StatePool:
         Mutates data and tags. Raises RangeError for a slot or page that the pool lacks.
         """
         index = self._index("slots", slots)
-        self.blocks[index] = float("nan")
+        for t in self.memory:
+            self._in_blocks(t)[index] = float("nan")
         if self.tags is not None:
             self.tags.view(-1, self.layout.block_rows)[index] = -1
 
@@ -190,7 +222,8 @@ class StatePool:
         """
         old, new = self._index("source", source), self._index("target", target)
         check_fork(old, new)
-        self.blocks[new] = self.blocks[old]
+        for t in self.memory:
+            self._in_blocks(t)[new] = self._in_blocks(t)[old]
         if self.tags is not None:
             tags = self.tags.view(-1, self.layout.block_rows)
             tags[new] = tags[old]
@@ -202,12 +235,12 @@ class StatePool:
     @property
     def memory(self) -> tuple[torch.Tensor, ...]:
         """What a step writes."""
-        return (self.data,)
+        return (self.data,) if self.score is None else (self.data, self.score)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The same by name."""
-        return {"state": self.data}
+        return dict(zip(("state", "state score"), self.memory, strict=False))
 
     def check_continues(self, spec: CompressorSpec, batch: RaggedBatch, reads: Reads) -> None:
         """Raise StateMismatchError unless every stored row that ``batch`` may read holds the position it should."""

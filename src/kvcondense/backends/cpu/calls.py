@@ -106,12 +106,14 @@ def _layer(step: Step) -> _Kept:
     layer = params.Layer()
     layer.spec, layer.format = address(rule), 0 if form is None else address(form)
     layer.ape, layer.gamma, layer.cos, layer.sin = (0 if t is None else t.data_ptr() for t in (ape, gamma, cos, sin))
-    layer.state, layer.state_stride, layer.state_page_stride = 0, 0, 0
+    layer.state, layer.state_stride, layer.state_page_stride, layer.state_score = 0, 0, 0, 0
     layer.state_kind, layer.state_raw = params.FP32, type(state) is StatePool and state.layout.raw_scores
     if data is not None:
         size, each = data.itemsize, state.layout.log_rows if online else 1
         layer.state, layer.state_kind = data.data_ptr(), KINDS[data.dtype]
         layer.state_stride, layer.state_page_stride = data.stride(-2) * size, data.stride(0) * each * size
+        score = state.score if type(state) is StatePool else None
+        layer.state_score = step.spec.width * size if score is None else score.data_ptr() - data.data_ptr()
     layer.acc, layer.folded = (state.acc.data_ptr(), state.folded.data_ptr()) if online else (0, 0)
     layer.cache, layer.page_stride = (0, 0) if cache is None else (cache.data.data_ptr(), cache.data.stride(0))
     layer.scales, layer.scales_stride = (0, 0) if scales is None else (scales.data_ptr(), 4 * scales.stride(0))

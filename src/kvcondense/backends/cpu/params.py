@@ -92,6 +92,7 @@ class Layer(Block):
     state: int  # rows of the state, or of the draft log of an online state
     state_stride: int  # bytes from row to row
     state_page_stride: int  # bytes from slot to slot or page to page
+    state_score: int  # bytes from the kv of a row to its score; they may lie in two tensors
     state_kind: int  # FP32 or BF16
     state_raw: int  # 1: stored scores lack the ape
     acc: int  # online state: fp32 [slots, 3, d]; 0: rows

@@ -24,6 +24,7 @@ from kvcondense.backends.triton.runtime import (
     next_launch,
     on_device,
     rope_operands,
+    state_rows,
     state_table,
     why_no_device,
 )
@@ -195,7 +196,7 @@ def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept:
             )  # fmt: skip
             return
         table, stride = state_table(batch, state)
-        data = None if state is None else state.data
+        data = state_rows(state)
         condense_kernel[(programs + kept,)](
             *head, table, data, *windows, plan.keep_token, plan.keep_position, plan.keep_row, *stored,
             programs, kv_score.stride(0), stride, page_stride, scales_stride, number, **options,

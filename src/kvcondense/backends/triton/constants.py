@@ -31,10 +31,11 @@ class Constants:
     """Compile-time arguments; equal ones are one object (``constants``), so that looking a kernel up is quick.
 
     block: channels of a program, blocks: programs per window, counters: whether the last of them finishes it.
-    state_rows: rows of a ring, a page or a draft log; page_tokens: positions that share a page; strides in elements,
-    state_multiple: a power of two that divides them, so that rows begin where 16 bytes do.
-    window_padded, window_levels: the window as a power of two, and its logarithm; ratio_levels: the ratio's. splits:
-    partial sums that make a value of kv_score; 0: it is one. stored: all tokens are read from the state.
+    state_rows: rows of a ring, a page or a draft log; page_tokens: positions that share a page; state_apart: kv and
+    scores are two tensors; strides in elements, state_multiple: a power of two that divides them, so that rows begin
+    where 16 bytes do. window_padded, window_levels: the window as a power of two, and its logarithm; ratio_levels: the
+    ratio's. splits: partial sums that make a value of kv_score; 0: it is one. stored: all tokens are read from the
+    state.
     """
 
     ratio: int
@@ -64,6 +65,7 @@ class Constants:
     state_rows: int
     state_bf16: bool
     page_tokens: int
+    state_apart: bool
     state_stride: int
     state_page_stride: int
     state_multiple: int
@@ -93,6 +95,7 @@ class StateKey(NamedTuple):
     page_stride: int = 0
     page_tokens: int = 0
     raw_scores: bool = False
+    apart: bool = False
 
 
 @functools.lru_cache(maxsize=1024)
@@ -139,6 +142,7 @@ def constants(
         state_rows=state.rows,
         state_bf16=state.bf16,
         page_tokens=state.page_tokens,
+        state_apart=state.apart,
         state_stride=state.stride,
         state_page_stride=state.page_stride,
         state_multiple=math.gcd(state.stride, state.page_stride, _MULTIPLE),
@@ -170,4 +174,5 @@ def state_key(state: StatePool | OnlineState | None) -> StateKey:
         page_stride=state.blocks.stride(0),
         page_tokens=state.layout.page_tokens if isinstance(state.layout, PagedLayout) else 0,
         raw_scores=state.layout.raw_scores,
+        apart=state.score is not None,
     )

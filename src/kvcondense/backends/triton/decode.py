@@ -25,6 +25,7 @@ from kvcondense.backends.triton.runtime import (
     next_launch,
     on_device,
     rope_operands,
+    state_rows,
     state_table,
 )
 from kvcondense.backends.triton.tuning import Choice
@@ -137,7 +138,7 @@ def _arguments(step: Step, x: torch.Tensor, w: torch.Tensor) -> tuple[tuple[Any,
     w = w if w.stride(1) == 1 else w.contiguous()
     partials = torch.empty(count, x.shape[0], spec.projected, dtype=torch.float32, device=x.device)
     table, stride = state_table(batch, state)
-    data = None if state is None else state.data
+    data = state_rows(state)
     stored, scales, page_stride, scales_stride = cache_operands(cache)
     return (
         (w, partials, w.stride(0), partials.stride(0)),

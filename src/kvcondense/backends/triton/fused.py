@@ -20,6 +20,7 @@ from kvcondense.backends.triton.runtime import (
     interpreted,
     on_device,
     rope_operands,
+    state_rows,
     state_table,
     why_no_device,
 )
@@ -116,7 +117,7 @@ def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
     products = _products(x, c)
     options = {"c": c, "num_warps": _WARPS, "enable_fp_fusion": False}
     x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (x, w))
-    ape, data = None if step.ape is None else fp32(step.ape), None if state is None else state.data
+    ape, data = None if step.ape is None else fp32(step.ape), state_rows(state)
     hidden, windows, keeps = x.shape[1], plan.num_windows, plan.keep_token.shape[0]
     group = TILE // spec.ratio
     with on_device(x.device), proxy_fence():

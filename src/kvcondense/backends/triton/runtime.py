@@ -100,6 +100,13 @@ def rope_operands(step: Step) -> tuple[torch.Tensor | None, torch.Tensor | None]
     return (None, None) if step.rope is None else (fp32(step.rope.cos), fp32(step.rope.sin))
 
 
+def state_rows(state: StatePool | None) -> Any:
+    """The state's rows as kernels take them: a tensor, or kv and scores."""
+    if state is None or state.score is None:
+        return None if state is None else state.data
+    return state.data, state.score
+
+
 def state_table(batch: RaggedBatch, state: StatePool | OnlineState | None) -> tuple[torch.Tensor | None, int]:
     """Slots or pages by request, and the stride from one request to the next."""
     if isinstance(state, StatePool) and isinstance(state.layout, PagedLayout):

@@ -69,7 +69,7 @@ def candidates(call, q, begin, end, current, table, zero):
             score = kv + size * width
         else:
             kv = state_row(call, q, position) + state_size * channel
-            score = kv + state_size * width
+            score = kv + call.layer.state_score
             if biased:  # a stored score has its ape
                 bias = zero
         candidate = table[position - begin]
@@ -132,11 +132,12 @@ def keep(call, k):
     if gate:
         position = call.plan.keep_position[k]
         bias = ape + 4 * width * (position % spec.ratio)
+        target += call.layer.state_score
         for c in range(0, width, LANES):
             z = load_as(kind, source, width + c)
             if bias_wanted:
                 z = z + load(bias + 4 * c)
-            _put(target, width + c, z, narrow)
+            _put(target, c, z, narrow)
 
 
 @inlined

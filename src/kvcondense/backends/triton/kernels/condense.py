@@ -12,7 +12,7 @@ import triton.language as tl
 from kvcondense.backends.triton.kernels.arrive import last_of
 from kvcondense.backends.triton.kernels.bits import bf16_bits
 from kvcondense.backends.triton.kernels.encode import put
-from kvcondense.backends.triton.kernels.pool import pool, row_offset, summed
+from kvcondense.backends.triton.kernels.pool import pool, row_offset, scores_of, summed, values_of
 from kvcondense.backends.triton.kernels.row import hadamard, rms_norm, rope
 
 
@@ -57,13 +57,15 @@ def keep(k, kv_score, ape, keep_token, keep_position, keep_row, state, kv_stride
     if token >= 0:
         channel = tl.arange(0, N)
         source = kv_score + token * kv_stride + channel
-        target = state + row_offset(tl.load(keep_row + k), c) + channel
-        store_as_state(target, tl.where(sound, summed(source, None, None, split_stride, c), float("nan")), c)
+        offset = row_offset(tl.load(keep_row + k), c) + channel
+        store_as_state(
+            values_of(state, c) + offset, tl.where(sound, summed(source, None, None, split_stride, c), float("nan")), c
+        )
         if GATE:
             z = summed(source + N, None, None, split_stride, c)
             if APE and not RAW:
                 z += tl.load(ape + (tl.load(keep_position + k) % R) * N + channel)
-            store_as_state(target + N, tl.where(sound, z, float("nan")), c)
+            store_as_state(scores_of(state, c) + offset, tl.where(sound, z, float("nan")), c)
 
 
 @triton.jit

@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 
 from kvcondense.backends.triton.kernels.bits import bf16_bits
-from kvcondense.backends.triton.kernels.pool import as_stored, biases, row_offset, state_row, tile
+from kvcondense.backends.triton.kernels.pool import (
+    as_stored,
+    biases,
+    row_offset,
+    scores_of,
+    state_row,
+    tile,
+    values_of,
+)
 
 
 @triton.jit
@@ -51,7 +59,6 @@ def project_tile(x, w, token, live, column, hidden, x_stride, w_stride,
 def with_state(kv, z, q, position, start, half, channel, known, ape, state_table, state, table_stride,
                c: tl.constexpr):  # fmt: skip
     """What windows pool: projected tokens with their bias, stored ones before ``start``; -inf where there is none."""
-    N: tl.constexpr = c.value.width
     GATE: tl.constexpr = c.value.has_gate
     APE: tl.constexpr = c.value.has_ape
     STATE: tl.constexpr = c.value.has_state
@@ -68,9 +75,9 @@ def with_state(kv, z, q, position, start, half, channel, known, ape, state_table
     if STATE:
         stored = valid & (position < start)
         row = state_row(position, stored, q, state_table, table_stride, c) + half
-        kv = tl.where(stored[:, None], tile(state, row, channel, stored), kv)
+        kv = tl.where(stored[:, None], tile(values_of(state, c), row, channel, stored), kv)
         if GATE:
-            z = tl.where(stored[:, None], tile(state, row + N, channel, stored), z)
+            z = tl.where(stored[:, None], tile(scores_of(state, c), row, channel, stored), z)
     if RAW and GATE and APE:
         z += biases(ape, position, half, channel, valid, c)
     return kv, tl.where(valid[:, None], z, float("-inf"))
@@ -187,10 +194,11 @@ def project_keep_kernel(
     if GATE and APE and not RAW:
         z += biases(ape, tl.load(keep_position + entry), 0, channel, kept, c)
     row = tl.where(kept, tl.load(keep_row + entry), 0)
-    target = state + row_offset(row, c)[:, None] + channel[None, :]
+    offset = row_offset(row, c)[:, None] + channel[None, :]
+    target = values_of(state, c)
     if ROUND:  # rounded before the cast, which therefore is exact
         kv = bf16_bits(kv).to(tl.float32, bitcast=True)
         z = bf16_bits(z).to(tl.float32, bitcast=True)
-    tl.store(target, kv.to(state.dtype.element_ty), mask=kept[:, None])
+    tl.store(target + offset, kv.to(target.dtype.element_ty), mask=kept[:, None])
     if GATE:
-        tl.store(target + N, z.to(state.dtype.element_ty), mask=kept[:, None])
+        tl.store(scores_of(state, c) + offset, z.to(target.dtype.element_ty), mask=kept[:, None])

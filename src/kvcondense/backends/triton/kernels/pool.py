@@ -37,6 +37,29 @@ def row_offset(row, c: tl.constexpr):
 
 
 @triton.jit
+def values_of(state, c: tl.constexpr):
+    """Where kv of the state's rows begins."""
+    APART: tl.constexpr = c.value.state_apart
+    if APART:
+        pointer = state[0]
+    else:
+        pointer = state
+    return pointer
+
+
+@triton.jit
+def scores_of(state, c: tl.constexpr):
+    """Where their scores begin."""
+    APART: tl.constexpr = c.value.state_apart
+    N: tl.constexpr = c.value.width
+    if APART:
+        pointer = state[1]
+    else:
+        pointer = state + N
+    return pointer
+
+
+@triton.jit
 def as_stored(x, c: tl.constexpr):
     """Values as they would come back from the state."""
     ROUND: tl.constexpr = c.value.state_bf16
@@ -115,9 +138,9 @@ def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, sta
         if (begin < start) & (start > 0):
             stored = valid & (position < start)
             row = state_row(position, stored, q, state_table, table_stride, c) + half
-            kv = tl.where(stored[:, None], tile(state, row, channel, stored), kv)
+            kv = tl.where(stored[:, None], tile(values_of(state, c), row, channel, stored), kv)
             if GATE:
-                z = tl.where(stored[:, None], tile(state, row + N, channel, stored), z)
+                z = tl.where(stored[:, None], tile(scores_of(state, c), row, channel, stored), z)
     if RAW and GATE and APE:
         z += biases(ape, position, half, channel, valid, c)
     z = tl.where(valid[:, None], z, float("-inf"))
