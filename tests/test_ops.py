@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from kvcondense import KvCondenseError, PagedCache, RaggedBatch, StatePool, condense, ops
+from kvcondense import (
+    CompressorSpec,
+    KvCondenseError,
+    ModelConfig,
+    PagedCache,
+    RaggedBatch,
+    RopeTable,
+    StatePool,
+    condense,
+    ops,
+)
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
 from machine import SPECS, rope, tokens, weights
@@ -14,7 +24,9 @@ def setup(kind, form="bf16"):
     state = OnlineState.allocate(spec, 3, 3) if kind == "online" else StatePool.ring(spec, 3, 16)
     if kind == "none":
         state = None
-    for memory in () if state is None else (state.acc, state.log) if kind == "online" else (state.data,):
+    elif kind == "two tensors":
+        state = StatePool.wrap(torch.zeros(3, 16, spec.width), score=torch.zeros(3, 16, spec.width), paged=False)
+    for memory in () if state is None else (state.acc, state.log) if kind == "online" else state.memory:
         memory.zero_()
     scale = 0.1 if form == "fp8_tensor" else None
     cache = PagedCache.allocate(spec.head_dim, 2, 64, format=form, tensor_scale=scale)
@@ -36,13 +48,29 @@ def bound(kind, impl, form="bf16", latent=False):
 def memory(layer):
     layer = layer.bound
     state = layer.state
-    held = [] if state is None else [state.acc[[0, 2]], state.folded[[0, 2]]] if layer.spec.ratio == 8 else [state.data]
+    held = (
+        [] if state is None else [state.acc[[0, 2]], state.folded[[0, 2]]] if layer.spec.ratio == 8 else [*state.memory]
+    )
     return [*held, layer.cache.data]
+
+
+@pytest.mark.parametrize("impl", ["triton", "cpu", "reference"])
+def test_pages_in_two_buffers(impl):
+    spec = CompressorSpec.csa(ModelConfig.FLASH)
+    x, table = tokens(spec, 12), RopeTable.build(ModelConfig.FLASH, 16)
+    batch = RaggedBatch.build([0, 12], start_positions=[0], block_table=[[1]])
+    caches = [PagedCache.allocate(512, 2, 4, format="fp8_model1_two_buffers") for _ in range(2)]
+    condense(spec, x, weights(spec), table, batch, cache=caches[0], impl=impl)
+    layer = ops.bind(spec, weights(spec), table, cache=caches[1], impl=impl)
+    layer(x, layer.bound.plan(batch))
+    for a, b in zip(*(cache.memory for cache in caches), strict=True):
+        assert bool(a.any())
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("form", ["bf16", "fp8_tensor"])
 @pytest.mark.parametrize("impl", ["triton", "cpu", "reference"])
-@pytest.mark.parametrize("kind", ["ring", "online", "none"])
+@pytest.mark.parametrize("kind", ["ring", "two tensors", "online", "none"])
 def test_a_bound_layer_does_what_condense_does(kind, impl, form):
     spec, state, cache, plan = setup(kind, form)
     x = tokens(spec, 40)
@@ -54,7 +82,7 @@ def test_a_bound_layer_does_what_condense_does(kind, impl, form):
     assert rows.abs().sum() > 0
     assert torch.equal(rows, expected.values)
     assert torch.equal(latent, expected.latent)
-    held = [] if state is None else [state.acc[[0, 2]], state.folded[[0, 2]]] if kind == "online" else [state.data]
+    held = [] if state is None else [state.acc[[0, 2]], state.folded[[0, 2]]] if kind == "online" else [*state.memory]
     for a, b in zip(memory(layer), [*held, cache.data], strict=True):
         assert torch.equal(a, b)
 

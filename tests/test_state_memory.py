@@ -18,11 +18,20 @@ STEPS = [([9, 3], 0, None), ([1, 30], 0, None), ([4, 4], 3, 2), ([4, 4], 3, 1), 
 def memory(spec, kind, dtype):
     """A pool over a tensor with gaps between its blocks, and how requests find their pages (positions, or None)."""
     ring = spec.required_ring_rows(3)
-    each, page = {"raw ring": (ring, 0), "pages": (5, 5), "all kept": (5, 5), "page rings": (ring, 4 * ring)}[kind]
+    each, page = {
+        "raw ring": (ring, 0), "pages": (5, 5), "all kept": (5, 5), "page rings": (ring, 4 * ring),
+        "two rings": (ring, 0), "two sets of pages": (5, 5),
+    }[kind]  # fmt: skip
     pages = 60 if page else 4
+    options = {"paged": page > 0, "page_tokens": page, "keep_all": kind == "all kept"}
+    if kind.startswith("two") and spec.has_gate:
+        storage = torch.full((2, pages, each * spec.width + GAP), PATTERN, dtype=dtype)
+        kv, score = (
+            t.as_strided((pages, each, spec.width), (t.shape[1], spec.width, 1), t.storage_offset()) for t in storage
+        )
+        return StatePool.wrap(kv, score=score, **options), storage.flatten(0, 1), page
     storage = torch.full((pages, each * spec.state_dim + GAP), PATTERN, dtype=dtype)
     rows = storage.as_strided((pages, each, spec.state_dim), (storage.shape[1], spec.state_dim, 1))
-    options = {"paged": page > 0, "page_tokens": page, "keep_all": kind == "all kept"}
     return StatePool.wrap(rows, raw_scores=kind in ("raw ring", "page rings"), **options), storage, page
 
 
@@ -45,7 +54,7 @@ def drive(m):
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
-@pytest.mark.parametrize("kind", ["raw ring", "pages", "all kept", "page rings"])
+@pytest.mark.parametrize("kind", ["raw ring", "pages", "all kept", "page rings", "two rings", "two sets of pages"])
 @pytest.mark.parametrize("name", ["csa", "indexer", "r8", "r2", "gateless", "r2-overlap"])
 def test_rows_are_those_of_a_plain_ring(name, kind, impl):
     plain, _ = machine(name, None, "reference" if impl == "reference" else impl)
@@ -57,7 +66,7 @@ def test_rows_are_those_of_a_plain_ring(name, kind, impl):
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
-@pytest.mark.parametrize("kind", ["raw ring", "page rings"])
+@pytest.mark.parametrize("kind", ["raw ring", "page rings", "two rings"])
 def test_a_bf16_state_with_raw_scores_gives_a_split_the_same_bytes(kind, impl):
     a, _ = machine("csa", kind, impl, torch.bfloat16)
     b, _ = machine("csa", kind, impl, torch.bfloat16)

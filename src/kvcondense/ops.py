@@ -46,6 +46,7 @@ class _Static:
     page_rows: int
     strict: bool
     backend: str | Backend
+    apart: bool  # the state has its scores in a tensor of their own
 
 
 _statics: dict[str, _Static] = {}
@@ -102,7 +103,8 @@ def bind(
         raise KvCondenseError("state.tags", "None (steps of an operator do not keep tags)", "tags")
     layout = None if state is None else state.layout
     form, page_rows = (None, 0) if cache is None else (cache.format, cache.page_rows)
-    static = _Static(spec, layout, form, page_rows, cache is not None and cache.strict, impl)
+    apart = isinstance(state, StatePool) and state.score is not None
+    static = _Static(spec, layout, form, page_rows, cache is not None and cache.strict, impl, apart)
     key = _keys.setdefault(static, str(len(_keys)))
     _statics[key] = static
     return Operator(bound, key)
@@ -118,9 +120,9 @@ def _condense(
     overwrites: bool,
     latent: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """layer: gamma, ape, cos, sin; plan: the fields of a batch, then of a plan; memory: counters, state, cache, scales.
+    """layer: gamma, ape, cos, sin; plan: the fields of a batch, then of a plan; memory: counters, state, cache.
 
-    An empty tensor stands for one that is not there.
+    State and cache may be two tensors each. An empty tensor stands for one that is not there.
     """
     static = _statics[key]
     validate.tokens(static.spec, "kv_score", kv_score, plan[0].device)
@@ -174,12 +176,12 @@ def _step(
     if isinstance(layout, OnlineLayout):
         state = OnlineState(memory.pop(0), memory.pop(0), memory.pop(0), layout)
     elif layout is not None:
-        state = StatePool(memory.pop(0), layout)
+        state = StatePool(memory.pop(0), layout, score=memory.pop(0) if static.apart else None)
     cache = None
     if static.form is not None:
-        data = memory.pop(0)
-        scales = memory.pop(0) if memory else None
-        cache = PagedCache(data, static.form, spec.head_dim, static.page_rows, scales, static.strict)
+        data, beside = memory.pop(0), memory.pop(0) if memory else None
+        named = {"second" if static.form.second(spec.head_dim) else "scales": beside}
+        cache = PagedCache(data, static.form, spec.head_dim, static.page_rows, strict=static.strict, **named)
     rows = kv_score.new_empty(0, spec.head_dim)
     return Step(
         spec=spec,

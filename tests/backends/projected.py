@@ -34,8 +34,12 @@ def play(name, kind, chunks, way, dtype=torch.float32):
         state = StatePool.ring(spec, 3, spec.required_ring_rows(0), dtype=dtype)
     elif kind == "paged":
         state = StatePool.paged(spec, 160, 5, dtype=dtype)
+    elif kind == "two tensors":
+        kv, score = torch.zeros(2, 3, spec.required_ring_rows(0), spec.width, dtype=dtype)
+        state = StatePool.wrap(kv, score=score, paged=False)
     if state is not None:
-        state.data.fill_(0)
+        for t in state.memory:
+            t.fill_(0)
     cache = PagedCache.allocate(spec.head_dim, 200, 4, format="bf16")
     rows, at = ([], []), [0, 0]
     for chunk in chunks:
@@ -67,7 +71,7 @@ def play(name, kind, chunks, way, dtype=torch.float32):
         for i in range(2):
             rows[i].append(out[plan.window_request == i])
             at[i] += chunk[i]
-    held = None if state is None else state.data.float()
+    held = None if state is None else state.take(torch.arange(state.layout.num_rows)).float()
     return [torch.cat(r) for r in rows], cache.rows.clone(), held
 
 

@@ -37,7 +37,11 @@ def launches(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize(("name", "kind"), [(n, k) for n in NAMES for k in ("none", "ring", "paged") if (n, k) != LONG])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(n, k) for n in NAMES for k in ("none", "ring", "paged") if (n, k) != LONG]
+    + [("csa", "two tensors"), ("r8", "two tensors")],
+)
 def test_it_equals_projection_and_step(name, kind):
     ratio = SPECS[name].ratio
     chunks = [(2 * ratio + 1, 11)] if kind == "none" else [(ratio + 3, 9), (1, 7), (2 * ratio, 0), (5, ratio + 2)]
