@@ -38,6 +38,8 @@ _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Variant:
     """One step: which compressor, kind of state, types of tokens and state ("" for none), format and rows.
 
+    state: ring, paged, online, "apart" (a ring of kv and one of scores), or "filled" (pages that others have filled).
+
     form: "step", or from hidden states: "tiles", "decode", "together" (decode with the indexer's step) or "project",
     which is no step; or "plan", static plans, whose kernel serves all compressors. drafts: of a step, which rings have
     rows for; page_rows: of the cache. spec, beside: the compressor if it is not the one of that kind in ``specs``, and
@@ -116,9 +118,14 @@ def _variants() -> Iterator[Variant]:
         for tokens in ("bf16", "fp16"):
             yield Variant(kind, tokens=tokens, state_type="bf16", format="bf16")
         yield Variant(kind)
+        yield Variant(kind, "filled", format=main)
+        if spec.has_gate:
+            yield Variant(kind, "apart", format=main)
         for state, state_type in (("", "fp32"), ("ring", "fp32"), ("ring", "bf16"), ("paged", "fp32")):
             for form in ("tiles", "decode"):
                 yield Variant(kind, state, "bf16", state_type, main, form=form)
+                if spec.has_gate and state == "ring":
+                    yield Variant(kind, "apart", "bf16", state_type, main, form=form)
             if kind == "csa":
                 beside = Variant("indexer", state, "bf16", state_type, _MAIN["indexer"])
                 yield Variant(kind, state, "bf16", state_type, main, form="together", beside=beside)
@@ -209,15 +216,18 @@ def _step(variant: Variant) -> Step:
     dtype = _TYPES[variant.state_type]
     if variant.state == "online":
         state = OnlineState.allocate(spec, 1, _LOG_ROWS)
-    elif variant.state == "paged":
+    elif variant.state in ("paged", "filled"):
         state = StatePool.paged(spec, 3 * spec.ratio // _STATE_PAGE + 1, _STATE_PAGE, dtype=dtype)
+    elif variant.state == "apart":
+        kv, score = torch.zeros(2, 1, spec.required_ring_rows(variant.drafts), spec.width, dtype=dtype)
+        state = StatePool.wrap(kv, score=score, paged=False)
     elif variant.state:
         state = StatePool.ring(spec, 1, spec.required_ring_rows(variant.drafts), dtype=dtype)
     cache = None
     if variant.format:
         scale = 1.0 if FORMATS[variant.format].tensor_scale else None
         cache = PagedCache.allocate(spec.head_dim, 1, variant.page_rows, format=variant.format, tensor_scale=scale)
-    paged = variant.state == "paged"
+    paged = variant.state in ("paged", "filled")
     batch = RaggedBatch.build(
         [0, _TOKENS],
         start_positions=[3 * spec.ratio - 1],
@@ -238,4 +248,5 @@ def _step(variant: Variant) -> Step:
         cache=cache,
         rows=rows,
         latent=torch.zeros_like(rows) if variant.latent else None,
+        stored=variant.state == "filled",
     )
