@@ -95,6 +95,7 @@ _MODULES = {
     "cpu": "kvcondense.backends.cpu",
     "triton": "kvcondense.backends.triton",
     "reference": "kvcondense.backends.reference",
+    "pypto": "kvcondense.backends.pypto",
 }
 
 

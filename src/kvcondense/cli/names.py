@@ -9,7 +9,7 @@ from kvcondense.config import PRESETS
 
 MODELS = tuple(PRESETS)
 KINDS = ("hca", "csa", "indexer")
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "triton", "reference", "pypto")
 FORMATS = (
     "bf16", "fp32", "bf16_via_fp8_model1", "bf16_via_mxfp4_indexer", "bf16_via_fp4_v41", "fp8_model1",
     "fp8_model1_scale_floor", "fp8_model1_via_fp4_v41_times", "fp8_model1_clean", "fp8_model1_two_buffers",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvcondense.api import condense, project
-from kvcondense.backends import Backend
+from kvcondense.api import compress, condense, project
+from kvcondense.backends import Backend, get_backend
 from kvcondense.formats import CacheFormat
 from kvcondense.golden import pages
 from kvcondense.golden.compare import Comparator, Comparison, allclose, row_bounds, same_bytes
@@ -103,8 +103,12 @@ def run_reference(inputs: GoldenInputs) -> GoldenOutputs:
 
 
 def run_backend(inputs: GoldenInputs, impl: str | Backend) -> GoldenOutputs:
-    """The same through ``project`` and ``condense``: history in three ragged chunks, then one decode step."""
+    """The same through ``project`` and ``condense``: history in three ragged chunks, then one decode step.
+
+    A backend whose kernel projects (``from_hidden``) gets the hidden states, through ``compress``.
+    """
     spec, batch = inputs.spec, inputs.x.shape[0]
+    backend = get_backend(impl) if isinstance(impl, str) and impl != "auto" else impl
     weights = CompressorWeights.from_parts(inputs.wkv.t(), inputs.wgate.t(), inputs.ape, inputs.norm_w)
     rope = RopeTable(inputs.cos, inputs.sin)
     state = StatePool.ring(spec, batch)
@@ -124,8 +128,11 @@ def run_backend(inputs: GoldenInputs, impl: str | Backend) -> GoldenOutputs:
             block_table=[[b] for b in range(batch)],
             draft_rows=drafts,
         )
-        kv_score = project(spec, x, weights)
-        rows = condense(spec, kv_score, weights, rope, metadata, state=state, cache=cache, impl=impl)
+        if getattr(backend, "from_hidden", False):
+            rows = compress(spec, x, weights, rope, metadata, state=state, cache=cache, impl=impl)
+        else:
+            kv_score = project(spec, x, weights)
+            rows = condense(spec, kv_score, weights, rope, metadata, state=state, cache=cache, impl=impl)
         returned.update(zip(rows.slot.tolist(), rows.values, strict=True))
         if drafts:
             kv[rows.request, 0] = rows.values
