@@ -21,7 +21,7 @@ _TILE = 16
 
 @dataclass(frozen=True)
 class Token:
-    """What one request does in one call. base: its ring; window: the entry that the token ends (-1: none), slot: its row."""
+    """What one request does in one call. base: its ring; window: the entry that it ends (-1: none); slot: its row."""
 
     request: int
     token: int
