@@ -137,6 +137,9 @@ class Recorder:
         return self.result(name, a.shape, a.dtype)
 
     def cast(self, a, *, target_type):
+        if isinstance(a, int):
+            assert target_type is INDEX
+            return a
         assert {a.dtype, target_type} == {FP32, BF16}
         return self.result("cast", a.shape, target_type)
 
@@ -195,7 +198,7 @@ def language():
     vars(pl).update(
         FP32=FP32, BF16=BF16, INT32=INT32, INDEX=INDEX, Tensor=Tensor, Out=Direction("out"), InOut=Direction("inout"),
         Level=SimpleNamespace(CORE_GROUP="core group"), FunctionType=SimpleNamespace(Opaque="opaque"),
-        program=lambda cls: cls, function=lambda type: lambda f: f, recorded=made,
+        program=lambda cls: cls, inline=lambda f: f, function=lambda type: lambda f: f, recorded=made,
         add=lambda a, b: made.same("add", a, b), sub=lambda a, b: made.same("sub", a, b),
         mul=lambda a, b: made.same("mul", a, b), div=lambda a, b: made.same("div", a, b),
         maximum=lambda a, b: made.same("maximum", a, b), exp=lambda a: made.one("exp", a),

@@ -31,7 +31,7 @@ def where(spec, batch=16):
     found = [[-1] * batch for _ in range(5)]
     for b, p in enumerate((r + r // 2 - 1, r - 1, 5 * r - 1)):
         ends = (p + 1) % r == 0
-        column = (p, b * ring, max(0, spec.window - 1 - p), b * ring + p % ring, b if ends else -1)
+        column = (p, b * ring, max(0, spec.window - 1 - p) if ends else -1, b * ring + p % ring, b if ends else -1)
         for row, value in zip(found, column, strict=True):
             row[b] = value
     return found
@@ -99,7 +99,7 @@ def test_tokens_go_one_by_one_and_leave_what_the_plan_keeps(kind, monkeypatch):
                 continue
             z, n, d = rows[b].clone(), form.width, form.head_dim
             z[n:] += ape[p % form.ratio]
-            if (p + 1) % form.ratio == 0:
+            if begin >= 0:
                 found = [ring[base + q % form.ring_rows] for q in range(p - form.window + 1 + begin, p)] + [z]
                 late = [0 if form.overlap and j < form.ratio else n - d for j in range(begin, form.window)]
                 kv = torch.stack([t[h : h + d] for t, h in zip(found, late, strict=True)])

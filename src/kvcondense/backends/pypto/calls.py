@@ -97,13 +97,14 @@ def _call(
         cache_rows=cache.shape[0],
     )
     where = torch.full((5, batch), -1, dtype=torch.int32)
-    where[BASE:KEPT] = 0
+    where[BASE] = 0
     rows = source.new_zeros(batch, source.shape[1])
     cos, sin = torch.zeros(2, batch, spec.rope_dim // 2)
     for b, t in enumerate(tokens):
         rows[b] = source[t.token]
         where[POSITION, b], where[BASE, b] = t.position, t.base
-        where[BEGIN, b] = max(0, spec.window - 1 - t.position)
+        if (t.position + 1) % spec.ratio == 0:
+            where[BEGIN, b] = max(0, spec.window - 1 - t.position)
         where[KEPT, b], where[SLOT, b] = t.base + t.position % form.ring_rows, t.slot
         if t.window >= 0 and step.rope is not None:
             position = t.position // spec.ratio * spec.ratio

@@ -12,8 +12,8 @@ from typing import Any
 LOWEST = -3.4028234663852886e38
 """Where the running maximum begins: from -inf, exp(m - m) would be NaN."""
 POSITION, BASE, BEGIN, KEPT, SLOT = range(5)
-"""Rows of ``where`` [5, batch] int32: position (-1: nobody), first row of the ring, first candidate that exists, state
-row that takes the token (-1: none), cache row that takes the window's row (-1: none)."""
+"""Rows of ``where`` [5, batch] int32: position (-1: nobody), first row of the ring, first candidate of the window that
+ends (-1: none does), state row that takes the token (-1: none), cache row that takes the window's row (-1: none)."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,41 @@ def program(form: Form) -> Any:
     W, R, RING = form.window, form.ratio, form.ring_rows  # noqa: N806
     ROWS, SLOTS, ROPE, HALF = form.state_rows, form.cache_rows, form.rope_dim, form.rope_dim // 2  # noqa: N806
     K, C = form.depth if D else 16, form.columns  # noqa: N806
-    PROJECTS, OVERLAP, LATE = D > 0, form.overlap, N - d  # noqa: N806
+    OVERLAP, LATE = form.overlap, N - d  # noqa: N806
     FIRST = R if OVERLAP else 0  # noqa: N806 - candidates of the window itself
-    XC, XT = (D, pl.BF16) if PROJECTS else (2 * N, pl.FP32)  # noqa: N806
+    XC, XT = (D, pl.BF16) if D else (2 * N, pl.FP32)  # noqa: N806
     WC = max(D, 16)  # noqa: N806
     NOPE, EPS, INV, HAD, LOW = d - ROPE, form.eps, 1.0 / d, d**-0.5, LOWEST  # noqa: N806
+
+    if form.hidden:
+
+        @pl.inline
+        def fresh_rows(
+            tokens: pl.Tensor[[B, XC], XT], w: pl.Tensor[[2 * N, WC], pl.BF16]
+        ) -> pl.Tensor[[B, 2 * N], pl.FP32]:
+            """kv and scores of the tokens, without ape: one product for both."""
+            fresh = pl.create_tensor([B, 2 * N], dtype=pl.FP32)
+            for n in pl.parallel(0, 2 * N, C):
+                with pl.at(level=pl.Level.CORE_GROUP, name_hint="project"):
+                    part = pl.matmul(tokens[:, 0:K], w[n : n + C, 0:K], out_dtype=pl.FP32, b_trans=True)
+                    for k in pl.range(K, D, K):
+                        part = pl.matmul_acc(part, tokens[:, k : k + K], w[n : n + C, k : k + K], b_trans=True)
+                    fresh = pl.assemble(fresh, part, [0, n])
+            return fresh
+
+    else:
+
+        @pl.inline
+        def fresh_rows(
+            tokens: pl.Tensor[[B, XC], XT],
+            w: pl.Tensor[[2 * N, WC], pl.BF16],  # noqa: ARG001
+        ) -> pl.Tensor[[B, 2 * N], pl.FP32]:
+            """The same, from kv_score; w is not looked at."""
+            fresh = pl.create_tensor([B, 2 * N], dtype=pl.FP32)
+            for n in pl.parallel(0, 2 * N, C):
+                with pl.at(level=pl.Level.CORE_GROUP, name_hint="take"):
+                    fresh = pl.assemble(fresh, pl.add(tokens[:, n : n + C], 0.0), [0, n])
+            return fresh
 
     @pl.program
     class DecodeStep:
@@ -95,32 +125,21 @@ def program(form: Form) -> Any:
             where: pl.Tensor[[5, B], pl.INT32],
             rotate: pl.Tensor[[8], pl.INT32],
         ) -> tuple[pl.Tensor[[ROWS, 2 * N], pl.FP32], pl.Tensor[[SLOTS, d], pl.BF16], pl.Tensor[[B, d], pl.FP32]]:
-            fresh = pl.create_tensor([B, 2 * N], dtype=pl.FP32)  # kv and scores of the step's tokens, without ape
-            if PROJECTS:
-                for n in pl.parallel(0, 2 * N, C):
-                    with pl.at(level=pl.Level.CORE_GROUP, name_hint="project"):
-                        part = pl.matmul(tokens[:, 0:K], w[n : n + C, 0:K], out_dtype=pl.FP32, b_trans=True)
-                        for k in pl.range(K, D, K):
-                            part = pl.matmul_acc(part, tokens[:, k : k + K], w[n : n + C, k : k + K], b_trans=True)
-                        fresh = pl.assemble(fresh, part, [0, n])
-            else:
-                for n in pl.parallel(0, 2 * N, C):
-                    with pl.at(level=pl.Level.CORE_GROUP, name_hint="take"):
-                        fresh = pl.assemble(fresh, pl.add(tokens[:, n : n + C], 0.0), [0, n])
-
+            fresh = fresh_rows(tokens, w)
             pooled = pl.create_tensor([B, d], dtype=pl.FP32)
             for b in pl.range(B):
-                p = pl.read(where, [0, b])
-                base = pl.read(where, [1, b])
-                begin = pl.read(where, [2, b])
-                if (p + 1) % R == 0 and p > 0:
+                ends = pl.read(where, [2, b])
+                if ends >= 0:  # compared as it is read: an INDEX has no sign
+                    p = pl.cast(pl.read(where, [0, b]), target_type=pl.INDEX)
+                    base = pl.cast(pl.read(where, [1, b]), target_type=pl.INDEX)
+                    begin = pl.cast(ends, target_type=pl.INDEX)
                     with pl.at(level=pl.Level.CORE_GROUP, name_hint="pool"):
                         top = pl.full([1, d], dtype=pl.FP32, value=LOW)
                         den = pl.full([1, d], dtype=pl.FP32, value=0.0)
                         num = pl.full([1, d], dtype=pl.FP32, value=0.0)
                         if OVERLAP:  # the window before, in the first channels
                             for j in pl.range(begin, R):
-                                row = base + (p - (W - 1) + j) % RING
+                                row = base + (p + j - (W - 1)) % RING
                                 z = state[row : row + 1, N : N + d]
                                 v = state[row : row + 1, 0:d]
                                 new_top = pl.maximum(top, z)
@@ -130,7 +149,7 @@ def program(form: Form) -> Any:
                                 num = pl.add(pl.mul(num, keep), pl.mul(v, weight))
                                 top = new_top
                         for j in pl.range(FIRST, W - 1):
-                            row = base + (p - (W - 1) + j) % RING
+                            row = base + (p + j - (W - 1)) % RING
                             z = state[row : row + 1, N + LATE : N + LATE + d]
                             v = state[row : row + 1, LATE : LATE + d]
                             new_top = pl.maximum(top, z)
@@ -198,15 +217,17 @@ def program(form: Form) -> Any:
                         out = pl.assemble(out, pl.cast(normed[:, n : n + C], target_type=pl.FP32), [0, n])
 
             for b in pl.range(B):
-                kept = pl.read(where, [3, b])
-                if kept >= 0:
-                    phase = pl.read(where, [0, b]) % R
+                takes = pl.read(where, [3, b])
+                if takes >= 0:
+                    kept = pl.cast(takes, target_type=pl.INDEX)
+                    phase = pl.cast(pl.read(where, [0, b]), target_type=pl.INDEX) % R
                     with pl.at(level=pl.Level.CORE_GROUP, name_hint="keep"):
                         state = pl.assemble(state, fresh[b : b + 1, 0:N], [kept, 0])
                         biased = pl.add(fresh[b : b + 1, N : 2 * N], ape[phase : phase + 1, :])
                         state = pl.assemble(state, biased, [kept, N])
-                slot = pl.read(where, [4, b])
-                if slot >= 0:
+                stores = pl.read(where, [4, b])
+                if stores >= 0:
+                    slot = pl.cast(stores, target_type=pl.INDEX)
                     with pl.at(level=pl.Level.CORE_GROUP, name_hint="store"):
                         cache = pl.assemble(cache, pl.cast(out[b : b + 1, :], target_type=pl.BF16), [slot, 0])
             return state, cache, out
