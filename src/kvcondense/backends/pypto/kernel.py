@@ -9,8 +9,6 @@ before a program is made.
 from dataclasses import dataclass
 from typing import Any
 
-LOWEST = -3.4028234663852886e38
-"""Where the running maximum begins: from -inf, exp(m - m) would be NaN."""
 POSITION, BASE, BEGIN, KEPT, SLOT = range(5)
 """Rows of ``where`` [5, batch] int32: position (-1: nobody), first row of the ring, first candidate of the window that
 ends (-1: none does), state row that takes the token (-1: none), cache row that takes the window's row (-1: none)."""
@@ -73,7 +71,7 @@ def program(form: Form) -> Any:
     FIRST = R if OVERLAP else 0  # noqa: N806 - candidates of the window itself
     XC, XT = (D, pl.BF16) if D else (2 * N, pl.FP32)  # noqa: N806
     WC = max(D, 16)  # noqa: N806
-    NOPE, EPS, INV, HAD, LOW = d - ROPE, form.eps, 1.0 / d, d**-0.5, LOWEST  # noqa: N806
+    NOPE, EPS, INV, HAD = d - ROPE, form.eps, 1.0 / d, d**-0.5  # noqa: N806
 
     if form.hidden:
 
@@ -134,9 +132,12 @@ def program(form: Form) -> Any:
                     base = pl.cast(pl.read(where, [1, b]), target_type=pl.INDEX)
                     begin = pl.cast(ends, target_type=pl.INDEX)
                     with pl.at(level=pl.Level.CORE_GROUP, name_hint="pool"):
-                        top = pl.full([1, d], dtype=pl.FP32, value=LOW)
-                        den = pl.full([1, d], dtype=pl.FP32, value=0.0)
-                        num = pl.full([1, d], dtype=pl.FP32, value=0.0)
+                        # The step's own token first: the maximum then begins at a score, and what loops carry is read
+                        # behind them by nothing but the division.
+                        own = fresh[b : b + 1, N + LATE : N + LATE + d]
+                        top = pl.add(own, ape[R - 1 : R, LATE : LATE + d])
+                        den = pl.full([1, d], dtype=pl.FP32, value=1.0)
+                        num = pl.mul(fresh[b : b + 1, LATE : LATE + d], 1.0)
                         if OVERLAP:  # the window before, in the first channels
                             for j in pl.range(begin, R):
                                 row = base + (p + j - (W - 1)) % RING
@@ -158,13 +159,6 @@ def program(form: Form) -> Any:
                             den = pl.add(pl.mul(den, keep), weight)
                             num = pl.add(pl.mul(num, keep), pl.mul(v, weight))
                             top = new_top
-                        z = pl.add(fresh[b : b + 1, N + LATE : N + LATE + d], ape[R - 1 : R, LATE : LATE + d])
-                        v = fresh[b : b + 1, LATE : LATE + d]
-                        new_top = pl.maximum(top, z)
-                        keep = pl.exp(pl.sub(top, new_top))
-                        weight = pl.exp(pl.sub(z, new_top))
-                        den = pl.add(pl.mul(den, keep), weight)
-                        num = pl.add(pl.mul(num, keep), pl.mul(v, weight))
                         pooled = pl.assemble(pooled, pl.div(num, den), [b, 0])
 
             normed = pl.create_tensor([B, d], dtype=pl.BF16)
