@@ -9,7 +9,7 @@ import torch
 from engines.scenes import Memory, Scene
 from kvcondense.formats import FORMATS
 
-PASS, FAIL, SKIPPED = "PASS", "FAIL", "skipped"
+PASS, FAIL, KNOWN, SKIPPED = "PASS", "FAIL", "known", "skipped"
 SHARE = 2.0**-10
 """Bytes of rows that may differ. fp32 sums in another order move a value by 2^-22 of itself, which changes one code of
 bf16 in 10^4 and fewer of the narrower formats; a rounding that is missing or in the wrong place changes one in 100."""
@@ -53,8 +53,11 @@ def _rows(scene: Scene, one: Memory, other: Memory, differ: int, size: int) -> s
         return "rows that the step does not name"
     if torch.equal(mine, theirs):
         return f"{differ} bytes that hold no value"
-    relative, least = _STEP[_mantissa(scene.kind.format)]
     larger = torch.maximum(mine.abs(), theirs.abs())
+    if scene.kind.close:
+        far = float(((mine - theirs).abs() / larger.amax(dim=1, keepdim=True)).nan_to_num().max())
+        return f"values apart by {far:.1e} of their row" if far > scene.kind.close else ""
+    relative, least = _STEP[_mantissa(scene.kind.format)]
     bound = relative * larger + least * larger.amax(dim=1, keepdim=True)
     over = int(((mine - theirs).abs() > bound).sum())
     if over:

@@ -8,17 +8,26 @@ from typing import Any
 
 import torch
 
-from kvcondense import CompressorSpec, CompressorWeights, ModelConfig, PagedCache, RaggedBatch, RopeTable, condense
+from kvcondense import (
+    CompressorSpec,
+    CompressorWeights,
+    ModelConfig,
+    PagedCache,
+    RaggedBatch,
+    RopeTable,
+    condense,
+    store,
+)
 from kvcondense.formats import FORMATS
 from kvcondense.integrations import vllm
 from kvcondense.layout.state import StatePool
 from kvcondense.spec import Rounding
 
 PAGE_ROWS, FILL, PADDING = 64, 0x5A, 2
-_TYPES = {"bf16": torch.bfloat16, "fp8_tensor": torch.float8_e4m3fn}
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8_tensor": torch.float8_e4m3fn}
 _STRIDE = 576
 """vLLM pads pages of 584-byte rows to a multiple of this."""
-MUTANTS = ("rotated", "without ape", "a slot further", "rounded as V4", "rounded as DeepSeek's code", "a window late")
+VIA_BF16 = "by way of bf16 rows"
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,10 @@ class Kind:
     """A compressor as an engine has it, and what its requests do.
 
     steps: for each step and request, (tokens, rejected): how many of its last tokens are drafts that are rejected
-    afterwards. ring: the state is one block per request. mutants: deliberate errors that must be seen.
+    afterwards. ring: the state is one block per request. named: the format's name where the tensor does not say it.
+    close: how far values may be apart, relative to the row's amax, if rows are not compared by their bytes. mutants:
+    deliberate errors that must be seen. known: why rows differ though both are right by their own account, which holds
+    only if they are equal when kvcondense's rows pass through bf16.
     """
 
     name: str
@@ -36,7 +48,9 @@ class Kind:
     block_rows: int
     ring: bool = False
     mutants: tuple[str, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
+    named: bool = False
+    close: float = 0.0
+    known: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,8 @@ class Memory:
     cache: torch.Tensor
     pages: PagedCache
     live: list[torch.Tensor] = field(default_factory=list)
+    peer: Any = None
+    """What an engine keeps of its own between steps."""
 
     @property
     def state_bytes(self) -> torch.Tensor:
@@ -190,8 +206,10 @@ def ours(scene: Scene, impl: str, mutant: str = "") -> Memory:
     elif mutant == "rounded as DeepSeek's code":
         spec = replace(spec, rounding=Rounding.REFERENCE)
     rope = scene.rope
-    if mutant == "a window late":
+    if mutant == "turned a window late":
         rope = RopeTable(rope.cos.roll(-spec.ratio, 0), rope.sin.roll(-spec.ratio, 0))
+
+    plain: list[PagedCache] = []
 
     def one(scene: Scene, memory: Memory, step: Step) -> None:
         slots = step.cache_slots[: step.real]
@@ -214,7 +232,15 @@ def ours(scene: Scene, impl: str, mutant: str = "") -> Memory:
             )  # fmt: skip
             state = vllm.state(memory.state)
         # The tensor says the format where it can; else it is named.
-        cache = vllm.cache(scene.rows(memory), scale=scene.scale, format=scene.kind.options.get("named"))
+        cache = vllm.cache(
+            scene.rows(memory), scale=scene.scale, format=scene.kind.format if scene.kind.named else None
+        )
+        if mutant == VIA_BF16:
+            plain[:] = plain or [PagedCache.allocate(spec.head_dim, memory.cache.shape[0], PAGE_ROWS)]
+            cache = plain[0]
         condense(spec, step.tokens, weights, rope, batch, state=state, cache=cache, impl=impl)
 
-    return play(scene, one)
+    memory = play(scene, one)
+    if plain:
+        store(plain[0].decode_rows(scene.written), scene.written, memory.pages)
+    return memory

