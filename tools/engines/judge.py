@@ -20,27 +20,46 @@ FP4's has a flip of its e4m3 scale in it."""
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was compared and what came of it."""
+    """What was compared and what came of it. apart: the largest distance of two values, relative to the row's amax."""
 
     status: str
     state_bytes: int
     state_differ: int
     cache_bytes: int
     cache_differ: int
+    apart: float
     why: str = ""
+
+
+def bound(scene: Scene) -> str:
+    """What rows that are not equal may be, in words."""
+    if scene.kind.close:
+        return f"values within {scene.kind.close:.1e} of their row's largest"
+    return f"one step of a code, in {max(1.0, SHARE * _size(scene)):.0f} bytes"
 
 
 def judge(scene: Scene, one: Memory, other: Memory) -> Verdict:
     """State bytes are equal; rows differ in few codes, each by one step; nothing else in the cache does."""
-    form = FORMATS[scene.kind.format]
     mine, theirs = one.state_bytes, other.state_bytes
     state_differ = int((mine != theirs).sum()) if mine.shape == theirs.shape else max(mine.numel(), theirs.numel())
     differ = int((one.cache != other.cache).sum())
-    size = form.row_bytes(scene.spec.head_dim) * scene.written.shape[0]
+    size, apart = _size(scene), 0.0
+    if differ:
+        rows = (memory.pages.decode_rows(scene.written) for memory in (one, other))
+        apart = _apart(*rows)
     why = f"{state_differ} bytes of the state" if state_differ else ""
     if differ and not why:
         why = _rows(scene, one, other, differ, size)
-    return Verdict(FAIL if why else PASS, theirs.numel(), state_differ, size, differ, why)
+    return Verdict(FAIL if why else PASS, theirs.numel(), state_differ, size, differ, apart, why)
+
+
+def _size(scene: Scene) -> int:
+    return FORMATS[scene.kind.format].row_bytes(scene.spec.head_dim) * scene.written.shape[0]
+
+
+def _apart(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    largest = torch.maximum(mine.abs(), theirs.abs()).amax(dim=1, keepdim=True)
+    return float(((mine - theirs).abs() / largest).nan_to_num().max())
 
 
 def _rows(scene: Scene, one: Memory, other: Memory, differ: int, size: int) -> str:
@@ -55,7 +74,7 @@ def _rows(scene: Scene, one: Memory, other: Memory, differ: int, size: int) -> s
         return f"{differ} bytes that hold no value"
     larger = torch.maximum(mine.abs(), theirs.abs())
     if scene.kind.close:
-        far = float(((mine - theirs).abs() / larger.amax(dim=1, keepdim=True)).nan_to_num().max())
+        far = _apart(mine, theirs)
         return f"values apart by {far:.1e} of their row" if far > scene.kind.close else ""
     relative, least = _STEP[_mantissa(scene.kind.format)]
     bound = relative * larger + least * larger.amax(dim=1, keepdim=True)

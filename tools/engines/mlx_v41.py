@@ -19,7 +19,7 @@ from kvcondense.spec import Rounding
 NAME, PACKAGE = "mlx-lm", "mlx-lm"
 _CONFIG = ModelConfig.V41_FLASH
 CLOSE = 2.0**-18
-"""Rows are fp32 sums, sines and cosines by other libraries: angles up to 2^6 are off by 2^-18 if their last bit is."""
+"""Rows are fp32: sums, sines and cosines of another library. An angle up to 2^7, rounded once, is off by 2^-18."""
 
 
 def kinds() -> list[Kind]:

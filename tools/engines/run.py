@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from engines.judge import FAIL, KNOWN, PASS, SKIPPED, Verdict, judge
+from engines.judge import FAIL, KNOWN, PASS, SKIPPED, Verdict, bound, judge
 from engines.scenes import VIA_BF16, Kind, Memory, Scene, Step, ours, play
 from kvcondense.bench.measure import machine
 
@@ -64,7 +64,8 @@ def _case(kind: Kind, step: Callable[[Scene, Memory, Step], None]) -> list[Recor
         if status == FAIL and kind.known and judge(scene, ours(scene, backend, VIA_BF16), theirs).status == PASS:
             status, why = KNOWN, f"{why}: {kind.known}"
         seconds = round(engine_s + time.monotonic() - begun, 2)
-        found.append({"backend": backend, "status": status, "why": why, **_counts(verdict), "seconds": seconds})
+        about = {"backend": backend, "status": status, "why": why, "bound": bound(scene)}
+        found.append({**about, **_counts(verdict), "seconds": seconds})
     for mutant in kind.mutants:
         verdict = judge(scene, ours(scene, BACKENDS[-1], mutant), theirs)
         seen = verdict.status == FAIL
@@ -80,6 +81,7 @@ def _counts(verdict: Verdict) -> Record:
         "state_differ": verdict.state_differ,
         "cache_bytes": verdict.cache_bytes,
         "cache_differ": verdict.cache_differ,
+        "apart": float(f"{verdict.apart:.2e}"),
     }
 
 

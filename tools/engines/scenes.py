@@ -36,9 +36,10 @@ class Kind:
 
     steps: for each step and request, (tokens, rejected): how many of its last tokens are drafts that are rejected
     afterwards. ring: the state is one block per request. named: the format's name where the tensor does not say it.
-    close: how far values may be apart, relative to the row's amax, if rows are not compared by their bytes. mutants:
-    deliberate errors that must be seen. known: why rows differ though both are right by their own account, which holds
-    only if they are equal when kvcondense's rows pass through bf16.
+    variant: of an engine's kernels, where it has several for one thing. close: how far values may be apart, relative to
+    the row's amax, if rows are not compared by their bytes. mutants: deliberate errors that must be seen. known: why
+    rows differ though both are right by their own account, which holds only if they are equal when kvcondense's rows
+    pass through bf16.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Kind:
     ring: bool = False
     mutants: tuple[str, ...] = ()
     named: bool = False
+    variant: str = ""
     close: float = 0.0
     known: str = ""
 

@@ -49,11 +49,17 @@ class Files:
     store: Any
     latent: Any
     insert: Any
-    indexer: ModuleType
+    module: ModuleType
+
+    @property
+    def store_split(self) -> Any:
+        """ROCm's two launches for ratio 128: channels in parts, then the norm."""
+        self.module._n_cu = lambda: 8  # pyright: ignore[reportAttributeAccessIssue]
+        return self.module.compress_norm_rope_store_two_stage_triton
 
     def set_mx_scales(self, on: bool) -> None:
         """As ``mqa_logits_use_mx_scales`` would answer."""
-        self.indexer.mqa_logits_use_mx_scales = lambda: on  # pyright: ignore[reportAttributeAccessIssue]
+        self.module.mqa_logits_use_mx_scales = lambda: on  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def load(package: Path) -> Files:

@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 
-from engines import vllm_files
 from engines.scenes import Kind, Memory, Scene, Step
 from kvcondense import CompressorSpec, ModelConfig
 from kvcondense.spec import Rounding
+
+if TYPE_CHECKING:
+    from engines.vllm_files import Files
 
 NAME, PACKAGE = "vLLM, Triton", "vllm"
 _FLASH, _V41 = ModelConfig.FLASH, ModelConfig.V41_FLASH
@@ -43,11 +46,12 @@ _FORMATS = ("mxfp8_v41_window_interleaved", "fp4_v41_times_interleaved", "fp8_mo
 
 
 def kinds() -> list[Kind]:
-    """Every kernel and record that there is without ROCm's and CuTe's."""
+    """Every Triton kernel that pools, every record; without ROCm's tiles and cleaned NaNs and prefill over ranks."""
     main = ("without ape", "a slot further", "turned a window late")
     found = [
         Kind("V4 ratio 4, 584-byte rows", CSA, "fp8_model1", FOUR, 4, mutants=main),
         Kind("V4 ratio 128, 584-byte rows", HCA, "fp8_model1", MANY, 8),
+        Kind("V4 ratio 128, ROCm's two launches", HCA, "fp8_model1", MANY, 8, variant="split"),
         _indexer("FP8", "fp8_indexer_pow2", ("rotated",)),
         _indexer("FP8 of SM100", "fp8_indexer_ue8m0"),
         _indexer("MXFP4", "mxfp4_indexer", ("rotated",)),
@@ -78,6 +82,8 @@ def opened(packages: Path) -> Callable[[Scene, Memory, Step], None] | str:
     if not package.is_dir():
         return f"not installed: {PACKAGE}"
     try:
+        from engines import vllm_files  # Triton and ml_dtypes
+
         files = vllm_files.load(package)
     except (ImportError, AttributeError) as error:
         return f"its files do not load: {error}"
@@ -88,7 +94,7 @@ def opened(packages: Path) -> Callable[[Scene, Memory, Step], None] | str:
     return step
 
 
-def _v4(files: vllm_files.Files, scene: Scene, memory: Memory, step: Step) -> None:
+def _v4(files: Files, scene: Scene, memory: Memory, step: Step) -> None:
     spec, kind, state = scene.spec, scene.kind, memory.state
     assert state is not None
     assert scene.weights.ape is not None
@@ -100,7 +106,11 @@ def _v4(files: vllm_files.Files, scene: Scene, memory: Memory, step: Step) -> No
     )  # fmt: skip
     files.set_mx_scales(kind.format == "fp8_indexer_ue8m0")
     block, stride, scales = _LAYOUT.get(kind.format, (128, 128, 4))
-    files.store(
+    split = {}
+    if kind.variant == "split":
+        split = {"num_decode_tokens": 0, "compress_scratch": torch.zeros(step.tokens.shape[0], spec.head_dim)}
+    store = files.store_split if split else files.store
+    store(
         state_cache=state,
         num_actual=step.state_slots.shape[0],
         token_to_req_indices=step.requests,
@@ -120,10 +130,11 @@ def _v4(files: vllm_files.Files, scene: Scene, memory: Memory, step: Step) -> No
         token_stride=stride,
         scale_dim=scales,
         **rows,
+        **split,
     )
 
 
-def _v41(files: vllm_files.Files, scene: Scene, memory: Memory, step: Step) -> None:
+def _v41(files: Files, scene: Scene, memory: Memory, step: Step) -> None:
     spec, tokens = scene.spec, step.tokens
     latent = torch.full((tokens.shape[0], spec.head_dim), 3.0, dtype=torch.bfloat16)
     files.latent(
