@@ -112,7 +112,7 @@ class Scene:
         blocks = 1 if kind.ring else -(-most // kind.block_rows)
         self.table = self._table(blocks)
         self.cache_table = self._table(-(-(most // spec.ratio + 1) // PAGE_ROWS))
-        self.scale = torch.tensor(1 / 64) if kind.format == "fp8_tensor" else None
+        self.scale = torch.tensor(0.0137) if kind.format == "fp8_tensor" else None
         self.steps = list(self._steps())
         self.written = torch.cat([step.cache_slots for step in self.steps]).unique()
         self.written = self.written[self.written >= 0]
