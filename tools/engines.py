@@ -36,7 +36,13 @@ def main() -> int:
 
     torch.set_num_threads(1)
     engines = (vllm_cpp, vllm_triton, mlx_v41)
-    report = run.run(engines, given.packages, given.only, lambda text: print(text, file=sys.stderr, flush=True))
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    casts = run.casts(say)
+    report = run.run(engines, given.packages, given.only, say)
+    report = {**report, "interpreter": casts}
     if not report["cases"]:
         print(f"error: --only: expected a part of a case's name, got {given.only!r}", file=sys.stderr)
         return 2

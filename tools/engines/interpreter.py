@@ -71,7 +71,7 @@ def wrong_casts() -> dict[str, tuple[int, int]]:
     x[: n // 4] = (x[: n // 4].view(torch.int32) | 0x8000).view(torch.float32)  # ties of bf16
     narrow = torch.zeros(n, dtype=torch.bfloat16)
     eight, four = torch.zeros(2, n, dtype=torch.uint8)
-    _cast[(1,)](x, narrow, eight, four, n=n)
+    _cast[(1,)](x, narrow, eight, four, n=n)  # pyright: ignore[reportArgumentType]
     fits = x.clamp(-448, 448)
     pairs = {
         "bf16": (narrow.view(torch.int16), x.bfloat16().view(torch.int16)),

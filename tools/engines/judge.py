@@ -12,7 +12,7 @@ from kvcondense.formats import FORMATS
 PASS, FAIL, KNOWN, SKIPPED = "PASS", "FAIL", "known", "skipped"
 SHARE = 2.0**-13
 """Bytes of rows that may differ. fp32 sums in another order move a value by some 2^-23 of itself, which changes one
-code of bf16 in 2^14 and fewer of narrower ones; a rounding that is missing or in the wrong place changes one in 2^10."""
+code of bf16 in 2^14, fewer of narrower ones; a rounding that is missing or in the wrong place changes one in 2^10."""
 _STEP = {2: (0.625, 1 / 6), 4: (2.0**-3, 2.0**-9 / 224), 8: (2.0**-7, 0.0)}
 """By bits of a mantissa: one step of a code, relative to the value, and the least step, relative to the row's amax.
 FP4's has a flip of its e4m3 scale in it."""

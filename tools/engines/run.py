@@ -34,7 +34,6 @@ def version_of(package: str, packages: Path) -> str:
 def run(engines: Sequence[Any], packages: Path, only: str, say: Say) -> Record:
     """All cases whose engine and name contain ``only``. An engine is a module with NAME, PACKAGE, kinds and opened."""
     cases: list[Record] = []
-    casts = _interpreter(say)
     for engine in engines:
         kinds = [kind for kind in engine.kinds() if only.lower() in f"{engine.NAME}: {kind.name}".lower()]
         if not kinds:
@@ -50,10 +49,10 @@ def run(engines: Sequence[Any], packages: Path, only: str, say: Say) -> Record:
                 cases += [{**named, **found} for found in _case(kind, step)]
                 for found in cases[-len(BACKENDS) - len(kind.mutants) :]:
                     say(sentence(found))
-    return {"machine": _machine(), "versions": _versions(), "interpreter": casts, "cases": cases}
+    return {"machine": _machine(), "versions": _versions(), "cases": cases}
 
 
-def _interpreter(say: Say) -> Record:
+def casts(say: Say) -> Record:
     """Casts that Triton's interpreter gets wrong, as it is and corrected: only with none wrong do kernels count."""
     try:
         from engines import interpreter
@@ -115,8 +114,8 @@ def sentence(case: Record) -> str:
 
 def failed(report: Record) -> list[Record]:
     """Cases that decide the exit status: a skip or a known difference does not; casts that stay wrong do."""
-    casts = report["interpreter"].get("corrected", {})
-    wrong = [{"case": f"casts to {kind}", **count} for kind, count in casts.items() if count["wrong"]]
+    corrected = report.get("interpreter", {}).get("corrected", {})
+    wrong = [{"case": f"casts to {kind}", **count} for kind, count in corrected.items() if count["wrong"]]
     return wrong + [case for case in report["cases"] if case["status"] == FAIL]
 
 
