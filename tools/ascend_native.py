@@ -1,6 +1,6 @@
 """The programs in pypto.language on a simulator or an NPU: golden cases of every kind, and mutants of the program.
 
-Needs pypto (hw-native-sys/pypto, built from its sources), its assembler and, for a simulator, g++-15; see docs/ascend.md.
+Needs pypto (hw-native-sys/pypto, built from its sources), its assembler and, for a simulator, g++-15: docs/ascend.md.
 Nothing is installed. The result is benchmarks/baselines/pypto.json.
 
 Example: python tools/ascend_native.py --json build/pypto.json
