@@ -20,7 +20,10 @@ class Rounding(enum.Enum):
     FUSED = "fused"
     """Nowhere before the cache: one fp32 chain, as vLLM and SGLang compute it for V4."""
     LATENT = "latent"
-    """After the norm only, and a cache quantises the row as RoPE leaves it, in fp32: vLLM's chain for V4.1."""
+    """After the norm only, and a cache quantises the row as RoPE leaves it, in fp32: vLLM's chain for V4.1.
+
+    Not so with one scale for the whole cache, which always meets bf16 rows.
+    """
 
     @property
     def pooled(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from engines.scenes import Memory, Scene
 from kvcondense.formats import FORMATS
 
-PASS, FAIL, KNOWN, SKIPPED = "PASS", "FAIL", "known", "skipped"
+PASS, FAIL, SKIPPED = "PASS", "FAIL", "skipped"
 SHARE = 2.0**-13
 """Bytes of rows that may differ. fp32 sums in another order move a value by some 2^-23 of itself, which changes one
 code of bf16 in 2^14, fewer of narrower ones; a rounding that is missing or in the wrong place changes one in 2^10."""

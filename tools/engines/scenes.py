@@ -13,21 +13,17 @@ from kvcondense import (
     CompressorWeights,
     ModelConfig,
     PagedCache,
-    RaggedBatch,
     RopeTable,
     condense,
-    store,
 )
 from kvcondense.formats import FORMATS
 from kvcondense.integrations import vllm
-from kvcondense.layout.state import StatePool
 from kvcondense.spec import Rounding
 
 PAGE_ROWS, FILL, PADDING = 64, 0x5A, 2
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8_tensor": torch.float8_e4m3fn}
 _STRIDE = 576
 """vLLM pads pages of 584-byte rows to a multiple of this."""
-VIA_BF16 = "by way of bf16 rows"
 
 
 @dataclass(frozen=True)
@@ -37,9 +33,7 @@ class Kind:
     steps: for each step and request, (tokens, rejected): how many of its last tokens are drafts that are rejected
     afterwards. ring: the state is one block per request. named: the format's name where the tensor does not say it.
     variant: of an engine's kernels, where it has several for one thing. close: how far values may be apart, relative to
-    the row's amax, if rows are not compared by their bytes. mutants: deliberate errors that must be seen. known: why
-    rows differ though both are right by their own account, which holds only if they are equal when kvcondense's rows
-    pass through bf16.
+    the row's amax, if rows are not compared by their bytes. mutants: deliberate errors that must be seen.
     """
 
     name: str
@@ -52,7 +46,6 @@ class Kind:
     named: bool = False
     variant: str = ""
     close: float = 0.0
-    known: str = ""
 
 
 @dataclass(frozen=True)
@@ -211,21 +204,16 @@ def ours(scene: Scene, impl: str, mutant: str = "") -> Memory:
     if mutant == "turned a window late":
         rope = RopeTable(rope.cos.roll(-spec.ratio, 0), rope.sin.roll(-spec.ratio, 0))
 
-    plain: list[PagedCache] = []
-
     def one(scene: Scene, memory: Memory, step: Step) -> None:
         slots = step.cache_slots[: step.real]
         if mutant == "a slot further":
             slots = torch.where(slots >= 0, slots + 1, slots)
         if scene.kind.ring:
-            batch = RaggedBatch.build(
-                step.query_start_loc,
-                start_positions=step.seq_lens - step.query_start_loc.diff(),
-                state_slots=scene.table[:, 0],
-                slot_mapping=slots,
-                draft_rows=step.drafts,
-            )
-            state = None if memory.state is None else StatePool.wrap(memory.state, paged=False)
+            batch = vllm.ring_batch(
+                step.query_start_loc, step.seq_lens, block_table=None if memory.state is None else scene.table,
+                slot_mapping=slots, draft_rows=step.drafts,
+            )  # fmt: skip
+            state = None if memory.state is None else vllm.ring_state(memory.state)
         else:
             assert memory.state is not None
             batch = vllm.batch(
@@ -237,12 +225,6 @@ def ours(scene: Scene, impl: str, mutant: str = "") -> Memory:
         cache = vllm.cache(
             scene.rows(memory), scale=scene.scale, format=scene.kind.format if scene.kind.named else None
         )
-        if mutant == VIA_BF16:
-            plain[:] = plain or [PagedCache.allocate(spec.head_dim, memory.cache.shape[0], PAGE_ROWS)]
-            cache = plain[0]
         condense(spec, step.tokens, weights, rope, batch, state=state, cache=cache, impl=impl)
 
-    memory = play(scene, one)
-    if plain:
-        store(plain[0].decode_rows(scene.written), scene.written, memory.pages)
-    return memory
+    return play(scene, one)

@@ -38,10 +38,6 @@ TWO = (
     ((1, 0), (1, 0), (3, 1)), ((1, 0), (1, 0), (1, 0)),
 )  # fmt: skip
 _LAYOUT = {"fp8_model1": (64, 576, 8), "mxfp4_indexer": (32, 64, 4)}
-_KNOWN = {
-    "fp8_tensor": "vLLM rounds the rotated row to bf16 before its scale (_rope_plain_insert_kernel); Rounding.LATENT "
-    "quantises it unrounded, as vLLM's records of 584, 528 and 288 bytes do",
-}
 _FORMATS = ("mxfp8_v41_window_interleaved", "fp4_v41_times_interleaved", "fp8_model1", "bf16", "fp8_tensor")
 
 
@@ -72,7 +68,7 @@ def _latent(spec: CompressorSpec, form: str, mutants: tuple[str, ...]) -> Kind:
     rows = max(8, 1 << math.ceil(math.log2(5 + 2)))
     return Kind(
         f"V4.1 ratio {spec.ratio}, {form}", spec, form, TWO, rows, ring=True, mutants=mutants,
-        named="interleaved" in form, known=_KNOWN.get(form, ""),
+        named="interleaved" in form,
     )  # fmt: skip
 
 

@@ -60,7 +60,7 @@ class Field:
 class CacheFormat:
     """A cache format: channels and their codes, the sections of a page, page stride, and who uses it.
 
-    A row is rounded to bf16 first (not by ``fp32``), since every producer quantises the bf16 row. ``sections``: a page
+    A row is rounded to bf16 first, unless it is to be exact (``keeps_row``). ``sections``: a page
     holds the first section of all rows, then the second of all rows, and so on; a name is a field of ``channels``,
     ``scales`` or ``pad`` (``pad_bytes`` zeros). Scales that no section names lie outside the pages. The page stride is
     the payload rounded up to ``align``. ``head_dim`` and ``rope_dim`` None: any. ``through``: what is
@@ -274,9 +274,12 @@ class CacheFormat:
         near = (x - back).abs() <= self.error_bound(rows, stored, tensor_scale, exact)
         return ~(told | near | (x == back))
 
+    def keeps_row(self, exact: bool) -> bool:
+        """Whether rows are encoded as they are. A scale for the whole cache always meets their bf16: so vLLM has it."""
+        return (exact and not self.tensor_scale) or (self.plain is not None and self.plain.dtype == torch.float32)
+
     def _input(self, rows: torch.Tensor, exact: bool) -> torch.Tensor:
-        exact = exact or (self.plain is not None and self.plain.dtype == torch.float32)
-        return rows.to(torch.float32) if exact else rows.to(torch.bfloat16).to(torch.float32)
+        return rows.to(torch.float32) if self.keeps_row(exact) else rows.to(torch.bfloat16).to(torch.float32)
 
     def _scales(
         self, part: Channels, stored: dict[str, torch.Tensor], tensor_scale: torch.Tensor | None

@@ -90,7 +90,6 @@ def row_map(form: CacheFormat, head_dim: int, page_rows: int, exact: bool = Fals
     """
     fields = {f.name: f for f in form.fields(head_dim)}
     pad = fields.get(PAD)
-    exact = exact or (form.plain is not None and form.plain.dtype == torch.float32)
     parts = []
     for part in form.channels:
         beside = form.second(head_dim)
@@ -109,7 +108,7 @@ def row_map(form: CacheFormat, head_dim: int, page_rows: int, exact: bool = Fals
         parts.append(Part(**entries))
     return RowMap(
         page_rows=page_rows,
-        round_row=not exact,
+        round_row=not form.keeps_row(exact),
         inner=() if form.through is None else tuple(Part(**_part(c, head_dim)) for c in form.through.channels),
         scales_outside=form.scales_outside and not form.tensor_scale,
         pad_base=pad.base * page_rows + pad.offset if pad else 0,

@@ -56,6 +56,7 @@ def encode_row(name: str, row: torch.Tensor, tensor_scale: float = 1.0, exact: b
     """One row [d] -> its bytes of data and of scales (for int8: outside the page); ``exact``: not rounded to bf16."""
     if name == "fp32":
         return np.where(np.isnan(x32 := row.float().numpy()), np.float32("nan"), x32).tobytes(), b""
+    exact = exact and not name.startswith("fp8_tensor")
     x = (row.float() if exact else row.bfloat16().float()).numpy().astype(np.float64)
     if name == "bf16":
         return _bf16(row.bfloat16().double().numpy()), b""

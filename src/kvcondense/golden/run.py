@@ -229,8 +229,8 @@ def _cache_dtype(inputs: GoldenInputs) -> torch.dtype:
 
 
 def _row_dtype(inputs: GoldenInputs) -> torch.dtype:
-    exact = inputs.format.name == "fp32" or not inputs.spec.rounding.row
-    return torch.float32 if exact else torch.bfloat16
+    kept = inputs.format.keeps_row(exact=not inputs.spec.rounding.row)
+    return torch.float32 if kept else torch.bfloat16
 
 
 def name_byte(fmt: CacheFormat, head_dim: int, page_rows: int, num_pages: int, byte: int) -> str:

@@ -71,7 +71,7 @@ class Format(Block):
     """How a row lies in a page of the cache."""
 
     page_rows: int
-    round_row: int
+    round_row: int  # 1: unless the profile forbids it, 2: always
     inner_count: int  # parts that the row goes through first; they come before the others
     pad_base: int
     pad_stride: int

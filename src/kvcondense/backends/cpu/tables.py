@@ -75,7 +75,8 @@ def _format_block(form: CacheFormat, head_dim: int, page_rows: int, tensor_scale
     rows = row_map(form, head_dim, page_rows)  # whether a profile rounds rows first is the spec's, see Spec.round_row
     block = params.Format()
     block.page_rows = page_rows
-    block.round_row, block.inner_count = rows.round_row, len(rows.inner)
+    block.round_row = 2 if rows.round_row and not form.keeps_row(exact=True) else rows.round_row
+    block.inner_count = len(rows.inner)
     block.pad_base, block.pad_stride, block.pad_bytes = rows.pad_base, rows.pad_stride, rows.pad_bytes
     block.part_count = len(rows.inner) + len(rows.parts)
     packed = block.pack()

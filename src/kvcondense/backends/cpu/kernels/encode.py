@@ -266,7 +266,7 @@ def put(row, slot, call, work):
     base = call.layer.cache + page * call.layer.page_stride
     outside = call.layer.scales
     inner = form.inner_count
-    rounding = form.round_row and call.layer.spec.round_row
+    rounding = form.round_row == 2 or (form.round_row and call.layer.spec.round_row)
     if rounding or inner:
         last = form.parts[form.part_count - 1].last
         for i in range(0, 4 * last, BYTES):
