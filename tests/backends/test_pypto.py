@@ -108,7 +108,7 @@ def test_tokens_go_one_by_one_and_leave_what_the_plan_keeps(kind, monkeypatch):
                 y = (u * torch.rsqrt(u.square().mean() + form.eps) * operands[3][0]).bfloat16().float()
                 tail, even, odd = y[d - form.rope_dim :], operands[6].float(), operands[7].float()
                 a, e = tail @ even, tail @ odd
-                cos, sin = operands[4][b], operands[5][b]
+                cos, sin = operands[4][b], operands[5][b]  # of pairs, then zeros
                 a, e = (a * cos - e * sin).bfloat16().float(), (a * sin + e * cos).bfloat16().float()
                 y[d - form.rope_dim :] = a @ even.T + e @ odd.T
                 out[b] = y @ operands[8].float() * d**-0.5 if operands[13][0] else y

@@ -120,6 +120,9 @@ class BackendAdapter:
     def __post_init__(self) -> None:
         if self.kind == "online":  # overlapping windows are read twice
             self.capabilities = replace(self.capabilities, specs=("hca", "fused", "r2"))
+        specs = getattr(self.impl, "kit", None)
+        if specs is not None:  # a backend that takes some of them only, and none of the quantised caches
+            self.capabilities = replace(self.capabilities, specs=specs, formats=False)
 
     def init(self, setup: Setup) -> None:
         self.setup, spec = setup, setup.spec

@@ -26,6 +26,8 @@ class PyptoBackend:
     name: str = "pypto"
     stand_in: bool = True
     """Never the choice of "auto": a simulator takes a fifth of a second for a token."""
+    kit: tuple[str, ...] = ("csa", "hca", "indexer")
+    """Compressors of the conformance kit that have an ape, a gate and the profile."""
     from_hidden: bool = True
     """The projection is part of the kernel: what is to be tested goes in as hidden states."""
 
@@ -68,8 +70,8 @@ def _why_no_form(step: Step) -> str | None:
         return f"rounding {spec.rounding.value}; the program rounds as the reference does"
     if not (spec.has_gate and spec.has_ape):
         return "the compressor has no gate or no ape"
-    if spec.head_dim % 32 or spec.rope_dim % 32 or spec.rope_dim == 0:
-        return f"head_dim {spec.head_dim} and rope_dim {spec.rope_dim}; tiles take multiples of 32"
+    if spec.head_dim % 16 or spec.rope_dim % 16 or spec.rope_dim == 0:
+        return f"head_dim {spec.head_dim} and rope_dim {spec.rope_dim}; tiles take multiples of 16"
     if step.latent is not None:
         return "rows before RoPE are not handed out"
     if cache is not None and (cache.format.name != "bf16" or not cache.data.is_contiguous() or cache.strict):

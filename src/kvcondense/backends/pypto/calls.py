@@ -99,7 +99,7 @@ def _call(
     where = torch.full((5, batch), -1, dtype=torch.int32)
     where[BASE] = 0
     rows = source.new_zeros(batch, source.shape[1])
-    cos, sin = torch.zeros(2, batch, spec.rope_dim // 2)
+    cos, sin = torch.zeros(2, batch, form.pairs)
     for b, t in enumerate(tokens):
         rows[b] = source[t.token]
         where[POSITION, b], where[BASE, b] = t.position, t.base
@@ -108,8 +108,9 @@ def _call(
         where[KEPT, b], where[SLOT, b] = t.base + t.position % form.ring_rows, t.slot
         if t.window >= 0 and step.rope is not None:
             position = t.position // spec.ratio * spec.ratio
-            cos[b], sin[b] = step.rope.cos[position], step.rope.sin[position]
-    even, odd, signs = _matrices(spec.rope_dim, d)
+            cos[b, : spec.rope_dim // 2] = step.rope.cos[position]
+            sin[b, : spec.rope_dim // 2] = step.rope.sin[position]
+    even, odd, signs = _matrices(spec.rope_dim, form.pairs, d)
     assert step.ape is not None
     out = torch.zeros(batch, d)
     operands = [
@@ -135,7 +136,8 @@ def _call(
 
 
 @functools.cache
-def _matrices(rope_dim: int, d: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _matrices(rope_dim: int, pairs: int, d: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Selectors of RoPE's pairs, and the signs of the Hadamard matrix; all exact in bf16."""
-    even, odd = selector_matrices(rope_dim)
-    return even.bfloat16(), odd.bfloat16(), torch.sign(hadamard(torch.eye(d))).bfloat16()
+    wide = (0, pairs - rope_dim // 2)
+    even, odd = (torch.nn.functional.pad(m, wide).bfloat16() for m in selector_matrices(rope_dim))
+    return even, odd, torch.sign(hadamard(torch.eye(d))).bfloat16()

@@ -48,6 +48,11 @@ class Form:
         return next(k for k in (512, 256, 128, 64, 32, 16) if self.hidden % k == 0)
 
     @property
+    def pairs(self) -> int:
+        """Columns of the selectors: RoPE's pairs, and columns of zeros up to a tile's least width."""
+        return max(16, self.rope_dim // 2)
+
+    @property
     def columns(self) -> int:
         """Channels of one tile."""
         return min(128, self.head_dim)
@@ -57,15 +62,15 @@ def program(form: Form) -> Any:
     """The step as a ``pl.program``.
 
     Operands: tokens [batch, hidden] bf16 (kv_score [batch, 2 N] fp32 if hidden is 0), w [2 N, hidden] bf16, ape
-    [ratio, N] and gain [1, d] fp32, cos and sin [batch, rope_dim / 2] fp32, even and odd [rope_dim, rope_dim / 2] bf16
-    selectors, signs [d, d] bf16 (Hadamard, +-1), state [state_rows, 2 N] fp32 and cache [cache_rows, d] bf16 in place,
-    out [batch, d] fp32, where [5, batch] and rotate [8] int32.
+    [ratio, N] and gain [1, d] fp32, cos and sin [batch, pairs] fp32, even and odd [rope_dim, pairs] bf16 selectors,
+    signs [d, d] bf16 (Hadamard, +-1), state [state_rows, 2 N] fp32 and cache [cache_rows, d] bf16 in place, out
+    [batch, d] fp32, where [5, batch] and rotate [8] int32.
     """
     import pypto.language as pl
 
     B, D, d, N = form.batch, form.hidden, form.head_dim, form.width  # noqa: N806 - the letters of the formula
     W, R, RING = form.window, form.ratio, form.ring_rows  # noqa: N806
-    ROWS, SLOTS, ROPE, HALF = form.state_rows, form.cache_rows, form.rope_dim, form.rope_dim // 2  # noqa: N806
+    ROWS, SLOTS, ROPE, HALF = form.state_rows, form.cache_rows, form.rope_dim, form.pairs  # noqa: N806
     K, C = form.depth if D else 16, form.columns  # noqa: N806
     OVERLAP, LATE = form.overlap, N - d  # noqa: N806
     FIRST = R if OVERLAP else 0  # noqa: N806 - candidates of the window itself
