@@ -61,7 +61,9 @@ def entry(path: Path, owner: Any, name: str, *, named: Sequence[str] = (), exact
     if exactly:
         fits = list(parameters) == list(exactly)
     else:
-        required = {n for n, p in parameters.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD,)}
+        required = {
+            n for n, p in parameters.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        }
         anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         fits = required <= set(named) and (anything or set(named) <= set(parameters))
     if not fits:
