@@ -1,21 +1,19 @@
 """Engines' Triton kernels from files that the user has: RTP-LLM's and vLLM's compressors. No engine is installed.
 
 Both keep the state in fp32 pages by absolute position, [kv | score + ape], save every token there in one launch and
-finish windows in a second (RTP-LLM at ratio 128: a third). A file is a program: name only files that you would run.
+finish windows in a second (an older RTP-LLM at ratio 128: a third). A file is a program: name only files that you would
+run. What their entry points are called with is checked when a file is loaded.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from kvcondense.bench import foreign
 from kvcondense.bench.cases import CONFIG, FORMAT, PAGE_ROWS, Inputs
 from kvcondense.bench.peers import Make
 from kvcondense.errors import UnsupportedError
@@ -23,6 +21,23 @@ from kvcondense.layout.cache import PagedCache
 from kvcondense.rope_table import RopeTable
 
 _VLLM = ("save_partial_states.py", "fused_compress_quant_cache.py")
+_VLLM_SAVE = (
+    "kv_ptr", "kv_stride", "score_ptr", "score_stride", "ape_ptr", "ape_stride", "positions_ptr", "state_cache_ptr",
+    "state_cache_stride0", "state_cache_stride1", "slot_mapping_ptr", "block_size", "HEAD_SIZE", "TRITON_BLOCK_SIZE",
+    "STATE_WIDTH", "COMPRESS_RATIO",
+)  # fmt: skip
+_VLLM_FUSED = (
+    "state_cache", "num_actual", "token_to_req_indices", "positions", "slot_mapping", "block_table", "block_size",
+    "state_width", "cos_sin_cache", "kv_cache", "k_cache_metadata", "pdl_kwargs", "head_dim", "rope_head_dim",
+    "compress_ratio", "overlap", "use_fp4_cache", "rms_norm_weight", "rms_norm_eps", "quant_block", "token_stride",
+    "scale_dim",
+)  # fmt: skip
+_RTP_SAVE = ("kv", "score", "ape", "positions", "state_cache", "slot_mapping", "compress_ratio")
+_RTP_FUSED = (
+    "state_cache", "token_to_req_indices", "positions", "slot_mapping", "block_table", "rms_norm_weight",
+    "rms_norm_eps", "cos_sin_cache", "kv_cache", "kv_slot_mapping", "kv_raw", "score_raw", "ape", "seq_start",
+    "disable_raw_path", "head_dim", "rope_head_dim", "compress_ratio", "overlap",
+)  # fmt: skip
 
 
 class Paged:
@@ -95,15 +110,67 @@ class Paged:
         }
 
 
-class RtpLlm(Paged):
-    """rtp_llm/models_py/modules/dsv4/_compressor_vllm_triton.py of alibaba/rtp-llm."""
+class _Model1(Paged):
+    """Rows as FlashMLA has them, in pages of bytes."""
+
+    rounded = 2.0**-4
+    """Half a step of e4m3, relative: rows are compared as they are stored."""
+
+    def cache(self) -> PagedCache:
+        pages = self.inputs.case.batch * self.pages
+        return PagedCache.allocate(self.spec.head_dim, pages, PAGE_ROWS, format=FORMAT, device=self.device)
+
+    def rows(self, cache: PagedCache, slots: torch.Tensor) -> torch.Tensor:
+        return cache.decode_rows(slots).float()
+
+
+def _rtp_llm_save(save: Any, peer: Paged, tokens: torch.Tensor, memory: torch.Tensor, prepared: dict[str, Any]) -> None:
+    n = peer.spec.width
+    save(
+        kv=tokens[:, :n],
+        score=tokens[:, n:],
+        ape=peer.inputs.ape,
+        positions=prepared["positions"],
+        state_cache=memory,
+        slot_mapping=prepared["slot_mapping"],
+        compress_ratio=peer.spec.ratio,
+    )
+
+
+def _rtp_llm_arguments(
+    peer: Paged, tokens: torch.Tensor, memory: torch.Tensor, prepared: dict[str, Any]
+) -> dict[str, Any]:
+    """What older and newer files ask alike, but for the cache and where raw tokens are read."""
+    spec, inputs, n = peer.spec, peer.inputs, peer.spec.width
+    return {
+        "state_cache": memory,
+        "token_to_req_indices": prepared["requests"],
+        "positions": prepared["positions"],
+        "slot_mapping": prepared["slot_mapping"],
+        "block_table": peer.block_table,
+        "rms_norm_weight": inputs.norm,
+        "rms_norm_eps": spec.eps,
+        "cos_sin_cache": peer.cos_sin,
+        "kv_slot_mapping": prepared["kv_slot_mapping"],
+        "kv_raw": tokens[:, :n],
+        "score_raw": tokens[:, n:],
+        "ape": inputs.ape,
+        "head_dim": spec.head_dim,
+        "rope_head_dim": spec.rope_dim,
+        "compress_ratio": spec.ratio,
+        "overlap": spec.overlap,
+    }
+
+
+class RtpLlmBf16(Paged):
+    """rtp_llm/models_py/modules/dsv4/_compressor_vllm_triton.py of alibaba/rtp-llm, before rows were FP8 alone."""
 
     name = "rtp-llm"
     note = "two or three launches; every token to an fp32 paged state; bf16 rows"
 
-    def __init__(self, inputs: Inputs, module: Any) -> None:
+    def __init__(self, inputs: Inputs, save: Any, fused: Any) -> None:
         super().__init__(inputs)
-        self.module = module
+        self.save, self.fused = save, fused
 
     def cache(self) -> torch.Tensor:
         rows = self.inputs.case.batch * self.pages * PAGE_ROWS
@@ -113,42 +180,65 @@ class RtpLlm(Paged):
         return cache[slots].float()
 
     def call(self, tokens: torch.Tensor, state: dict[str, Any], prepared: dict[str, Any]) -> None:
-        spec, inputs = self.spec, self.inputs
-        kv, score = tokens[:, : spec.width], tokens[:, spec.width :]
-        self.module.run_save_partial_states(
-            kv, score, inputs.ape, prepared["positions"], state["memory"], prepared["slot_mapping"], spec.ratio
-        )
-        self.module.run_fused_compress_kv_write_bf16(
-            state["memory"], prepared["requests"], prepared["positions"], prepared["slot_mapping"], self.block_table,
-            inputs.norm, spec.eps, self.cos_sin, state["cache"], prepared["kv_slot_mapping"], kv, score, inputs.ape,
+        _rtp_llm_save(self.save, self, tokens, state["memory"], prepared)
+        self.fused(
+            **_rtp_llm_arguments(self, tokens, state["memory"], prepared),
+            kv_cache=state["cache"],
             seq_start=prepared["start"],
-            disable_raw_path=inputs.case.batch > 1,  # it takes tokens of one request only
+            disable_raw_path=self.inputs.case.batch > 1,  # it takes tokens of one request only
             boundary_token_indices=prepared["boundaries"],
-            head_dim=spec.head_dim, rope_head_dim=spec.rope_dim, compress_ratio=spec.ratio, overlap=spec.overlap,
-        )  # fmt: skip
+        )
 
 
-class Vllm(Paged):
+class RtpLlm(_Model1):
+    """rtp_llm/models_py/modules/dsv4/fp8/_compressor_vllm_triton.py of alibaba/rtp-llm.
+
+    As it is called there: a prefill reads the tokens it was given, a decode the state alone.
+    """
+
+    name = "rtp-llm"
+    note = "two launches; every token to an fp32 paged state, a decode's windows read from there; fp8_model1 rows"
+
+    def __init__(self, inputs: Inputs, save: Any, fused: Any) -> None:
+        super().__init__(inputs)
+        self.save, self.fused = save, fused
+
+    def prepare(self, start: int, count: int) -> dict[str, Any]:
+        """And where each request's tokens begin: in the sequence [B], among all [B + 1]; int64."""
+        batch = self.inputs.case.batch
+        starts = torch.full((batch,), start, dtype=torch.int64, device=self.device)
+        ends = count * torch.arange(batch + 1, dtype=torch.int64, device=self.device)
+        several = batch > 1 and count > 1
+        return {
+            **super().prepare(start, count),
+            "raw": {
+                "seq_start": start if batch == 1 and count > 1 else 0,
+                "disable_raw_path": count == 1,
+                "seq_start_per_req": starts if several else None,
+                "cu_seq_per_req": ends if several else None,
+            },
+        }
+
+    def call(self, tokens: torch.Tensor, state: dict[str, Any], prepared: dict[str, Any]) -> None:
+        _rtp_llm_save(self.save, self, tokens, state["memory"], prepared)
+        data, entry = state["cache"].data, state["cache"].format.row_bytes(self.spec.head_dim)
+        self.fused(
+            **_rtp_llm_arguments(self, tokens, state["memory"], prepared),
+            kv_cache=data.as_strided((data.shape[0], PAGE_ROWS, entry), (data.stride(0), entry, 1)),
+            state_tokens_per_block=self.block,
+            **prepared["raw"],
+        )
+
+
+class Vllm(_Model1):
     """save_partial_states.py and fused_compress_quant_cache.py of vllm/models/deepseek_v4/common/ops."""
 
     name = "vllm"
     note = "two launches; every token to an fp32 paged state, windows read from there; fp8_model1 rows"
-    rounded = 2.0**-4
-    """Half a step of e4m3, relative: rows are compared as they are stored."""
 
     def __init__(self, inputs: Inputs, save: Any, fused: Any) -> None:
         super().__init__(inputs)
-        # A class in newer versions, a function in older ones.
-        newer = getattr(save, "SavePartialStatesKernel", None)
-        self.save = save._save_partial_states_kernel if newer is None else newer.kernel
-        self.fused = fused.compress_norm_rope_store_triton
-
-    def cache(self) -> PagedCache:
-        pages = self.inputs.case.batch * self.pages
-        return PagedCache.allocate(self.spec.head_dim, pages, PAGE_ROWS, format=FORMAT, device=self.device)
-
-    def rows(self, cache: PagedCache, slots: torch.Tensor) -> torch.Tensor:
-        return cache.decode_rows(slots).float()
+        self.save, self.fused = save, fused
 
     def call(self, tokens: torch.Tensor, state: dict[str, Any], prepared: dict[str, Any]) -> None:
         spec, inputs, memory, n = self.spec, self.inputs, state["memory"], self.spec.width
@@ -189,62 +279,32 @@ def load(text: str) -> Make:
     name, _, place = text.partition("=")
     path = Path(place)
     if name == "rtp-llm" and path.is_file():
-        module = _module(path)
-        peer: Any = lambda inputs: RtpLlm(inputs, module)  # noqa: E731
+        peer: Any = _rtp_llm(path)
     elif name == "vllm" and all((path / part).is_file() for part in _VLLM):
-        with _stubs():
-            save, fused = (_module(path / part) for part in _VLLM)
-        peer = lambda inputs: Vllm(inputs, save, fused)  # noqa: E731
+        peer = _vllm(*(path / part for part in _VLLM))
     else:
         raise UnsupportedError("--peer-file", f"rtp-llm=FILE, or vllm=FOLDER with {' and '.join(_VLLM)}", text)
     peer.hidden = False
     return peer
 
 
-def _module(path: Path) -> ModuleType:
-    """The file as a module of a package that only stubs are in."""
-    specification = importlib.util.spec_from_file_location(f"kvcondense_peer.{path.stem}", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+def _rtp_llm(path: Path) -> Make:
+    module = foreign.load(path)
+    save = foreign.entry(path, module, "run_save_partial_states", named=_RTP_SAVE)
+    older = "run_fused_compress_kv_write_bf16"  # a file of then may have the other one, too
+    if hasattr(module, older):
+        fused = foreign.entry(path, module, older, named=(*_RTP_FUSED, "boundary_token_indices"))
+        return lambda inputs: RtpLlmBf16(inputs, save, fused)
+    more = ("seq_start_per_req", "cu_seq_per_req", "state_tokens_per_block")
+    fused = foreign.entry(path, module, "run_fused_compress_kv_write", named=(*_RTP_FUSED, *more))
+    return lambda inputs: RtpLlm(inputs, save, fused)
 
 
-@contextlib.contextmanager
-def _stubs() -> Iterator[None]:
-    """What vLLM's two files import of vLLM, for as long as they are loaded; an installed vLLM is set aside."""
-    import triton
-    from triton import language
-
-    class Generic:
-        def __class_getitem__(cls, _: object) -> type:
-            return cls
-
-    names: dict[str, dict[str, Any]] = {
-        "vllm": {},
-        "vllm.platforms": {"current_platform": SimpleNamespace(is_rocm=lambda: False)},
-        "vllm.triton_utils": {"tl": language, "triton": triton},
-        "vllm.utils": {},
-        "vllm.utils.math_utils": {"next_power_of_2": triton.next_power_of_2},
-        "vllm.model_executor": {},
-        "vllm.model_executor.warmup": {},
-        "vllm.model_executor.warmup.jit_warmup_triton_helper": {
-            "LaunchSpec": object, "TritonWarmupTensor": object, "VllmTritonJitKernel": Generic,
-            "kernel_launcher": lambda f: f,
-        },
-        "kvcondense_peer": {"__path__": []},
-        "kvcondense_peer.fused_indexer_q": {"_fp32x2_to_fp4x2": None},
-    }  # fmt: skip
-    before = {name: sys.modules.get(name) for name in names}
-    for name, values in names.items():
-        sys.modules[name] = module = ModuleType(name)
-        vars(module).update(values)
-    try:
-        yield
-    finally:
-        for name, module in before.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
+def _vllm(save_path: Path, fused_path: Path) -> Make:
+    save, fused = foreign.load(save_path), foreign.load(fused_path)
+    # A class in newer versions, a function in older ones.
+    newer = getattr(save, "SavePartialStatesKernel", None)
+    owner, name = (save, "_save_partial_states_kernel") if newer is None else (newer, "kernel")
+    kernel = foreign.entry(save_path, owner, name, exactly=_VLLM_SAVE)
+    function = foreign.entry(fused_path, fused, "compress_norm_rope_store_triton", named=_VLLM_FUSED)
+    return lambda inputs: Vllm(inputs, kernel, function)
