@@ -28,6 +28,8 @@ class PyptoBackend:
     """Never the choice of "auto": a simulator takes a fifth of a second for a token."""
     kit: tuple[str, ...] = ("csa", "hca", "indexer")
     """Compressors of the conformance kit that have an ape, a gate and the profile."""
+    stores: tuple[str, ...] = ("bf16",)
+    """Cache formats."""
     from_hidden: bool = True
     """The projection is part of the kernel: what is to be tested goes in as hidden states."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kvcondense import files
+from kvcondense.backends import get_backend
 from kvcondense.bench import chart, measure, peer_files, records, report
 from kvcondense.bench import device as gpu
 from kvcondense.bench.cases import CASES, DEVICE_CASES
@@ -60,6 +62,9 @@ def run(
         output.finish({"cases": [{"case": c.name, "bytes": c.bytes, "flops": c.flops} for c in cases.values()]})
         return None
     chosen = [c for c in cases.values() if not case or any(part in c.name for part in case)]
+    stores = getattr(get_backend(backend), "stores", None)
+    if stores is not None and cases is CASES:  # it writes some formats only: everybody then writes the first
+        chosen = [replace(c, format=stores[0]) for c in chosen]
     series = [name for name in _SERIES if cases is CASES and (not case or any(part in name for part in case))]
     if not chosen and not series:
         raise RangeError("--case", f"part of one of: {'; '.join(cases)}", case)
