@@ -1,6 +1,6 @@
 """Compiled kernels: machine code cached on disk, compiled by Numba when there is none, called by address.
 
-The cache holds object files of one function each. Their names are a digest of everything that decides their content:
+Object files (``kept``) hold one function each. Their names are a digest of everything that decides their content:
 the kernels' sources, the versions of Numba and llvmlite, the processor and its features. Loading one needs
 llvmlite alone, so that a process that finds its kernels compiled never imports Numba.
 """
@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import platform
 import re
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +20,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from kvcondense.backends.cpu import kept
 
 STEP, TRAINING, PLAN, MARKS = ("condense", "project"), ("training",), ("plan",), ("marks",)
 KERNELS = STEP + TRAINING + PLAN + MARKS
@@ -35,7 +35,6 @@ define void @{name}(i64 %block) {{
   ret void
 }}
 """
-_DIGEST = 32
 _lock = threading.RLock()
 _engines: list[object] = []  # machine code lives as long as its engine
 
@@ -49,17 +48,11 @@ class Kernel:
     cached: bool
 
 
-def cache_directory() -> Path:
-    """Where compiled kernels are kept: below NUMBA_CACHE_DIR, XDG_CACHE_HOME or ~/.cache."""
-    if os.environ.get("NUMBA_CACHE_DIR"):
-        return Path(os.environ["NUMBA_CACHE_DIR"]) / "kvcondense"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "kvcondense"
-
-
 def status() -> list[Kernel]:
     """Every kernel, and whether it is compiled for this machine and these sources."""
-    return [Kernel(name, _path(name), _path(name).is_file()) for name in KERNELS]
+    folder = kept.place()
+    paths = {name: (folder or Path("nowhere")) / _name(name) for name in KERNELS}
+    return [Kernel(name, path, folder is not None and path.is_file()) for name, path in paths.items()]
 
 
 @functools.cache
@@ -72,7 +65,7 @@ def problem(kernels: tuple[str, ...] = STEP) -> str | None:
         return "numba is not installed"
     except Exception as error:  # a broken installation fails in many ways
         return f"llvmlite cannot be imported ({error})"
-    if all(_path(kernel).is_file() for kernel in kernels):
+    if all(k.cached for k in status() if k.name in kernels):
         return None
     try:
         import_module("numba")
@@ -98,10 +91,9 @@ def has_bf16_products() -> bool:
 def address(kernel: str) -> int:
     """Address of a kernel's entry, void(int64). Compiles it if it is not cached, and says so on standard error."""
     with _lock:
-        code = _read(_path(kernel))
+        code = kept.read(_name(kernel))
         if code is None:
             code = _compile(kernel)
-            _write(_path(kernel), code)
         return _link(code, _SYMBOL.format(kernel=kernel))
 
 
@@ -129,30 +121,9 @@ def _stamp() -> str:
     return digest.hexdigest()[:24]
 
 
-def _path(kernel: str) -> Path:
-    return cache_directory() / f"{kernel}-{_stamp()}.o"
-
-
-def _read(path: Path) -> bytes | None:
-    """The object code in a cache file, or None if there is none or it is damaged."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    digest, code = data[:_DIGEST], data[_DIGEST:]
-    return code if hashlib.sha256(code).digest() == digest else None
-
-
-def _write(path: Path, code: bytes) -> None:
-    """Keep object code; a directory that cannot be written costs a compilation in the next process, no more."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(temporary, path)
-    except OSError as error:
-        sys.stderr.write(f"kvcondense: compiled kernels are not kept: {error}\n")
+def _name(kernel: str) -> str:
+    """Of its file: whoever has other sources, versions or another processor looks for another one."""
+    return f"{kernel}-{_stamp()}.o"
 
 
 def _compile(kernel: str) -> bytes:
@@ -179,7 +150,8 @@ def _compile(kernel: str) -> bytes:
     passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=2))
     passes.getModulePassManager().run(module, passes)
     code = target.emit_object(module)
-    sys.stderr.write(f"{time.perf_counter() - began:.1f} s, kept in {cache_directory()}\n")
+    seconds, folder = time.perf_counter() - began, kept.write(_name(kernel), code)
+    sys.stderr.write(f"{seconds:.1f} s, {'for this process' if folder is None else f'kept in {folder}'}\n")
     return code
 
 
