@@ -94,6 +94,9 @@ def run(steps: Sequence[Step], out: Path, budget: float, head: Record, say: Call
                 say("\n".join("    " + line for line in results.steps[index]["tail"].splitlines()[-8:]))
                 broken = f"{step.name} {outcome}" if step.vital else ""
     except Interrupted:
+        for index, step in enumerate(results.steps):
+            if step["status"] == RUNNING:  # between its start and its end there is more than the wait
+                results.put(index, status=KILLED, records=[])
         say("ended from outside: what there is has been written")
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
