@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,12 +14,21 @@ from pathlib import Path
 
 from kvcondense.errors import CheckpointError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+_number = itertools.count()
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A file to fill, which takes ``path``'s place when the block ends well; whatever else happens, the old one stays.
 
-    Links stay links. What is no file (a terminal, a pipe, /dev/null) gets the bytes at the end.
+    It is on disk before it takes the place, and the folder is told. Links stay links. What processes that are gone have
+    left is removed; raises CheckpointError if one that is not, or another thread, is writing the same file. What is no
+    file (a terminal, a pipe, /dev/null) gets the bytes at the end.
     """
     path = Path(path)
     try:
@@ -28,13 +40,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
                     shutil.copyfileobj(source, target)
             return
         made, target = _beside(path), path.resolve()
-        try:
+        with _claimed(path, made):
             yield made
             if target.exists():
                 shutil.copymode(target, made)
+            _flush(made)
             os.replace(made, target)
-        finally:
-            made.unlink(missing_ok=True)
+            _flush(target.parent)
     except OSError as error:  # a full disk names no file, and nobody knows the one beside
         if error.errno is not None:
             error.filename = str(path)
@@ -60,7 +72,7 @@ def why_not_written(path: str | Path) -> str | None:
             return f"there is no folder {path.parent}"
         made = _beside(path)
         made.touch()
-        made.unlink()
+        made.unlink(missing_ok=True)
     except (OSError, ValueError, RuntimeError) as error:  # a name with a zero byte; a loop of links, before 3.13
         return getattr(error, "strerror", None) or str(error)
     return None
@@ -86,4 +98,53 @@ def same(one: Path, other: Path) -> bool:
 def _beside(path: Path) -> Path:
     """In the same folder, so that it can be renamed; with the same suffix, which may say what is written."""
     target = path.resolve()
-    return target.with_name(f".{target.stem[:80]}.{os.getpid()}.part{target.suffix}")
+    return target.with_name(f".{target.stem[:80]}.{os.getpid()}-{next(_number)}.part{target.suffix}")
+
+
+@contextlib.contextmanager
+def _claimed(path: Path, made: Path) -> Iterator[None]:
+    """Hold ``made`` for as long as the block takes, and leave none of it; raises if somebody else has such a file."""
+    mine, wanted = _locked(made, os.O_CREAT | os.O_EXCL), "a file that nobody else writes"
+    try:
+        if mine is None:  # taken between its making and the lock
+            raise CheckpointError(str(path), wanted, "one that is being written")
+        ours = re.compile(rf"\.{re.escape(path.resolve().stem[:80])}\.\d+(-\d+)?\.part{re.escape(made.suffix)}")
+        for other in made.parent.iterdir():
+            if other != made and ours.fullmatch(other.name):
+                left = _locked(other)
+                if left is None:
+                    raise CheckpointError(str(path), wanted, "one that is being written")
+                other.unlink(missing_ok=True)  # its process is gone
+                os.close(left)
+        yield
+    finally:
+        made.unlink(missing_ok=True)
+        if mine is not None:
+            os.close(mine)
+
+
+def _locked(path: Path, flags: int = 0) -> int | None:
+    """The file, opened and locked until it is closed; None if another one has locked it."""
+    held = os.open(path, os.O_RDWR | flags, 0o666)
+    if fcntl is None:
+        return held
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return held
+
+
+def _flush(path: Path) -> None:
+    """Wait until what the file or folder holds is on disk."""
+    held = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(held)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing, for folders say
+            raise
+    finally:
+        os.close(held)
