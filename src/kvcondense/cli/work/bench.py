@@ -63,8 +63,8 @@ def run(
         return None
     chosen = [c for c in cases.values() if not case or any(part in c.name for part in case)]
     stores = getattr(get_backend(backend), "stores", None)
-    if stores is not None and cases is CASES:  # it writes some formats only: everybody then writes the first
-        chosen = [replace(c, format=stores[0]) for c in chosen]
+    if stores is not None and cases is CASES:  # one that writes some formats only, token by token: few come before
+        chosen = [replace(c, format=stores[0], start=c.start % (2 * c.spec.window)) for c in chosen]
     series = [name for name in _SERIES if cases is CASES and (not case or any(part in name for part in case))]
     if not chosen and not series:
         raise RangeError("--case", f"part of one of: {'; '.join(cases)}", case)
