@@ -240,6 +240,7 @@ def test_every_command_has_help_with_an_example_and_json(command):
 
 def test_info_says_what_can_run():
     report = stdout_json("info", "--json", "-")
+    assert "pypto" in report["backends"].pop("pypto"), "which package is missing, or which form"
     assert report["backends"] == {"cpu": None, "triton": None, "reference": None}
     assert {k["name"] for k in report["kernels"]} == {"condense", "project", "training", "plan", "marks"}
     assert report["versions"]["torch"] == torch.__version__

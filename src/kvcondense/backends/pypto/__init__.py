@@ -63,7 +63,7 @@ def _why_no_form(step: Step) -> str | None:
     if step.kv_score.device.type != "cpu":
         return f"kv_score is on {step.kv_score.device}; tensors are handed over in host memory"
     if not isinstance(state, StatePool) or not isinstance(state.layout, RingLayout):
-        return "the state is no ring of rows"
+        return "the state is no ring of rows, which pypto needs"
     if state.layout.raw_scores or state.score is not None or step.stored:
         return "scores of the state have no ape, or lie elsewhere, or others have written them"
     if state.data.dtype is not torch.float32 or state.data.dim() != 2 or not state.data.is_contiguous():
