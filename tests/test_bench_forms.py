@@ -7,9 +7,9 @@ from kvcondense.backends.triton.variants import variants
 from kvcondense.bench.forms import COUNTS, Form, check, forms
 
 SOME = [
-    "indexer-ring-fp32-fp32-16rows-mxfp4_indexer",
-    "csa-paged-fp32-fp32-1048576rows-fp8_model1",
-    "r2-ring-bf16-bf16-16rows-bf16",
+    "indexer-ring-fp32-16rows-mxfp4_indexer",
+    "csa-paged-fp32-1048576rows-fp8_model1",
+    "r2-ring-bf16-16rows-bf16",
     "r1-decode-ring-fp32-fp4_v41",
     "csa-together-paged-fp32-fp8_model1",
     "r2-tiles-ring-bf16-fp4_v41",

@@ -244,7 +244,7 @@ def test_a_directory_that_cannot_be_written_costs_no_more_than_time(tmp_path):
     blocked.write_text("not a directory")
     out, err = child(blocked)
     assert out.startswith("512.0")
-    assert "compiled kernels are not kept" in err
+    assert "compiled kernels are neither loaded nor kept" in err
 
 
 @pytest.mark.parametrize(("kind", "name"), [(k, f.name) for f in FORMATS.values() for k in calibrated.kinds_of(f)])

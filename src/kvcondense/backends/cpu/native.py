@@ -113,6 +113,7 @@ def _stamp() -> str:
     for source in (
         here.parent / "jobs.py",
         here / "blocks.py",
+        here / "kept.py",
         *sorted(here.glob("*params.py")),
         *sorted((here / "kernels").glob("*.py")),
     ):

@@ -78,8 +78,10 @@ class Variant:
         if self.multiplies:
             return "-".join((self.kind, self.form, self.state or "stateless", self.state_type, self.format or "rows"))
         extra = ("latent",) * self.latent + (self.rounding.value,) * (self.rounding is Rounding.FUSED)
-        return "-".join((self.kind, self.state or "stateless", self.tokens, self.state_type, f"{self.rows}rows",
-                         self.format or "rows", *extra))  # fmt: skip
+        types = dict.fromkeys((self.tokens, self.state_type))  # once, if they are one
+        return "-".join(
+            (self.kind, self.state or "stateless", *types, f"{self.rows}rows", self.format or "rows", *extra)
+        )
 
 
 PLAN = Variant("hca", "", form="plan")
