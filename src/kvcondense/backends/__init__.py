@@ -149,7 +149,7 @@ def _first(impl: Any, why_not: Callable[[Any], str | None], purpose: str) -> Any
     reasons = []
     for backend in candidates:
         if impl == "auto" and getattr(backend, "stand_in", False):
-            reason: str | None = "it runs here as a stand-in, for tests; ask for it by name"
+            reason: str | None = "it is taken by name alone (a simulator, or an interpreter)"
         else:
             reason = why_not(backend)
         if reason is None:
