@@ -60,6 +60,16 @@ class Part:
     def value(self) -> Part:
         return self
 
+    @property
+    def pow2(self) -> bool:
+        """Whether scales are powers of two."""
+        return self.scale.startswith("POW2")
+
+    @property
+    def e4m3_scale(self) -> bool:
+        """Whether scales are e4m3 bytes."""
+        return self.scale.startswith("E4M3")
+
 
 @dataclass(frozen=True)
 class RowMap:

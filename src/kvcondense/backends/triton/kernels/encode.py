@@ -110,9 +110,11 @@ def scale_of(amax_bits, part: tl.constexpr, scale_part: tl.constexpr):
     LARGEST: tl.constexpr = part.value.largest
     LEAST: tl.constexpr = part.value.floor_exponent
     COPIES: tl.constexpr = part.value.scale_copies
+    POW2: tl.constexpr = part.value.pow2
+    E4M3_SCALE: tl.constexpr = part.value.e4m3_scale
     amax = from_bits(amax_bits)
     largest = from_bits(amax_bits * 0 + LARGEST)
-    if SCALE == "POW2_BYTE" or SCALE == "POW2_FP32" or SCALE == "POW2_PAIR" or SCALE == "POW2_WORD":
+    if POW2:
         # ceil(log2(amax / largest)) changes where the mantissa of amax passes that of largest.
         above = tl.where((amax_bits & 0x7FFFFF) > (LARGEST & 0x7FFFFF), 1, 0)
         exponent = (amax_bits >> 23) - (LARGEST >> 23) + above
@@ -126,7 +128,7 @@ def scale_of(amax_bits, part: tl.constexpr, scale_part: tl.constexpr):
         value = tl.div_rn(amax, largest)
         factor = tl.div_rn(from_bits(amax_bits * 0 + 0x3F800000), value)
         stored = to_bits(value)
-    elif SCALE == "E4M3_BYTE" or SCALE == "E4M3_TIMES" or SCALE == "E4M3_INVERSE":
+    elif E4M3_SCALE:
         quotient = tl.div_rn(amax, largest)
         if SCALE == "E4M3_TIMES":
             quotient = amax * tl.div_rn(from_bits(amax_bits * 0 + 0x3F800000), largest)

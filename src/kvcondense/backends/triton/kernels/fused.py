@@ -78,7 +78,7 @@ def with_state(kv, z, q, position, start, half, channel, known, ape, state_table
         kv = tl.where(stored[:, None], tile(values_of(state, c), row, channel, stored), kv)
         if GATE:
             z = tl.where(stored[:, None], tile(scores_of(state, c), row, channel, stored), z)
-    if RAW and GATE and APE:
+    if RAW and (GATE and APE):
         z += biases(ape, position, half, channel, valid, c)
     return kv, tl.where(valid[:, None], z, float("-inf"))
 
@@ -191,7 +191,7 @@ def project_keep_kernel(
     token = tl.load(keep_token + entry)
     kept = here & (token >= 0)
     kv, z = project_tile(x, w, token, kept, channel, hidden, x_stride, w_stride, c, M, K, WIDE)
-    if GATE and APE and not RAW:
+    if GATE and (APE and not RAW):
         z += biases(ape, tl.load(keep_position + entry), 0, channel, kept, c)
     row = tl.where(kept, tl.load(keep_row + entry), 0)
     offset = row_offset(row, c)[:, None] + channel[None, :]

@@ -141,7 +141,7 @@ def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, sta
             kv = tl.where(stored[:, None], tile(values_of(state, c), row, channel, stored), kv)
             if GATE:
                 z = tl.where(stored[:, None], tile(scores_of(state, c), row, channel, stored), z)
-    if RAW and GATE and APE:
+    if RAW and (GATE and APE):
         z += biases(ape, position, half, channel, valid, c)
     z = tl.where(valid[:, None], z, float("-inf"))
     # The maximum does not depend on an order.
