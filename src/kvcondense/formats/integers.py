@@ -66,6 +66,12 @@ class Part:
         return self.scale.startswith("POW2")
 
     @property
+    def inverse(self) -> int:
+        """fp32 bits of 1 / largest, rounded to nearest."""
+        largest = torch.tensor(self.largest, dtype=torch.int32).view(torch.float32)
+        return int(fp32_bits(torch.ones(()) / largest))
+
+    @property
     def e4m3_scale(self) -> bool:
         """Whether scales are e4m3 bytes."""
         return self.scale.startswith("E4M3")

@@ -131,7 +131,8 @@ def scale_of(amax_bits, part: tl.constexpr, scale_part: tl.constexpr):
     elif E4M3_SCALE:
         quotient = tl.div_rn(amax, largest)
         if SCALE == "E4M3_TIMES":
-            quotient = amax * tl.div_rn(from_bits(amax_bits * 0 + 0x3F800000), largest)
+            INVERSE: tl.constexpr = part.value.inverse
+            quotient = amax * from_bits(amax_bits * 0 + INVERSE)
         stored = small_float(quotient, scale_part, False)
         value = small_float_value(stored, scale_part)
         factor = value
