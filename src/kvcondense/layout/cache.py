@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -116,11 +116,10 @@ class PagedCache:
         if shape is not None:
             fill = 0.0 if tensor_scale is None else check_tensor_scale(tensor_scale)
             scales = torch.full(shape, fill, dtype=torch.float32, device=device)
-        field = fmt.second(head_dim)
+        field, second = fmt.second(head_dim), None
         if field is not None:
             second = torch.zeros(num_pages, page_rows, field.count, dtype=field.dtype, device=device)
-            return cls(data, fmt, head_dim, page_rows, scales, strict, second)
-        return cls(data, fmt, head_dim, page_rows, scales, strict)
+        return cls(data, fmt, head_dim, page_rows, scales, strict, second)
 
     @classmethod
     def wrap(
@@ -172,10 +171,8 @@ class PagedCache:
 
     def copy(self) -> PagedCache:
         """The same bytes in memory of their own."""
-        beside = (None if t is None else t.clone() for t in (self.scales, self.second))
-        return PagedCache(
-            self.data.clone(), self.format, self.head_dim, self.page_rows, next(beside), self.strict, next(beside)
-        )
+        held = {"data": self.data, "scales": self.scales, "second": self.second}
+        return replace(self, **{name: t.clone() for name, t in held.items() if t is not None})
 
     def fill(self, byte: int) -> None:
         """Set every byte of the pages and of the second buffer, but no scale beside them."""

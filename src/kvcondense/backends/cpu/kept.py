@@ -41,7 +41,7 @@ def why_not(folder: Path | None) -> str | None:
         whole = folder.resolve()
         for place in (whole, *whole.parents):
             found = place.stat()
-            if found.st_uid not in (os.getuid(), 0):
+            if _foreign(found):
                 return f"{place} belongs to another user"
             # In a folder like /tmp, what is this user's can only be replaced by this user.
             if found.st_mode & _OTHERS and (place == whole or not found.st_mode & stat.S_ISVTX):
@@ -77,8 +77,7 @@ def read(name: str) -> bytes | None:
     try:
         with os.fdopen(os.open(folder / name, flags), "rb") as file:
             found = os.fstat(file.fileno())
-            foreign = hasattr(os, "getuid") and found.st_uid not in (os.getuid(), 0)
-            if not stat.S_ISREG(found.st_mode) or foreign or (os.name == "posix" and found.st_mode & _OTHERS):
+            if not stat.S_ISREG(found.st_mode) or _foreign(found) or (os.name == "posix" and found.st_mode & _OTHERS):
                 return None
             data = file.read()
     except OSError:
@@ -104,6 +103,11 @@ def write(name: str, code: bytes) -> Path | None:
         sys.stderr.write(f"kvcondense: compiled kernels are not kept: {error}\n")
         return None
     return folder
+
+
+def _foreign(found: os.stat_result) -> bool:
+    """Whether it is neither this user's nor root's."""
+    return hasattr(os, "getuid") and found.st_uid not in (os.getuid(), 0)
 
 
 def _digest(name: str, code: bytes) -> bytes:
