@@ -38,13 +38,13 @@ ARROWS = {
         "numerics", "errors",
     },
     "conformance": {
-        "conformance", "golden", "snapshot", "api", "backends", "layout", "stages", "rope_table", "weights", "formats",
-        "spec", "config", "numerics", "errors",
+        "conformance", "golden", "snapshot", "files", "api", "backends", "layout", "stages", "rope_table", "weights",
+        "formats", "spec", "config", "numerics", "errors",
     },
-    "snapshot": {"backends", "layout", "spec", "errors"},
-    "files": {"errors"},
+    "snapshot": {"files", "backends", "layout", "spec", "errors"},
+    "files": {"files", "errors"},
     "cachefile": {"files", "api", "layout", "weights", "formats", "spec", "errors"},
-    "stream": {"cachefile", "api", "layout", "rope_table", "weights", "formats", "spec", "config", "errors"},
+    "stream": {"cachefile", "files", "api", "layout", "rope_table", "weights", "formats", "spec", "config", "errors"},
     "integrations": {
         "integrations", "planning", "api", "backends", "layout", "rope_table", "weights", "formats", "spec", "config",
         "errors",

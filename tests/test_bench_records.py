@@ -42,17 +42,17 @@ def test_a_record_is_on_disk_when_it_was_added(tmp_path):
     path = tmp_path / "t.jsonl"
     log = records.Log(path, {"machine": MACHINE})
     assert records.read(path, "", "") == [{"machine": MACHINE}]
-    log.add({"case": "a", "us": 1.0})
-    assert records.read(path, "", "")[-1] == {"case": "a", "us": 1.0}
+    log.add({"case": "a", "us": 1.0, "runner": "r"})
+    assert records.read(path, "", "")[-1] == {"case": "a", "us": 1.0, "runner": "r"}
     log.finish("a")
     assert records.resumed(path, MACHINE, "") == ({"machine": MACHINE}, log.records[1:])
 
 
-@pytest.mark.parametrize("rest", ['{"case": "b", "u', '{"case": "b", "us": 2.0}', ""])
+@pytest.mark.parametrize("rest", ['{"case": "b", "u', '{"case": "b", "us": 2.0, "runner": "r"}', ""])
 def test_parts_that_were_not_completed_are_made_again(tmp_path, rest):
     path = tmp_path / "t.jsonl"
-    done = [{"case": "a", "us": 1.0}, {"complete": "a"}]
-    failed = [{"case": "x", "us": 1.0}, {"case": "x", "failed": "OutOfMemoryError"}]
+    done = [{"case": "a", "us": 1.0, "runner": "r"}, {"complete": "a"}]
+    failed = [{"case": "x", "us": 1.0, "runner": "r"}, {"case": "x", "failed": "OutOfMemoryError"}]
     path.write_text("".join(map(records.text, [{"machine": MACHINE}, *failed, *done])) + rest)
     head, kept = records.resumed(path, MACHINE, "kvcondense bench")
     assert kept == done

@@ -98,7 +98,7 @@ def test_a_full_disk_keeps_the_old_file_and_nothing_else(call, tmp_path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if call == "copymode":
-        monkeypatch.setattr("kvcondense.files.shutil.copymode", full)
+        monkeypatch.setattr("kvcondense.files.whole.shutil.copymode", full)
     else:
         monkeypatch.setattr(os, call, full)
     with pytest.raises(OSError, match="No space left on device") as caught:

@@ -1,6 +1,5 @@
 """Slots forgotten, forked, exported and imported: to other rings, pages, slots, dtypes and kinds of state."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -9,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
+import sealing
 from kvcondense import KvCondenseError, OnlineState, RaggedBatch, StatePool
+from kvcondense.files import sealed
 from kvcondense.layout.addresses import RingLayout
 from kvcondense.snapshot import load_live, save_live
 from machine import PAIRS, SPECS, STATES, Machine, same, tokens
@@ -52,13 +53,13 @@ def test_exported_requests_go_on_elsewhere(name, source, data):
     stayed.feed([1])
     assert torch.equal(there.cache_of(0)[rows:], stayed.cache_of(0)[rows:])
     same(there.live_of(0), stayed.live_of(0))
-    header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])["__metadata__"]["kvcondense"]
+    header, _ = sealing.of_payload(payload)
     size = (
         3 * 4 * spec.head_dim * bool(moved % spec.ratio)
         if source == "online"
         else 4 * spec.state_dim * spec.seed_rows(moved)
     )
-    assert json.loads(header)["position"] == moved
+    assert header["position"] == moved
     assert 0 <= bytes_before - size < 1200
 
 
@@ -170,16 +171,14 @@ def standing(name="csa", kind="ring", n=9):
 
 
 def retouched(payload, change):
-    """The payload with an edited header or edited tensors."""
-    size = int.from_bytes(payload[:8], "little")
-    header = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["kvcondense"])
-    tensors = load(payload)
+    """The payload with an edited header or edited tensors, sealed again."""
+    header, tensors = sealing.of_payload(payload)
     change(header, tensors)
-    return save(tensors, metadata={"kvcondense": json.dumps(header)})
+    return sealed.pack(header, tensors)
 
 
 FOREIGN = {
-    "schema": (lambda h, t: h.update(schema=2), "payload schema"),
+    "schema": (lambda h, t: h.update(schema=3), "payload schema"),
     "position": (lambda h, t: h.update(position=8), "payload position"),
     "spec": (lambda h, t: h["spec"].update(eps=1e-5), "payload spec"),
     "dtype": (lambda h, t: h.update(dtype="bfloat16"), "payload dtype"),

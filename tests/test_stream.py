@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import sealing
 from checkpoints import HIDDEN, MODEL, run, write
 from kvcondense import CompressorSpec, CompressorWeights, KvCondenseError, RaggedBatch, RopeTable
 from kvcondense.api import compress
+from kvcondense.files import sealed
 from kvcondense.stream import HiddenFile, Sequence
 
 TOKENS = 300
@@ -147,11 +148,13 @@ def test_resume_refuses_another_compressor(model, hidden, tmp_path):
 
 
 def tampered(out, target, tensors=lambda t: t, header=lambda h: h):
-    with safe_open(out, "pt") as handle:
-        content = {k: handle.get_tensor(k) for k in handle.keys()}  # noqa: SIM118
-        found = json.loads(handle.metadata()["kvcondense"])
-    text = header(found)
-    metadata = None if text is None else {"kvcondense": text if isinstance(text, str) else json.dumps(text)}
+    """Changed and sealed again; a header that is no object is written as it is."""
+    found, content = sealing.parts(out)
+    changed = header(found)
+    if isinstance(changed, dict):
+        sealed.save(target, changed, tensors(content))
+        return target
+    metadata = None if changed is None else {"kvcondense": changed if isinstance(changed, str) else json.dumps(changed)}
     save_file(tensors(content), target, metadata=metadata)
     return target
 
@@ -159,8 +162,8 @@ def tampered(out, target, tensors=lambda t: t, header=lambda h: h):
 TAMPER = {
     "no header": ({"header": lambda h: None}, "header"),
     "no json": ({"header": lambda h: "{"}, "JSON"),
-    "a list": ({"header": lambda h: []}, "schema"),
-    "future schema": ({"header": lambda h: {**h, "schema": 3}}, "schema"),
+    "a list": ({"header": lambda h: []}, "a JSON object, got list"),
+    "future schema": ({"header": lambda h: {**h, "schema": 4}}, "schema"),
     "position type": ({"header": lambda h: {**h, "position": "300"}}, "position"),
     "position sign": ({"header": lambda h: {**h, "position": -1}}, "position"),
     "position": ({"header": lambda h: {**h, "position": 301}}, r"indexer\.state"),

@@ -87,7 +87,7 @@ def test_a_class_that_is_in_the_file_is_not_timed_again(clocked, tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     count = len(clocked)
     path.write_text("".join(lines[:-4]) + lines[-4][:9])
-    head, kept = records.resumed(path, FACTS, "kvcondense tune")
+    head, kept = records.resumed(path, FACTS, "kvcondense tune", tune.check_record)
     assert head == {"machine": FACTS}
     assert kept[-1] == {"complete": "hca, at most 16 rows"}
     again = fresh(path, kept)
@@ -95,7 +95,9 @@ def test_a_class_that_is_in_the_file_is_not_timed_again(clocked, tmp_path):
     assert said[0] == "hca, at most 16 rows: in the file already"
     assert count < len(clocked) < 2 * count
     assert tune.part_of(again, False, FACTS) == tune.part_of(whole, False, FACTS)
-    assert [r.get("block") for r in records.read(path, "", "")] == [r.get("block") for r in whole.records]
+    assert [r.get("block") for r in records.read(path, "", "", tune.check_record)] == [
+        r.get("block") for r in whole.records
+    ]
 
 
 def test_a_budget_begins_no_class_that_would_end_later(clocked, monkeypatch):

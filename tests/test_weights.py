@@ -126,7 +126,7 @@ INDEX = {
     "absolute": (lambda i: {"weight_map": dict.fromkeys(i["weight_map"], "/etc/x.safetensors")}, "same folder"),
     "pickle": (lambda i: {"weight_map": dict.fromkeys(i["weight_map"], "model.bin")}, "same folder"),
     "no map": (lambda i: {}, "weight_map"),
-    "a list": (lambda i: [], "weight_map"),
+    "a list": (lambda i: [], "expected object, got array"),
     "absent shard": (
         lambda i: {"weight_map": dict.fromkeys(i["weight_map"], "model-9.safetensors")},
         "no such file",

@@ -3,7 +3,7 @@
 ``<part>.rows`` [n, count] if the format's rows are values of one type, or ``<part>.pages`` uint8 [num_pages,
 page_bytes] as an engine's cache holds them; ``<part>.scales`` if scales lie outside, ``<part>.second`` [num_pages,
 page_rows, count] if channels do; ``<part>.state`` [live, state_dim] fp32, the rows that the next token needs. The
-header says what it is, in JSON.
+header says what it is, in JSON, and holds a digest of every tensor and of itself (``files.sealed``).
 """
 
 from __future__ import annotations
@@ -17,26 +17,29 @@ import torch
 
 from kvcondense.api import store
 from kvcondense.errors import CheckpointError, require_int, require_known
-from kvcondense.files import replacing
+from kvcondense.files import sealed
+from kvcondense.files.reading import short
+from kvcondense.files.schema import typed
 from kvcondense.formats import FORMATS, CacheFormat, get_format
 from kvcondense.layout.cache import PagedCache
-from kvcondense.spec import CompressorSpec, Rounding
-from kvcondense.weights import open_safetensors
+from kvcondense.spec import CompressorSpec
 
-SCHEMA = 2
+SCHEMA = 3
+"""2 had no digests; it is still read."""
 PAGE_TOKENS = 256
 """Tokens per page by default, as in vLLM: 64 rows of ratio 4, 2 rows of ratio 128."""
-_HEADER = "kvcondense"
-_MAX_HEADER_BYTES = 1 << 20
 _ROWS_AT_A_TIME = 4096
 
 
 @dataclass
 class CachePart:
-    """Rows of one compressor: row w of the sequence is cache slot w. ``converted_from``: formats that lost bits."""
+    """Rows of one compressor: row w of the sequence is cache slot w. ``converted_from``: formats that lost bits.
+
+    weights_sha256: of each tensor (w, ape, norm) that made them; of all together in files of schema 2.
+    """
 
     spec: CompressorSpec
-    weights_sha256: str
+    weights_sha256: dict[str, str] | str
     cache: PagedCache
     state: torch.Tensor
     converted_from: tuple[str, ...] = ()
@@ -75,30 +78,29 @@ class CacheFile:
 
     def save(self, path: Path) -> None:
         """Write the file; ``path`` keeps its old content until the new one is complete."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         tensors = {}
         for name, part in self.parts.items():
             n = part.spec.visible_rows(self.position)
             tensors.update({f"{name}.{k}": t for k, t in _stored(part.cache, n).items()})
             tensors[f"{name}.state"] = part.state
-        header = {_HEADER: json.dumps(self.header(), sort_keys=True)}
-        with replacing(path) as made:
-            try:
-                save_file(tensors, made, metadata=header)
-            except SafetensorError as error:  # a full disk
-                raise CheckpointError(str(path), "room for the file", error) from error
+        sealed.save(path, self.header(), tensors)
 
     @classmethod
-    def load(cls, path: Path) -> CacheFile:
-        """Read a file; raises CheckpointError if header and tensors do not agree. Sizes are checked before reading."""
-        with open_safetensors(path) as handle:
-            found = _read_header(path, handle.metadata() or {})
-            position, layer = (require_int(f"{path} {key}", found.get(key), 0) for key in ("position", "layer"))
-            digest, entries = _entry(path, found, "last_hidden_sha256", str), _entry(path, found, "parts", dict)
-            parts = {name: _part(path, handle, name, about, position) for name, about in entries.items()}
-        return cls(layer, position, digest, parts)
+    def load(cls, path: Path, *, verify: bool = True) -> CacheFile:
+        """Read a file; sizes are checked before reading, digests with it. Schema 2 has none: an IntegrityWarning.
+
+        Without ``verify`` the tensors' digests are not looked at, with the same warning; the header's is. Raises
+        CheckpointError if header and tensors do not agree, or are not those that were written.
+        """
+        with sealed.opened(path, unsealed=(2,), verify=verify) as file:
+            found = file.header
+            if found.get("schema") not in (2, SCHEMA):
+                raise CheckpointError(f"{path} header", f"an object of schema {SCHEMA} or 2", _short(found))
+            about = typed(found, _Header, str(path))
+            for key in ("position", "layer"):
+                require_int(f"{path} {key}", getattr(about, key), 0)
+            parts = {name: _part(file, name, part, about.position) for name, part in about.parts.items()}
+        return cls(about.layer, about.position, about.last_hidden_sha256, parts)
 
     def convert(
         self,
@@ -205,76 +207,51 @@ def _cache(fmt: CacheFormat, head_dim: int, page_rows: int, tensors: dict[str, t
     return PagedCache(data, fmt, head_dim, 1, scales if scales is None or scales.dim() == 0 else scales[:, None])
 
 
-def _part(path: Path, handle: Any, name: str, about: Any, position: int) -> CachePart:
+@dataclass
+class _Header:
+    """What a file must say of itself."""
+
+    schema: int
+    layer: int
+    position: int
+    last_hidden_sha256: str
+    parts: dict[str, Any]
+
+
+@dataclass
+class _About:
+    """What it must say of a part."""
+
+    spec: dict[str, Any]
+    weights_sha256: dict[str, str] | str
+    format: str
+    page_rows: int
+    converted_from: list[str]
+
+
+def _part(file: sealed.Sealed, name: str, entries: Any, position: int) -> CachePart:
     """One compressor of an open file, checked against its header before any tensor is read."""
-    label = f"{path} parts.{name}"
-    if not isinstance(about, dict):
-        raise CheckpointError(label, "an object", _short(about))
-    spec, fmt = _spec(label, about), _format(label, about)
-    page_rows = require_int(f"{label} page_rows", about.get("page_rows"), 1)
+    label = f"{file.name} parts.{name}"
+    about = typed(entries, _About, label)
+    spec = spec_of(about.spec, f"{label} spec")
+    page_rows = require_int(f"{label} page_rows", about.page_rows, 1)
+    for one in (about.format, *about.converted_from):
+        require_known(f"{label} format", one, FORMATS, error=CheckpointError)
+    fmt = get_format(about.format)
     fmt.check(spec.head_dim, spec.rope_dim)
     n, live = spec.visible_rows(position), position - spec.live_start(position)
     shapes = {"state": ([live, spec.state_dim], torch.float32), **_shapes(fmt, spec.head_dim, n, page_rows)}
-    tensors = {key: _tensor(path, handle, f"{name}.{key}", *wanted) for key, wanted in shapes.items()}
-    return CachePart(
-        spec,
-        _entry(label, about, "weights_sha256", str),
-        _cache(fmt, spec.head_dim, page_rows, tensors),
-        tensors["state"],
-        tuple(get_format(f).name for f in _entry(label, about, "converted_from", list)),
-    )
+    tensors = {key: file.tensor(f"{name}.{key}", *wanted) for key, wanted in shapes.items()}
+    cache = _cache(fmt, spec.head_dim, page_rows, tensors)
+    return CachePart(spec, about.weights_sha256, cache, tensors["state"], tuple(about.converted_from))
 
 
-def _tensor(path: Path, handle: Any, name: str, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-    if name not in handle.keys():  # noqa: SIM118 - a handle is no dict
-        raise CheckpointError(f"{path} {name}", "a tensor", "nothing")
-    got = list(handle.get_slice(name).get_shape())
-    if got != shape:
-        raise CheckpointError(f"{path} {name}", f"shape {shape}", f"shape {got}")
-    tensor = handle.get_tensor(name)
-    if tensor.dtype != dtype:
-        raise CheckpointError(f"{path} {name}", str(dtype), tensor.dtype)
-    return tensor
-
-
-def _spec(label: str, about: dict[str, Any]) -> CompressorSpec:
-    entry = _entry(label, about, "spec", dict)
+def spec_of(entries: dict[str, Any], name: str) -> CompressorSpec:
+    """``CompressorSpec.as_dict``, read back: no entry more, no entry less. Raises CheckpointError that names one."""
     names = {f.name for f in fields(CompressorSpec)}
-    if set(entry) != names:
-        raise CheckpointError(f"{label} spec", f"the entries {', '.join(sorted(names))}", _short(entry))
-    profiles = {r.value: r for r in Rounding}
-    if entry["rounding"] not in profiles:
-        raise CheckpointError(f"{label} spec.rounding", " or ".join(profiles), _short(entry["rounding"]))
-    for name in ("overlap", "rotate", "has_ape", "has_gate"):
-        if not isinstance(entry[name], bool):
-            raise CheckpointError(f"{label} spec.{name}", "true or false", _short(entry[name]))
-    return CompressorSpec(**{**entry, "rounding": profiles[entry["rounding"]]})
-
-
-def _format(label: str, about: dict[str, Any]) -> CacheFormat:
-    name = _entry(label, about, "format", str)
-    require_known(f"{label} format", name, FORMATS, error=CheckpointError)
-    return FORMATS[name]
-
-
-def _entry(label: object, found: dict[str, Any], key: str, kind: type) -> Any:
-    value = found.get(key)
-    if not isinstance(value, kind):
-        raise CheckpointError(f"{label} {key}", f"a JSON {kind.__name__}", _short(value))
-    return value
-
-
-def _read_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    text = metadata.get(_HEADER)
-    if text is None or len(text) > _MAX_HEADER_BYTES:
-        raise CheckpointError(str(path), f"a {_HEADER!r} header of at most {_MAX_HEADER_BYTES} bytes", "none")
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} header", "a JSON object", error) from error
-    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path} header", f"an object of schema {SCHEMA}", _short(header))
-    return header
+    if set(entries) != names:
+        raise CheckpointError(name, f"the entries {', '.join(sorted(names))}", short(entries))
+    return typed(entries, CompressorSpec, name)
 
 
 def _short(value: object) -> str:

@@ -79,3 +79,7 @@ def require_int(name: str, value: object, low: int) -> int:
     if value < low:
         raise RangeError(name, f"at least {low}", value)
     return value
+
+
+class IntegrityWarning(UserWarning):
+    """What was read could not be, or was not to be, compared with the digests that it was written with."""

@@ -8,7 +8,6 @@ and position alone: nothing at a window boundary without overlap, the previous w
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +15,8 @@ import torch
 
 from kvcondense.backends import Backend, Step, select
 from kvcondense.errors import CheckpointError, DtypeError, KvCondenseError, ShapeError, StateMismatchError, require
+from kvcondense.files import sealed
+from kvcondense.files.reading import short
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
@@ -23,9 +24,8 @@ from kvcondense.layout.snapshot import export_live, import_live
 from kvcondense.layout.state import StatePool
 from kvcondense.spec import CompressorSpec
 
-SCHEMA = 1
-_HEADER = "kvcondense"
-_MAX_HEADER_BYTES = 1 << 20
+SCHEMA = 2
+"""1 had no digests; it is still read."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -51,10 +51,7 @@ def save_live(
             tensors["acc"] = acc.cpu()
     else:
         tensors["rows"] = export_live(spec, state, batch).cpu()
-    from safetensors.torch import save
-
-    header = _header(spec, position, state)
-    return save(tensors, metadata={_HEADER: json.dumps(header, sort_keys=True)})
+    return sealed.pack(_header(spec, position, state), tensors)
 
 
 def load_live(
@@ -71,30 +68,32 @@ def load_live(
 
     Rows fit rings, pages and online states, where ``impl`` folds them; running values fit online states alone. Rows of
     another dtype are refused unless ``convert``, and raw scores where the pool has biased ones, or the reverse. Mutates
-    ``state``. Raises CheckpointError for a payload that is none, KvCondenseError for one of another spec or position,
-    before anything is written.
+    ``state``. Raises CheckpointError for a payload that is none, or has changed since, KvCondenseError for one of
+    another spec or position, before anything is written. Schema 1 has no digests: an IntegrityWarning.
     """
     position = _one_request(batch)
-    header, tensors = _parse(payload)
+    file = sealed.unpacked(payload, "payload", unsealed=(1,))
+    header = {"raw_scores": False, **file.header}
+    if header.get("dtype") not in _DTYPES:
+        raise CheckpointError("payload header", f"a dtype of {', '.join(_DTYPES)}", short(header.get("dtype")))
     wanted = _header(spec, position, state)
+    if header.get("schema") == 1:
+        wanted["schema"] = 1
     for key, value in wanted.items():
         if key != "dtype" and header.get(key) != value:
             raise KvCondenseError(f"payload {key}", json.dumps(value), json.dumps(header.get(key)))
     dtype = header["dtype"]
     if dtype != wanted["dtype"] and not convert:
         raise DtypeError("payload dtype", f"{wanted['dtype']} as the state (or convert=True)", dtype)
-    if "acc" in tensors or (isinstance(state, OnlineState) and "rows" not in tensors):
+    if "acc" in file.names or (isinstance(state, OnlineState) and "rows" not in file.names):
         if not isinstance(state, OnlineState):
             raise StateMismatchError("payload", "rows (a ring or pages cannot go on from running values)", "acc")
         shapes = {"acc": ([3, spec.head_dim], torch.float32)} if position % spec.ratio else {}
     else:
         shapes = {"rows": ([spec.seed_rows(position), spec.state_dim], _DTYPES[dtype])}
-    if set(tensors) != set(shapes):
-        raise CheckpointError("payload", f"tensors {sorted(shapes)}", sorted(tensors))
-    for name, (shape, kind) in shapes.items():
-        if list(tensors[name].shape) != shape or tensors[name].dtype != kind:
-            got = f"{tensors[name].dtype} {list(tensors[name].shape)}"
-            raise ShapeError(f"payload {name}", f"{kind} {shape}", got)
+    if file.names != set(shapes):
+        raise CheckpointError("payload", f"tensors {sorted(shapes)}", sorted(file.names))
+    tensors = {name: file.tensor(name, *wanted) for name, wanted in shapes.items()}
     if isinstance(state, OnlineState):
         _load_online(spec, state, batch, tensors, ape, impl)
     else:
@@ -203,22 +202,3 @@ def _header(spec: CompressorSpec, position: int, state: StatePool | OnlineState)
         "dtype": str(state.dtype).removeprefix("torch."),
         "raw_scores": isinstance(state, StatePool) and state.layout.raw_scores,
     }
-
-
-def _parse(payload: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Header and tensors; sizes are checked before anything is read."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    size = struct.unpack("<Q", payload[:8])[0] if len(payload) >= 8 else 0
-    if not 2 <= size <= min(_MAX_HEADER_BYTES, len(payload) - 8):
-        raise CheckpointError("payload", f"a safetensors header of at most {_MAX_HEADER_BYTES} bytes", size)
-    try:
-        metadata = json.loads(payload[8 : 8 + size]).get("__metadata__", {})
-        header = {"raw_scores": False, **json.loads(metadata[_HEADER])}
-        tensors = load(payload)
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError("payload", "the bytes of save_live", f"{type(error).__name__}: {error}") from error
-    if not isinstance(header, dict) or header.get("dtype") not in _DTYPES:
-        raise CheckpointError("payload header", f"a dtype of {', '.join(_DTYPES)}", json.dumps(header)[:200])
-    return header, tensors

@@ -17,6 +17,8 @@ from kvcondense.api import compress
 from kvcondense.cachefile import PAGE_TOKENS, CacheFile, CachePart, empty_cache, first_difference
 from kvcondense.config import ModelConfig, config_of
 from kvcondense.errors import CheckpointError, KvCondenseError, RangeError, ShapeError, UnsupportedError
+from kvcondense.files.reading import short
+from kvcondense.files.tensors import TensorFile
 from kvcondense.formats import FORMATS, CacheFormat, get_format
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
@@ -24,7 +26,7 @@ from kvcondense.layout.snapshot import export_live, import_live
 from kvcondense.layout.state import StatePool
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec, Rounding
-from kvcondense.weights import CompressorWeights, open_safetensors
+from kvcondense.weights import CompressorWeights
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Compressor:
 
     spec: CompressorSpec
     weights: CompressorWeights
-    weights_sha256: str
+    weights_sha256: dict[str, str]
     state: StatePool
     cache: PagedCache
 
@@ -56,22 +58,21 @@ class HiddenFile:
 
         The first position is the argument, or the file's metadata entry ``first_position``, or open.
         """
-        with open_safetensors(path) as handle:
-            names = list(handle.keys())
+        with TensorFile(path) as file:
+            names = sorted(file.names)
             wanted = [tensor] if tensor else [f"layers.{layer}.hidden_states", "hidden_states"]
             name = next((n for n in wanted if n in names), None)
             if name is None and tensor is None and len(names) == 1:
                 name = names[0]
             if name is None:
                 raise CheckpointError(str(path), f"a tensor called {' or '.join(wanted)}", ", ".join(names[:8]))
-            shape = list(handle.get_slice(name).get_shape())
-            metadata = handle.metadata() or {}
+            shape, metadata = list(file.shape(name)), file.metadata
         if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 1):
             raise ShapeError(f"{path} {name}", "shape [T, D] or [1, T, D]", f"shape {shape}")
         if first_position is None:
             text = metadata.get("first_position")
-            if text is not None and not text.isdecimal():
-                raise CheckpointError("first_position in the file's metadata", "a whole number", repr(text))
+            if text is not None and not (text.isdecimal() and len(text) < 19):
+                raise CheckpointError("first_position in the file's metadata", "a whole number", short(text))
             first_position = None if text is None else int(text)
         if first_position is not None and first_position < 0:
             raise RangeError("first_position", "at least 0", first_position)
@@ -79,9 +80,9 @@ class HiddenFile:
 
     def read(self, start: int, end: int) -> torch.Tensor:
         """Hidden states of tokens start .. end - 1 of the file: [end - start, D]."""
-        with open_safetensors(self.path) as handle:
-            view = handle.get_slice(self.name)
-            return view[0, start:end] if self.batched else view[start:end]
+        at = slice(start, end)
+        with TensorFile(self.path) as file:
+            return file.slice(self.name, 0, at) if self.batched else file.slice(self.name, at)
 
 
 @dataclass
@@ -131,8 +132,7 @@ class Sequence:
             cache = empty_cache(spec, fmt, 0, page_tokens=page_tokens, tensor_scale=tensor_scale, strict=strict)
             hidden_size = config.hidden_size
             weights = CompressorWeights.load(checkpoint, spec, layer, hidden_size=hidden_size, part=part, mtp=mtp)
-            digest = _digest(*(t for t in (weights.w, weights.ape, weights.norm) if t is not None))
-            loaded[part] = Compressor(spec, weights, digest, StatePool.ring(spec, 1), cache)
+            loaded[part] = Compressor(spec, weights, _digests(weights), StatePool.ring(spec, 1), cache)
         return cls(config, layer, loaded)
 
     def file(self) -> CacheFile:
@@ -149,10 +149,16 @@ class Sequence:
         """Write rows, live state and header to ``path``, which keeps its old content until the new one is complete."""
         self.file().save(path)
 
-    def resume(self, path: Path) -> None:
-        """Take over rows, state and position of a saved sequence; raises if it is not one of these compressors."""
-        file = CacheFile.load(path)
+    def resume(self, path: Path, *, verify: bool = True) -> None:
+        """Take over rows, state and position of a saved sequence; raises if it is not one of these compressors.
+
+        verify: see ``CacheFile.load``.
+        """
+        file = CacheFile.load(path, verify=verify)
         wanted = {**self.file().header(), "position": file.position, "last_hidden_sha256": file.last_hidden}
+        for name, c in self.parts.items():
+            if name in file.parts and isinstance(file.parts[name].weights_sha256, str):  # schema 2
+                wanted["parts"][name]["weights_sha256"] = _digest(*_tensors(c.weights).values())
         if (difference := first_difference(wanted, file.header())) is not None:
             where, expected, got = difference
             raise KvCondenseError(f"{path} {where}", expected, got)
@@ -284,6 +290,16 @@ def _grown(cache: PagedCache, rows: int) -> PagedCache:
     if second is not None:
         second = torch.cat([second, second.new_zeros(more, *second.shape[1:])])
     return replace(cache, data=data, scales=scales, second=second)
+
+
+def _tensors(weights: CompressorWeights) -> dict[str, torch.Tensor]:
+    found = {"w": weights.w, "ape": weights.ape, "norm": weights.norm}
+    return {name: t for name, t in found.items() if t is not None}
+
+
+def _digests(weights: CompressorWeights) -> dict[str, str]:
+    """Of what is computed with: the same for every scheme of names, and for every way to store the same values."""
+    return {name: _digest(t) for name, t in _tensors(weights).items()}
 
 
 def _digest(*tensors: torch.Tensor) -> str:

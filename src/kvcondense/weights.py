@@ -9,7 +9,7 @@ import torch
 
 from kvcondense.errors import RangeError, require
 from kvcondense.spec import CompressorSpec
-from kvcondense.weightfiles.files import header, open_safetensors, tensor_files
+from kvcondense.weightfiles.files import header, tensor_files
 from kvcondense.weightfiles.names import MATRICES, Names
 from kvcondense.weightfiles.settings import Settings
 from kvcondense.weightfiles.storage import WEIGHT_DTYPES, storage_of, vector
@@ -19,7 +19,6 @@ __all__ = [
     "CompressorWeights",
     "find_names",
     "has_names",
-    "open_safetensors",
     "read_compressor",
     "tensor_files",
 ]

@@ -49,7 +49,7 @@ def chart(records: Sequence[Record], *, tall: bool = False) -> Any:
     groups = [(case, [r for r in timed if r["case"] == case]) for case in dict.fromkeys(r["case"] for r in timed)]
     bars = sum(len(group) for _, group in groups) + _GAP * len(groups)
     heights = [h for h, wanted in (((1.25 if tall else 1) * (0.8 + _BAR * bars), groups), (3.6, contexts)) if wanted]
-    with plt.rc_context({"font.size": 10}):
+    with plt.rc_context({"font.size": 10, "text.parse_math": False}):  # names are text, dollars included
         figure, axes = plt.subplots(
             len(heights), 1, figsize=(4.6 if tall else 9, sum(heights)), squeeze=False, layout="constrained",
             height_ratios=heights,
@@ -97,9 +97,9 @@ def _contexts(axes: Any, records: Sequence[Record], tall: bool) -> None:
     """A line for each implementation."""
     lengths = list(dict.fromkeys(r["context"] for r in records))
     for name in dict.fromkeys(r["runner"] for r in records):
-        us = [r["us"] for r in records if r["runner"] == name]
-        axes.plot(lengths, us, marker="o", label=name)
-        axes.annotate(amount(us[-1]), (lengths[-1], us[-1]), (6, 0), textcoords="offset points", va="center")
+        us = {r["context"]: r["us"] for r in records if r["runner"] == name}
+        axes.plot(list(us), list(us.values()), marker="o", label=name)
+        axes.annotate(amount(us[max(us)]), (max(us), us[max(us)]), (6, 0), textcoords="offset points", va="center")
     axes.set(
         xscale="log",
         yscale="log",

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvcondense import files
-from kvcondense.errors import RangeError, UnsupportedError
+from kvcondense.errors import CheckpointError, UnsupportedError
+from kvcondense.files.reading import parsed
+from kvcondense.files.schema import typed
 
 Record = dict[str, Any]
-_MOST_BYTES = 16 << 20
+_MOST_BYTES = 4 << 20
 
 
 def text(record: Record) -> str:
@@ -65,27 +69,73 @@ class Log:
         self.add({"complete": part})
 
 
-def read(path: Path, argument: str, what: str) -> list[Record]:
-    """Records of a file that ``what`` made, without a last line that was cut off; ``argument``: named in errors."""
-    if path.stat().st_size > _MOST_BYTES:
-        raise RangeError(argument, f"a file of at most {_MOST_BYTES} bytes", f"{path}, of {path.stat().st_size}")
+@dataclass
+class _Head:
+    """The first record, whatever else it says."""
+
+    machine: dict[str, str | int | float | bool | None]
+    rates: dict[str, float] | None = None
+
+
+@dataclass
+class _Timing:
+    """A record with microseconds, whatever else it says."""
+
+    us: float
+    runner: str
+    case: str = ""
+    cache: str = ""
+    floor_us: float = 1.0
+    context: int = 1
+    step: str = ""
+    part: str = ""
+    saved_bytes: float = 0.0
+    moved_bytes: int = 0
+    all_gather_bytes: int = 0
+
+
+_ALONGSIDE = {
+    "cache": ("case", "floor_us"),
+    "saved_bytes": ("case",),
+    "moved_bytes": ("case", "all_gather_bytes"),
+    "step": ("part",),
+}
+"""What a timing says -> what it must say, too."""
+
+
+def check_timing(record: Record, name: str) -> None:
+    """Raise CheckpointError unless tables and pictures can be made of the record: types, and numbers above 0."""
+    if not record.keys() & {"us", *_ALONGSIDE}:
+        return
+    timing = typed(record, _Timing, name)
+    for key, also in _ALONGSIDE.items():
+        for other in also if key in record else ():
+            if other not in record:
+                raise CheckpointError(f"{name} {other}", "it to be there", "nothing")
+    for key in ("us", "floor_us", "context"):
+        if not 0 < getattr(timing, key) < 1e18:
+            raise CheckpointError(f"{name} {key}", "a number above 0", record[key])
+
+
+def read(path: Path, argument: str, what: str, check: Callable[[Record, str], None] = check_timing) -> list[Record]:
+    """Records of a file that ``what`` made, without a last line that was cut off; ``argument``: named in errors.
+
+    check: raises for a record that is not as it should be. Raises UnsupportedError for any other file.
+    """
+    made = f"JSON lines of {what}"
+    *lines, rest = files.read_text(path, made, _MOST_BYTES, argument).split("\n")  # a whole line ends in one
     try:
-        *lines, rest = path.read_text(encoding="utf-8").split("\n")  # a whole line ends in one
-        records = [json.loads(line) for line in lines if line]
-        if rest and (last := _parsed(rest)) is not None:
-            records.append(last)
-    except (ValueError, RecursionError) as error:
-        raise UnsupportedError(argument, f"JSON lines of {what}", f"{path} ({error})") from error
-    if not records or not all(isinstance(r, dict) for r in records) or "machine" not in records[0]:
-        raise UnsupportedError(argument, f"JSON lines of {what}", path)
+        records = [parsed(line, f"line {number}") for number, line in enumerate(lines, 1) if line]
+        with contextlib.suppress(CheckpointError):
+            records += [parsed(rest, "the last line")] if rest else []
+        if not records:
+            raise UnsupportedError(argument, made, path)
+        typed(records[0], _Head, "the first record")
+        for number, record in enumerate(records[1:], 2):
+            check(record, f"record {number}")
+    except CheckpointError as error:
+        raise UnsupportedError(argument, made, f"{path} ({error})") from error
     return records
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
 
 
 def finished(records: Sequence[Record]) -> list[Record]:
@@ -101,7 +151,12 @@ def finished(records: Sequence[Record]) -> list[Record]:
     return kept
 
 
-def resumed(path: Path | None, machine: Mapping[str, Any], what: str) -> tuple[Record | None, list[Record]]:
+def resumed(
+    path: Path | None,
+    machine: Mapping[str, Any],
+    what: str,
+    check: Callable[[Record, str], None] = check_timing,
+) -> tuple[Record | None, list[Record]]:
     """(first record, finished records) of a file to go on with; (None, []) if there is no file yet.
 
     Raises UnsupportedError if it is not ``what``'s, or was made on another machine, with other versions or sources.
@@ -110,7 +165,7 @@ def resumed(path: Path | None, machine: Mapping[str, Any], what: str) -> tuple[R
         raise UnsupportedError("--resume", "--json FILE, to go on with", "none" if path is None else path)
     if not path.exists():
         return None, []
-    head, *rest = read(path, "--resume", what)
+    head, *rest = read(path, "--resume", what, check)
     there = head["machine"]
     differing = [k for k in {**machine, **there} if machine.get(k) != there.get(k)]
     if differing:

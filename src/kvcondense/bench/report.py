@@ -52,9 +52,13 @@ def context_parallel(records: Sequence[Record]) -> str:
     lines = ["| sequence | bytes moved | all-gather | ms | one rank, ms |", "|---|---|---|---|---|"]
     for case in dict.fromkeys(r["case"] for r in timed):
         of, one = (
-            next(r for r in timed if r["case"] == case and (r["runner"] == "one rank") == b) for b in (False, True)
+            next((r for r in timed if r["case"] == case and (r["runner"] == "one rank") == b), None)
+            for b in (False, True)
         )
-        cells = (str(of["moved_bytes"]), str(of["all_gather_bytes"]), *(f"{r['us'] / 1e3:.1f}" for r in (of, one)))
+        if of is None:
+            continue
+        ms = ("-" if r is None else f"{r['us'] / 1e3:.1f}" for r in (of, one))
+        cells = (str(of["moved_bytes"]), str(of["all_gather_bytes"]), *ms)
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -101,9 +105,10 @@ def training(records: Sequence[Record]) -> str:
     lines = ["| forward and backward | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for case in dict.fromkeys(r["case"] for r in timed):
         of = {r["runner"]: r for r in timed if r["case"] == case}
-        ms = [of[n]["us"] / 1e3 for n in runners]
-        kept = [f"{of[n]['saved_bytes'] / 2**20:.1f}" for n in runners]
-        cells = [*(f"{m:.1f}" for m in ms), f"{ms[-1] / ms[0]:.2f}", *kept]
+        us = [of[n]["us"] if n in of else None for n in runners]
+        kept = [f"{of[n]['saved_bytes'] / 2**20:.1f}" if n in of else "-" for n in runners]
+        ratio = f"{us[-1] / us[0]:.2f}" if us[0] and us[-1] else "-"
+        cells = [*("-" if u is None else f"{u / 1e3:.1f}" for u in us), ratio, *kept]
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -114,7 +119,8 @@ def contexts(records: Sequence[Record]) -> str:
     runners, lengths = (list(dict.fromkeys(r[key] for r in of)) for key in ("runner", "context"))
     lines = ["| microseconds per token, ratio 4 | " + " | ".join(runners) + " |", "|---|" + "---|" * len(runners)]
     for length in lengths:
-        cells = [_number(next(r["us"] for r in of if (r["context"], r["runner"]) == (length, n))) for n in runners]
+        us = {r["runner"]: _number(r["us"]) for r in of if r["context"] == length}
+        cells = [us.get(name, "-") for name in runners]
         lines.append(f"| context {length} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

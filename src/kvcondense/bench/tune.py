@@ -23,6 +23,7 @@ from kvcondense.bench.cases import FORMAT, Case, make_inputs
 from kvcondense.bench.records import Log, Record
 from kvcondense.bench.runners import Kvcondense
 from kvcondense.errors import KvCondenseError
+from kvcondense.files.schema import typed
 
 # Up to this many rows (None: any number): requests, tokens of each, where they start; all of them complete windows.
 RowClass = tuple[int | None, int, int, int]
@@ -61,6 +62,24 @@ class Timed:
         seconds = None if record["us"] is None else record["us"] / 1e6
         choice = Choice(record["block"], record["num_warps"])
         return cls(record["kind"], record["rows"], choice, seconds, record.get("error"))
+
+
+@dataclass
+class _Record:
+    """``Timed.as_dict`` as a file has it."""
+
+    kind: str
+    rows: int | None
+    block: int
+    num_warps: int
+    us: float | None
+    error: str | None = None
+
+
+def check_record(record: Record, name: str) -> None:
+    """Raise CheckpointError for a tiling's record that ``Timed.from_dict`` cannot take."""
+    if "kind" in record or "us" in record:
+        typed(record, _Record, name)
 
 
 def candidates(case: Case, now: Choice) -> list[Choice]:

@@ -13,6 +13,7 @@ import inspect
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, NoReturn, get_type_hints
@@ -22,7 +23,7 @@ import typer.models
 
 from kvcondense.cli import paths
 from kvcondense.cli.output import Output, fit, width
-from kvcondense.errors import KvCondenseError
+from kvcondense.errors import IntegrityWarning, KvCondenseError
 
 HOLDS, DOES_NOT_HOLD, NOT_ASKED, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 _ALIASES = {
@@ -71,7 +72,8 @@ def _through(declared: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(declared)
     def run(**options: Any) -> None:
-        with ending(typed):
+        with ending(typed), warnings.catch_warnings():
+            warnings.showwarning = _note
             paths.check(options, typed)
             output = Output(options.pop("json_file"), quiet=options.pop("quiet"))
             holds = import_module(work).run(output, **options)
@@ -108,6 +110,14 @@ def ending(typed: Mapping[str, str]) -> Iterator[None]:
         _stop("this is more than memory or a number can hold: ask for less (batch, tokens, rows, processes)")
     except Exception:
         _fault()
+
+
+def _note(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """A warning of this library's as a line of its own; others as Python shows them."""
+    if issubclass(category, IntegrityWarning):
+        typer.echo(fit(f"note: {message}", width()), err=True)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
 
 
 def _as_typed(error: KvCondenseError, typed: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from kvcondense.cli import names
 from kvcondense.cli.output import JsonFile, Quiet
-from kvcondense.cli.values import FilePageTokens, IndexerFormat, Strict, TensorScale, one_of, whole
+from kvcondense.cli.values import FilePageTokens, IndexerFormat, Strict, TensorScale, Verify, one_of, positive, whole
 
 EXAMPLE = "Example: kvcondense compress --checkpoint DIR --layer 2 --hidden h.safetensors --out cache.safetensors"
 
@@ -24,6 +24,10 @@ def compress(
     chunk: Annotated[int, typer.Option(help="Tokens per step.", **whole(1))] = 1024,
     limit: Annotated[int | None, typer.Option(help="Stop after this many tokens.", **whole(1))] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the sequence that --out holds.")] = False,
+    verify: Verify = True,
+    save_every: Annotated[
+        float, typer.Option(help="Seconds after which what is done is saved, again and again.", **positive("SECONDS"))
+    ] = 300.0,
     first_position: Annotated[
         int | None,
         typer.Option(help="Position of the file's first token (default: its metadata, else see --resume).", **whole(0)),
@@ -53,7 +57,8 @@ def compress(
     """Stream hidden states through a layer's compressors and write cache rows, live state and header.
 
     The result does not depend on --chunk, nor on whether it was made in one go or with --resume: the files are equal
-    byte for byte. --out is replaced whole. Ctrl-C saves the chunks that are done.
+    byte for byte. --out is replaced whole, every --save-every seconds and at the end. Ctrl-C saves the chunks that are
+    done.
 
     With --resume, a hidden file that says where it starts (--first-position, or its metadata) must continue the
     sequence. One that does not say so holds the whole sequence if the last compressed token stands in it at its place;

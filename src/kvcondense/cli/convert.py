@@ -9,7 +9,7 @@ import typer
 
 from kvcondense.cli import names
 from kvcondense.cli.output import JsonFile, Quiet
-from kvcondense.cli.values import FilePageTokens, Strict, TensorScale, one_of
+from kvcondense.cli.values import FilePageTokens, Strict, TensorScale, Verify, one_of
 
 EXAMPLE = "Example: kvcondense convert cache.safetensors --out fp8.safetensors --format fp8_model1"
 
@@ -30,6 +30,7 @@ def convert(
     page_tokens: FilePageTokens = names.PAGE_TOKENS,
     tensor_scale: TensorScale = None,
     strict: Strict = True,
+    verify: Verify = True,
     quiet: Quiet = False,
     json_file: JsonFile = None,
 ) -> None:

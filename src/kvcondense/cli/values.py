@@ -136,6 +136,13 @@ FilePageTokens = Annotated[
     int, typer.Option(help="Tokens per page, of formats that have pages.", **whole(1, MOST_PAGE_TOKENS))
 ]
 TensorScale = Annotated[float | None, typer.Option(help="The scale of fp8_tensor.", **positive())]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Compare what is read with its digests. --no-verify skips those of the tensors, not the header's.",
+    ),
+]
 Strict = Annotated[
     bool, typer.Option("--strict/--saturate", help="Refuse values that the format cannot hold, or saturate them.")
 ]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from kvcondense.config.values import EPS, FACTOR, MAX_RATIO, THETA, TURNS, number, short, whole
+from kvcondense.config.values import EPS, FACTOR, MAX_RATIO, THETA, TURNS, number, whole
 from kvcondense.errors import RangeError, ShapeError, UnsupportedError
+from kvcondense.files.reading import short
 
 
 @dataclass(frozen=True)

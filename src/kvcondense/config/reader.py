@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from kvcondense.config import ratios, rope
 from kvcondense.config.model import ModelConfig
-from kvcondense.config.values import EPS, agree, listed, mapping, number, short, text, whole
+from kvcondense.config.values import EPS, agree, listed, mapping, number, text, whole
 from kvcondense.errors import CheckpointError, KvCondenseError, UnsupportedError
-from kvcondense.files import require_file
+from kvcondense.files import read_text, require_file
+from kvcondense.files.reading import clipped, parsed, short
 
-_MAX_CONFIG_BYTES = 4 << 20
-_MAX_SHOWN = 400
+_MAX_CONFIG_BYTES = 1 << 20
 _INFERENCE = Path("inference") / "config.json"
 _GENERATIONS = {"deepseek_v4": "v4", "deepseek_v4_text": "v4", "deepseek_v41": "v4.1", "deepseek_v41_text": "v4.1"}
 _ARCHITECTURES = {"DeepseekV4": "v4", "DeepseekV41": "v4.1"}
@@ -49,28 +48,11 @@ def read(path: Path) -> ModelConfig:
 
 def json_of(path: Path) -> dict[str, Any]:
     """The object in a config.json; raises CheckpointError for another one, too large, or with two values for a key."""
-    size = path.stat().st_size
-    if size > _MAX_CONFIG_BYTES:
-        raise CheckpointError(str(path), f"at most {_MAX_CONFIG_BYTES} bytes", size)
-    try:
-        # Some editors begin a file with a byte order mark.
-        data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_two_values)
-    except KvCondenseError as error:
-        raise _of_file(error, path) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(str(path), "a JSON object", _clipped(error)) from error
-    if not isinstance(data, dict):
-        raise CheckpointError(str(path), "a JSON object", type(data).__name__)
-    return data
+    return parsed(read_text(path, "a JSON object", _MAX_CONFIG_BYTES), str(path))
 
 
 def _of_file(error: KvCondenseError, path: Path) -> KvCondenseError:
-    return type(error)(f"{path}: {error.argument}", error.expected, _clipped(error.got), error.hint)
-
-
-def _clipped(value: object) -> str:
-    """Keys and texts of a file may have any length."""
-    return str(value) if len(str(value)) <= _MAX_SHOWN else f"{str(value)[:_MAX_SHOWN]}..."
+    return type(error)(f"{path}: {error.argument}", error.expected, clipped(error.got), error.hint)
 
 
 def config_of(folder: Path) -> Path | None:
@@ -84,17 +66,6 @@ def _file(path: Path) -> Path:
     found = config_of(path)
     if found is None:
         raise CheckpointError(str(path), f"a config.json, or {_INFERENCE}", "a folder without")
-    return found
-
-
-def _no_two_values(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; of a key that stands there twice, others take the last value or the first."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found and found[key] != value:
-            got = f"{short(found[key])} and {short(value)}"
-            raise CheckpointError(f"config.json key {short(key)}", "one value", got)
-        found[key] = value
     return found
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvcondense.config.model import Yarn
-from kvcondense.config.values import FACTOR, MAX_SIZE, THETA, TURNS, agree, mapping, number, short, text, whole
+from kvcondense.config.values import FACTOR, MAX_SIZE, THETA, TURNS, agree, mapping, number, text, whole
 from kvcondense.errors import CheckpointError, RangeError, UnsupportedError, require_known
+from kvcondense.files.reading import short
 
 BLOCKS = ("rope_scaling", "rope_parameters")
 KEYS = (*BLOCKS, "compress_rope_theta")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import reprlib
 from typing import Any
 
 from kvcondense.errors import CheckpointError, DtypeError, RangeError
+from kvcondense.files.reading import short
 
 MAX_SIZE = 1 << 31
 MAX_RATIO = 1 << 20
@@ -17,11 +17,6 @@ TURNS = (1e-3, 1e6)
 """Bounds of beta_fast and beta_slow."""
 EPS = (2.0**-126, 1.0)
 """Bounds of an eps: it is added to an fp32 mean, so no subnormal."""
-
-
-def short(value: object) -> str:
-    """``value`` as an error shows it: a config.json may hold anything, of any length."""
-    return reprlib.repr(value)
 
 
 def number(name: str, value: object, bounds: tuple[float, float]) -> float:

@@ -9,6 +9,8 @@ from typing import Any
 
 from kvcondense.config import ModelConfig
 from kvcondense.errors import CheckpointError
+from kvcondense.files.reading import parsed
+from kvcondense.files.schema import known, typed
 from kvcondense.spec import CompressorSpec, Rounding
 
 # Flash with narrow heads: real theta, YaRN and eps; ratios 4 (overlapping) and 128.
@@ -22,6 +24,8 @@ SPECS = {
 }
 JUNK = {"": None, "nan": float("nan"), "inf": float("inf"), "1e4": 1e4}
 _MAX_INT = 1 << 21
+_MAX_ROWS = 1 << 18
+"""Of tokens, and of states: a quarter of a gigabyte."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,11 @@ class Case:
     @classmethod
     def from_json(cls, text: str) -> Case:
         """The case of ``to_json``; raises CheckpointError for anything else."""
-        try:
-            data = json.loads(text)
-            ops = tuple(_op(op) for op in data["ops"])
-            case = cls(**{**data, "ops": ops})
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise CheckpointError("case", "the JSON of a case", f"{type(error).__name__}: {error}") from error
+        data = parsed(text, "case")
+        known(data, cls, "case")
+        for i, op in enumerate(typed(data, _Ops, "case").ops):
+            known(op, Op, f"case ops[{i}]")
+        case = typed(data, cls, "case")
         case._check()
         return case
 
@@ -98,13 +101,19 @@ class Case:
             if right and op.kind == "step":
                 right = len(op.counts) == self.requests
                 right = right and (not op.order or sorted(op.order) == list(range(self.requests)))
+        steps = [op for op in self.ops if op.kind == "step"]
+        tokens = 1 + sum(sum(op.counts) + op.padding for op in steps) if right else 0
+        admitted = self.requests + len(self.ops) - len(steps)
+        most = max(tokens * admitted, self.max_draft * (2 * self.requests + 3))
+        if right and most > _MAX_ROWS:
+            raise CheckpointError("case", f"tokens, requests and drafts that need {_MAX_ROWS} rows at most", most)
         if not right:
             raise CheckpointError("case", f"a spec of {', '.join(SPECS)} and operations that fit", self.to_json()[:200])
 
 
-def _op(data: dict[str, Any]) -> Op:
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    return Op(**values)
+@dataclass
+class _Ops:
+    ops: list[Any]
 
 
 def shrink(case: Case, fails: Callable[[Case], bool], budget: int = 150) -> Case:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,9 @@ from pathlib import Path
 import torch
 
 from kvcondense.errors import CheckpointError
-from kvcondense.files import require_file
+from kvcondense.files import read_bytes, require_file
+from kvcondense.files.schema import decoded
+from kvcondense.files.tensors import TensorFile
 from kvcondense.weightfiles import gguf
 
 _MAX_INDEX_BYTES = 64 << 20
@@ -50,23 +51,22 @@ def tensor_files(directory: Path) -> dict[str, Path]:
             "model.safetensors.index.json, model.safetensors, one .safetensors file or .gguf files",
             f"{len(single)} files",
         )
-    with open_safetensors(single[0]) as handle:
-        return dict.fromkeys(handle.keys(), single[0])
+    with TensorFile(single[0]) as file:
+        return dict.fromkeys(file.names, single[0])
+
+
+@dataclass
+class _Index:
+    weight_map: dict[str, str]
 
 
 def _of_index(index: Path) -> dict[str, Path]:
-    size = require_file(index, "an index of safetensors files").stat().st_size
-    if size > _MAX_INDEX_BYTES:
-        raise CheckpointError(str(index), f"at most {_MAX_INDEX_BYTES} bytes", size)
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        entries = [(str(k), str(v)) for k, v in weight_map.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(str(index), "an object with a weight_map", repr(error)[:400]) from error
-    for name, file in entries:
+    data = read_bytes(index, "an index of safetensors files", _MAX_INDEX_BYTES)
+    entries = decoded(data, _Index, str(index)).weight_map
+    for name, file in entries.items():
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(f"{index} entry {name!r}", "a safetensors file of the same folder", file)
-    return {name: index.parent / file for name, file in entries}
+    return {name: index.parent / file for name, file in entries.items()}
 
 
 def _of_ggufs(paths: list[Path]) -> dict[str, Path]:
@@ -79,17 +79,6 @@ def _of_ggufs(paths: list[Path]) -> dict[str, Path]:
     return files
 
 
-def open_safetensors(path: Path, device: torch.device | str = "cpu"):  # noqa: ANN201 - the type is private to safetensors
-    """``safetensors.safe_open`` with this library's errors."""
-    from safetensors import SafetensorError, safe_open
-
-    require_file(path, "a safetensors file")
-    try:
-        return safe_open(str(path), framework="pt", device=str(device))
-    except SafetensorError as error:
-        raise CheckpointError(str(path), "a valid safetensors file", error) from error
-
-
 def header(path: Path, name: str) -> StoredTensor:
     """What the file says of a tensor, without reading it."""
     if path.suffix == ".gguf":
@@ -97,11 +86,8 @@ def header(path: Path, name: str) -> StoredTensor:
         if entry is None:
             raise CheckpointError(name, f"to be in {path}", "a missing tensor")
         return StoredTensor(name, path, entry.shape, entry.dtype, entry.bytes)
-    with open_safetensors(path) as handle:
-        if name not in handle.keys():  # noqa: SIM118 - a handle is no dict
-            raise CheckpointError(name, f"to be in {path}", "a missing tensor")
-        part = handle.get_slice(name)
-        shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
+    with TensorFile(path) as file:
+        shape, dtype = file.shape(name), file.dtype(name)
     return StoredTensor(name, path, shape, dtype, math.prod(shape) * bits(dtype) // 8)
 
 
@@ -109,8 +95,8 @@ def read(tensor: StoredTensor) -> torch.Tensor:
     """The tensor, on the CPU. A quantised type of GGUF becomes fp32; every other type is what it is in the file."""
     if tensor.file.suffix == ".gguf":
         return gguf.read(tensor.file, tensor.name)
-    with open_safetensors(tensor.file) as handle:
-        return handle.get_tensor(tensor.name)
+    with TensorFile(tensor.file) as file:
+        return file.read(tensor.name)
 
 
 def bits(dtype: str) -> int:

@@ -22,6 +22,7 @@ from kvcondense.bench.training import run_case as run_training
 from kvcondense.cli.output import Output
 from kvcondense.cli.work import page
 from kvcondense.errors import RangeError, UnsupportedError
+from kvcondense.files.schema import typed
 
 _WHAT = "kvcondense bench"
 _SERIES = {CONTEXTS: context_series, DECODE_STEP: decode_step}
@@ -98,7 +99,7 @@ def run(
         output.say(f"\n{title}")
         output.markdown(table)
     if report_file is not None:
-        named = {_RATES.get(k, (k, "G/s")): v for k, v in found[0]["rates"].items()}
+        named = {_RATES.get(k, (k, "G/s")): v for k, v in (found[0].get("rates") or {}).items()}
         about = {**found[0]["machine"], **{name: f"{v / 1e9:.3g} {unit}" for (name, unit), v in named.items()}}
         page.write(report_file, _WHAT, about, page.of_timings(found))
         output.say(f"written to {report_file}")
@@ -122,7 +123,7 @@ def _start(output: Output, on_gpu: bool, resume: bool) -> tuple[records.Log, mea
     if head is None:
         output.say("measuring this machine's rates ...")
         head = {"machine": machine, "rates": vars(gpu.rates() if on_gpu else measure.Rates.measure())}
-    rates = measure.Rates(**head["rates"])
+    rates = typed(head.get("rates"), measure.Rates, "rates")
     output.say(f"{machine}")
     output.say(
         f"memory {rates.memory / 1e9:.0f} GB/s, cache {rates.cache / 1e9:.0f} GB/s, "

@@ -26,6 +26,8 @@ def run(
     chunk: int,
     limit: int | None,
     resume: bool,
+    verify: bool,
+    save_every: float,
     first_position: int | None,
     tensor: str | None,
     format: str,
@@ -50,7 +52,7 @@ def run(
         rounding=Rounding(rounding),
     )
     if resume:
-        sequence.resume(out)
+        sequence.resume(out, verify=verify)
     states = HiddenFile.open(hidden, layer, first_position, tensor)
     if states.tokens == 0:
         raise ShapeError("hidden", "at least one token", f"{hidden}, with none")
@@ -64,11 +66,18 @@ def run(
         Progress(*columns, console=console, transient=True, disable=output.quiet or not console.is_terminal) as bar,
         _BetweenChunks() as chunks,
     ):
-        task = bar.add_task("tokens", total=total if limit is None else min(total, limit))
+        asked = total if limit is None else min(total, limit)
+        task = bar.add_task("tokens", total=asked)
+
+        saved = time.monotonic()
 
         def progress(tokens: int) -> None:
+            nonlocal saved
             bar.advance(task, tokens)
             chunks.check()
+            if time.monotonic() - saved >= save_every and sequence.position < before + asked:
+                sequence.save(out)
+                saved = time.monotonic()
 
         try:
             sequence.feed(states, chunk=chunk, limit=limit, impl=backend, progress=progress)

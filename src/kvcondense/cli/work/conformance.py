@@ -178,12 +178,10 @@ def _soak(
 
 
 def _replay(output: Output, make: Factory, file: Path) -> tuple[bool, dict[str, Any]]:
-    size = file.stat().st_size
-    if size > _MAX_CASE_BYTES:
-        raise CheckpointError("--replay", f"a file of at most {_MAX_CASE_BYTES} bytes", f"{file}, of {size}")
+    text = files.read_text(file, "a case that conformance wrote", _MAX_CASE_BYTES, "--replay")
     try:
-        case = Case.from_json(file.read_text(encoding="utf-8"))
-    except (KvCondenseError, UnicodeDecodeError) as error:
+        case = Case.from_json(text)
+    except KvCondenseError as error:
         raise CheckpointError("--replay", "a case that conformance wrote", f"{file} ({error})") from error
     found, steps = {}, 0
     judges = {i.judge: i.name for i in INVARIANTS if i.judge is not None} | {whole: "rows and state"}

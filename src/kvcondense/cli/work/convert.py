@@ -19,12 +19,13 @@ def run(
     page_tokens: int,
     tensor_scale: float | None,
     strict: bool,
+    verify: bool,
 ) -> None:
     """Write the same rows in other formats."""
     if format is None and indexer_format is None:
         raise UnsupportedError("--format", "it, --indexer-format, or both", "neither")
     wanted = {"main": format, "indexer": indexer_format}
-    before = CacheFile.load(source)
+    before = CacheFile.load(source, verify=verify)
     if before.position == 0:
         raise CheckpointError("SOURCE", "a cache file of at least one token", f"{source}, of none")
     after = before.convert(

@@ -38,7 +38,7 @@ def run(
     from kvcondense.bench import tune as tuner
 
     facts = {**measure.machine(), **gpu.machine()}
-    kept = records.resumed(output.json_file, facts, _WHAT)[1] if resume else []
+    kept = records.resumed(output.json_file, facts, _WHAT, tuner.check_record)[1] if resume else []
     cast = tuner.cast_is_exact(gpu.home())
     output.say(f"the chip's cast to e4m3 {'equals' if cast else 'is not proven equal to'} the integer encoder's codes")
     log = records.Log(output.json_file, {"machine": facts, "hardware_cast": cast}, kept, keep_old=not resume)

@@ -1,4 +1,4 @@
-"""Files that take the place of others whole or not at all, and what must be known of a file before any work."""
+"""Files that take the place of others whole or not at all: one writer at a time, on disk before it counts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from kvcondense.errors import CheckpointError
 
@@ -20,6 +22,7 @@ except ImportError:  # not on Windows
     fcntl = None
 
 _number = itertools.count()
+_PIPE_TRIES, _PIPE_WAIT = 100, 0.05
 
 
 @contextlib.contextmanager
@@ -28,15 +31,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     It is on disk before it takes the place, and the folder is told. Links stay links. What processes that are gone have
     left is removed; raises CheckpointError if one that is not, or another thread, is writing the same file. What is no
-    file (a terminal, a pipe, /dev/null) gets the bytes at the end.
+    file (a terminal, a pipe, /dev/null) gets the bytes at the end. Raises OSError that names ``path`` for a folder, a
+    pipe that nobody reads, a disk that is full or cannot be written.
     """
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as folder, _stream(path) as target:
                 made = Path(folder) / f"result{path.suffix}"
                 yield made
-                with made.open("rb") as source, path.open("wb") as target:
+                with made.open("rb") as source:
                     shutil.copyfileobj(source, target)
             return
         made, target = _beside(path), path.resolve()
@@ -78,21 +82,19 @@ def why_not_written(path: str | Path) -> str | None:
     return None
 
 
-def require_file(path: str | Path, what: str, argument: str = "") -> Path:
-    """``path``, if there is a file; raises CheckpointError, which names it whole, otherwise."""
-    path = Path(path)
-    if not path.is_file():
-        got = "a folder" if path.is_dir() else "no regular file" if path.exists() else "no such file"
-        raise CheckpointError(argument or str(path), what, f"{path} ({got})" if argument else got)
-    return path
-
-
-def same(one: Path, other: Path) -> bool:
-    """True if both names are of one file, however they are spelt; neither need exist."""
-    try:
-        return one.resolve() == other.resolve() or one.samefile(other)
-    except (OSError, RuntimeError):
-        return False
+def _stream(path: Path) -> BinaryIO:
+    """A device or a pipe, open; one that has no reader within some seconds is not waited for any longer."""
+    for _ in range(_PIPE_TRIES):
+        try:
+            held = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            time.sleep(_PIPE_WAIT)
+        else:
+            os.set_blocking(held, True)
+            return os.fdopen(held, "wb")
+    raise OSError(errno.ENXIO, "nobody reads this pipe")
 
 
 def _beside(path: Path) -> Path:
