@@ -64,9 +64,11 @@ class Machine:
     """Requests advance by ``feed``; what ``cache_of`` and ``live_of`` return must not depend on how they got there."""
 
     def __init__(
-        self, spec, sequences, *, paged=False, online=False, max_draft=0, seed=0, dtype=torch.float32, impl="auto"
-    ):
+        self, spec, sequences, *, paged=False, online=False, max_draft=0, seed=0, dtype=torch.float32, impl="auto",
+        page=PAGE, format="bf16",
+    ):  # fmt: skip
         self.spec, self.sequences, self.impl, self.paged, self.online = spec, sequences, impl, paged, online
+        self.page = page
         extra = 2  # slots that nobody owns
         self.weights = weights(spec)
         longest = max((s.shape[0] for s in sequences), default=0) + max_draft + 1
@@ -86,9 +88,10 @@ class Machine:
                 self.state = StatePool.ring(spec, n + extra, spec.required_ring_rows(max_draft), dtype=dtype)
             self.slots = torch.randperm(n + extra, generator=gen)[:n]
             self.state_table = None
-        cache_pages = longest // spec.ratio // PAGE + 1
-        self.cache = PagedCache.allocate(spec.head_dim, n * cache_pages + 1, PAGE)
-        self.cache.rows.fill_(PATTERN)
+        cache_pages = longest // spec.ratio // page + 1
+        self.cache = PagedCache.allocate(spec.head_dim, n * cache_pages + 1, page, format=format)
+        if format == "bf16":
+            self.cache.rows.fill_(PATTERN)
         self.table = (torch.randperm(n * cache_pages, generator=gen) + 1).view(n, cache_pages)
         self.done = [0] * n
 
@@ -132,8 +135,8 @@ class Machine:
         """Rows that are visible after what was committed, as raw bf16 bits."""
         visible = self.spec.visible_rows(self.done[q])
         c = torch.arange(visible)
-        slot = self.table[q][c // PAGE] * PAGE + c % PAGE
-        return self.cache.rows[slot // PAGE, slot % PAGE].view(torch.int16)
+        slot = self.table[q][c // self.page] * self.page + c % self.page
+        return self.cache.rows[slot // self.page, slot % self.page].view(torch.int16)
 
     def at(self, q):
         """Request ``q`` where it stands, without tokens."""

@@ -14,7 +14,7 @@ ARROWS = {
     "errors": set(),
     "numerics": set(),
     "config": {"config", "files", "errors"},
-    "spec": {"config", "errors"},
+    "spec": {"config", "files", "errors"},
     "formats": {"formats", "errors"},
     "rope_table": {"config", "errors"},
     "weightfiles": {"weightfiles", "files", "spec", "config", "errors"},
@@ -44,6 +44,7 @@ ARROWS = {
     "snapshot": {"files", "backends", "layout", "spec", "errors"},
     "files": {"files", "errors"},
     "cachefile": {"files", "api", "layout", "weights", "formats", "spec", "errors"},
+    "bundle": {"bundle", "api", "snapshot", "files", "backends", "layout", "formats", "spec", "errors"},
     "stream": {"cachefile", "files", "api", "layout", "rope_table", "weights", "formats", "spec", "config", "errors"},
     "integrations": {
         "integrations", "planning", "api", "backends", "layout", "rope_table", "weights", "formats", "spec", "config",

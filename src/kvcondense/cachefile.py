@@ -9,7 +9,7 @@ header says what it is, in JSON, and holds a digest of every tensor and of itsel
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ import torch
 from kvcondense.api import store
 from kvcondense.errors import CheckpointError, require_int, require_known
 from kvcondense.files import sealed
-from kvcondense.files.reading import short
 from kvcondense.files.schema import typed
 from kvcondense.formats import FORMATS, CacheFormat, get_format
+from kvcondense.formats.catalog import converted
 from kvcondense.layout.cache import PagedCache
 from kvcondense.spec import CompressorSpec
 
@@ -125,9 +125,7 @@ class CacheFile:
             for start in range(0, n, _ROWS_AT_A_TIME):
                 slots = torch.arange(start, min(n, start + _ROWS_AT_A_TIME))
                 store(part.cache.decode_rows(slots), slots, cache)
-            source = part.cache.format.name
-            exact = source in ("fp32", fmt.name) or (source == "bf16" and fmt.name != "fp32")
-            lost = part.converted_from if exact else (*part.converted_from, source)
+            lost = converted(part.converted_from, part.cache.format.name, fmt.name)
             parts[name] = CachePart(part.spec, part.weights_sha256, cache, part.state, lost)
         return CacheFile(self.layer, self.position, self.last_hidden, parts)
 
@@ -233,7 +231,7 @@ def _part(file: sealed.Sealed, name: str, entries: Any, position: int) -> CacheP
     """One compressor of an open file, checked against its header before any tensor is read."""
     label = f"{file.name} parts.{name}"
     about = typed(entries, _About, label)
-    spec = spec_of(about.spec, f"{label} spec")
+    spec = CompressorSpec.from_dict(about.spec, f"{label} spec")
     page_rows = require_int(f"{label} page_rows", about.page_rows, 1)
     for one in (about.format, *about.converted_from):
         require_known(f"{label} format", one, FORMATS, error=CheckpointError)
@@ -244,14 +242,6 @@ def _part(file: sealed.Sealed, name: str, entries: Any, position: int) -> CacheP
     tensors = {key: file.tensor(f"{name}.{key}", *wanted) for key, wanted in shapes.items()}
     cache = _cache(fmt, spec.head_dim, page_rows, tensors)
     return CachePart(spec, about.weights_sha256, cache, tensors["state"], tuple(about.converted_from))
-
-
-def spec_of(entries: dict[str, Any], name: str) -> CompressorSpec:
-    """``CompressorSpec.as_dict``, read back: no entry more, no entry less. Raises CheckpointError that names one."""
-    names = {f.name for f in fields(CompressorSpec)}
-    if set(entries) != names:
-        raise CheckpointError(name, f"the entries {', '.join(sorted(names))}", short(entries))
-    return typed(entries, CompressorSpec, name)
 
 
 def _short(value: object) -> str:

@@ -14,9 +14,19 @@ from typing import Any
 import torch
 
 from kvcondense.backends import Backend, Step, select
-from kvcondense.errors import CheckpointError, DtypeError, KvCondenseError, ShapeError, StateMismatchError, require
+from kvcondense.errors import (
+    CheckpointError,
+    DtypeError,
+    KvCondenseError,
+    RangeError,
+    ShapeError,
+    StateMismatchError,
+    require,
+    require_int,
+)
 from kvcondense.files import sealed
 from kvcondense.files.reading import short
+from kvcondense.files.schema import typed
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
@@ -74,8 +84,7 @@ def load_live(
     position = _one_request(batch)
     file = sealed.unpacked(payload, "payload", unsealed=(1,))
     header = {"raw_scores": False, **file.header}
-    if header.get("dtype") not in _DTYPES:
-        raise CheckpointError("payload header", f"a dtype of {', '.join(_DTYPES)}", short(header.get("dtype")))
+    _dtype(file)
     wanted = _header(spec, position, state)
     if header.get("schema") == 1:
         wanted["schema"] = 1
@@ -98,6 +107,31 @@ def load_live(
         _load_online(spec, state, batch, tensors, ape, impl)
     else:
         import_live(spec, state, batch, tensors["rows"].to(state.device, state.dtype))
+
+
+def earlier(payload: bytes, position: int) -> bytes:
+    """The payload of the same request as it stood at ``position``, as far as one of a later time can tell.
+
+    It can where the request needs no row at all (at a window boundary without overlap), and, from rows, back to the
+    boundary of the window that was open. Raises RangeError elsewhere, CheckpointError for a payload that is none.
+    """
+    file = sealed.unpacked(payload, "payload", unsealed=(1,))
+    spec, now, low = _stands(file)
+    if position == now:
+        return payload
+    first = spec.live_start(position)
+    if position > now or (first < position and (first < low or "acc" in file.names)):
+        raise RangeError("position", f"{now}, or one that the state of a request at {now} reaches back to", position)
+    rows = torch.zeros(0, spec.state_dim, dtype=_dtype(file))
+    if first < position:
+        rows = file.tensor("rows", [now - low, spec.state_dim], rows.dtype)[first - low : position - low].clone()
+    return sealed.pack({**file.header, "schema": SCHEMA, "position": position}, {"rows": rows})
+
+
+def reaches_back(spec: CompressorSpec, position: int, to: int) -> bool:
+    """Whether ``earlier`` can take rows of a request at ``position`` back to ``to``."""
+    first = spec.live_start(to)
+    return to <= position and (first == to or first >= spec.live_start(position))
 
 
 def settle(
@@ -202,3 +236,17 @@ def _header(spec: CompressorSpec, position: int, state: StatePool | OnlineState)
         "dtype": str(state.dtype).removeprefix("torch."),
         "raw_scores": isinstance(state, StatePool) and state.layout.raw_scores,
     }
+
+
+def _dtype(file: sealed.Sealed) -> torch.dtype:
+    name = file.header.get("dtype")
+    if name not in _DTYPES:
+        raise CheckpointError("payload header", f"a dtype of {', '.join(_DTYPES)}", short(name))
+    return _DTYPES[name]
+
+
+def _stands(file: sealed.Sealed) -> tuple[CompressorSpec, int, int]:
+    """Spec and position of a payload, and the first position that it holds."""
+    spec = CompressorSpec.from_dict(typed(file.header.get("spec"), dict[str, Any], "payload spec"), "payload spec")
+    position = require_int("payload position", file.header.get("position"), 0)
+    return spec, position, spec.live_start(position)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import enum
 import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from kvcondense.config import ModelConfig
-from kvcondense.errors import DtypeError, RangeError, UnsupportedError, require_int
+from kvcondense.errors import CheckpointError, DtypeError, RangeError, UnsupportedError, require_int
+from kvcondense.files.reading import short
+from kvcondense.files.schema import typed
 
 
 class Rounding(enum.Enum):
@@ -121,6 +123,14 @@ class CompressorSpec:
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON holds them."""
         return {**asdict(self), "rounding": self.rounding.value}
+
+    @classmethod
+    def from_dict(cls, entries: dict[str, Any], name: str) -> CompressorSpec:
+        """``as_dict``, out of a file: no entry more, no entry less. Raises CheckpointError, which names ``name``."""
+        names = {f.name for f in fields(cls)}
+        if set(entries) != names:
+            raise CheckpointError(name, f"the entries {', '.join(sorted(names))}", short(entries))
+        return typed(entries, cls, name)
 
     @functools.cached_property
     def halves(self) -> int:

@@ -125,28 +125,46 @@ def _claimed(path: Path, made: Path) -> Iterator[None]:
             os.close(mine)
 
 
-def _locked(path: Path, flags: int = 0) -> int | None:
-    """The file, opened and locked until it is closed; None if another one has locked it."""
-    held = os.open(path, os.O_RDWR | flags, 0o666)
+def lock(held: int) -> bool:
+    """Lock an open file until it is closed; False if another one has locked it."""
     if fcntl is None:
-        return held
+        return True
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(held)
-        return None
+        return False
     except OSError:  # a file system without locks
         pass
-    return held
+    return True
+
+
+def flush(file: BinaryIO) -> None:
+    """Wait until what was written to an open file is on disk."""
+    file.flush()
+    _sync(file.fileno())
+
+
+def _locked(path: Path, flags: int = 0) -> int | None:
+    """The file, opened and locked until it is closed; None if another one has locked it."""
+    held = os.open(path, os.O_RDWR | flags, 0o666)
+    if lock(held):
+        return held
+    os.close(held)
+    return None
 
 
 def _flush(path: Path) -> None:
-    """Wait until what the file or folder holds is on disk."""
+    """The same of a file or folder by name."""
     held = os.open(path, os.O_RDONLY)
+    try:
+        _sync(held)
+    finally:
+        os.close(held)
+
+
+def _sync(held: int) -> None:
     try:
         os.fsync(held)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing, for folders say
             raise
-    finally:
-        os.close(held)

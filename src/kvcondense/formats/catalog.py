@@ -283,3 +283,12 @@ def format_of_dtype(dtype: torch.dtype) -> CacheFormat:
     if dtype not in by_dtype:
         raise DtypeError("rows", " or ".join(map(str, by_dtype)) + " (or name the format)", dtype)
     return by_dtype[dtype]
+
+
+def converted(before: tuple[str, ...], source: str, target: str) -> tuple[str, ...]:
+    """Formats in which rows have lost bits, when those of ``source``, which lost ``before``, are encoded as ``target``.
+
+    From fp32, and from bf16 to anything but fp32, the codes are those of encoding at once.
+    """
+    exact = source in ("fp32", target) or (source == "bf16" and target != "fp32")
+    return before if exact else (*before, source)

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kvcondense.cachefile import CacheFile
 from kvcondense.cli.output import Output
 from kvcondense.cli.work.convert import describe
 from kvcondense.errors import ShapeError
@@ -76,15 +77,15 @@ def run(
             bar.advance(task, tokens)
             chunks.check()
             if time.monotonic() - saved >= save_every and sequence.position < before + asked:
-                sequence.save(out)
+                chunks.save(sequence.file(), out)
                 saved = time.monotonic()
 
         try:
             sequence.feed(states, chunk=chunk, limit=limit, impl=backend, progress=progress)
         except KeyboardInterrupt:
             interrupted = True
-    file = sequence.file()
-    file.save(out)
+        file = sequence.file()
+        chunks.save(file, out)
     done, seconds = sequence.position - before, time.perf_counter() - begun
     if resume:
         output.say(f"resumed at {before}; {hidden.name} starts at position {offset}")
@@ -98,10 +99,13 @@ def run(
 
 
 class _BetweenChunks:
-    """Ctrl-C waits for the end of a chunk, where the sequence can be saved; a second one does not wait."""
+    """Ctrl-C waits for the end of a chunk, where the sequence can be saved; a second one does not wait.
+
+    None breaks off a file that is being written: that would lose what is done, for the sake of a moment.
+    """
 
     def __enter__(self) -> _BetweenChunks:
-        self.asked = False
+        self.asked = self.saving = False
         self.before = signal.signal(signal.SIGINT, self._note)
         return self
 
@@ -109,8 +113,7 @@ class _BetweenChunks:
         signal.signal(signal.SIGINT, self.before)
 
     def _note(self, *_: object) -> None:
-        if self.asked:
-            signal.signal(signal.SIGINT, self.before)
+        if self.asked and not self.saving:
             raise KeyboardInterrupt
         self.asked = True
 
@@ -118,3 +121,11 @@ class _BetweenChunks:
         """Raise KeyboardInterrupt if Ctrl-C was pressed."""
         if self.asked:
             raise KeyboardInterrupt
+
+    def save(self, file: CacheFile, out: Path) -> None:
+        """Write the file to its end."""
+        self.saving = True
+        try:
+            file.save(out)
+        finally:
+            self.saving = False

@@ -1,0 +1,82 @@
+"""Where one compressor of one request is held: its state, and the cache pages of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvcondense.backends import Backend
+from kvcondense.errors import RangeError, ShapeError
+from kvcondense.formats import CacheFormat
+from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.online import OnlineState
+from kvcondense.layout.state import StatePool
+from kvcondense.spec import CompressorSpec
+
+
+@dataclass(frozen=True)
+class Held:
+    """One compressor of one request, as an engine holds it.
+
+    batch: ``RaggedBatch.at``, where the request stands (or is to stand) and its state slot or pages. pages: the cache
+    pages of its rows 0, 1, ..., in order, int [pages]. ape and impl: as ``snapshot.save_live`` takes them.
+    """
+
+    spec: CompressorSpec
+    state: StatePool | OnlineState
+    batch: RaggedBatch
+    cache: PagedCache
+    pages: torch.Tensor | Sequence[int]
+    ape: torch.Tensor | None = None
+    impl: str | Backend = "auto"
+
+    @property
+    def position(self) -> int:
+        """Where the request stands; raises ShapeError if there is not one request."""
+        if self.batch.start_positions.shape[0] != 1:
+            raise ShapeError("batch", "one request", f"{self.batch.start_positions.shape[0]}")
+        position = int(self.batch.start_positions[0])
+        if position < 0:
+            raise RangeError("batch", "a request at position 0 or later", position)
+        return position
+
+    def slots(self, first: int, last: int) -> torch.Tensor:
+        """Cache slots of rows first .. last - 1; raises unless the cache has a page of its own for each."""
+        each, pages = self.cache.page_rows, torch.as_tensor(self.pages, device=self.cache.data.device).to(torch.int64)
+        if pages.dim() != 1 or pages.shape[0] * each < last:
+            raise ShapeError("pages", f"[pages], at least {-(-last // each)} for {last} rows", f"{list(pages.shape)}")
+        used = pages[: -(-last // each)]
+        if bool(((used < 0) | (used >= self.cache.data.shape[0])).any()) or used.unique().shape != used.shape:
+            raise RangeError("pages", f"pages of their own in 0..{self.cache.data.shape[0] - 1}", used.tolist()[:16])
+        row = torch.arange(first, last, device=pages.device)
+        return pages[row // each] * each + row % each
+
+
+def fields_of(fmt: CacheFormat, head_dim: int) -> dict[str, tuple[torch.dtype, int]]:
+    """Field -> (dtype, elements of a row): what ``PagedCache.get`` gives of a row, whatever the page size.
+
+    Wide types first: one behind the other, fields of any number of rows are then aligned.
+    """
+    scale = 1.0 if fmt.tensor_scale else None
+    one = PagedCache.allocate(head_dim, 1, max(1, fmt.tile), format=fmt, tensor_scale=scale)
+    found = one.get(torch.zeros(1, dtype=torch.int64))
+    ordered = sorted(found.items(), key=lambda item: -item[1].dtype.itemsize)
+    return {name: (t.dtype, t.shape[1]) for name, t in ordered}
+
+
+def row_bytes(fmt: CacheFormat, head_dim: int) -> int:
+    """Bytes of a row's fields."""
+    return sum(dtype.itemsize * count for dtype, count in fields_of(fmt, head_dim).values())
+
+
+def split(data: torch.Tensor, fmt: CacheFormat, head_dim: int) -> dict[str, torch.Tensor]:
+    """Rows' fields out of their bytes, one field behind the other: [rows, elements] each, views."""
+    found, at, rows = {}, 0, data.shape[0] // row_bytes(fmt, head_dim)
+    for name, (dtype, count) in fields_of(fmt, head_dim).items():
+        size = rows * count * dtype.itemsize
+        found[name] = data[at : at + size].view(dtype).view(rows, count)
+        at += size
+    return found
