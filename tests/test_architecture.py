@@ -53,7 +53,8 @@ ARROWS = {
         "parallel", "training", "api", "backends", "stages", "layout", "rope_table", "weights", "spec", "numerics",
         "errors",
     },
-    "visualiser": {"visualiser", "layout", "formats", "spec", "config", "errors"},
+    "markup": set(),
+    "visualiser": {"visualiser", "markup", "layout", "formats", "spec", "config", "errors"},
     "capacity": {"formats", "spec", "config", "errors"},
     "module": {"training", "parallel", "layout", "rope_table", "weights", "spec", "numerics", "errors"},
     "training": {
@@ -65,8 +66,8 @@ ARROWS = {
         "rope_table", "weights", "formats", "spec", "config", "errors",
     },
     "cli": {
-        "cli", "files", "capacity", "visualiser", "bench", "stream", "cachefile", "checkpoint", "conformance", "golden",
-        "planning", "api", "backends", "layout",
+        "cli", "files", "markup", "capacity", "visualiser", "bench", "stream", "cachefile", "checkpoint", "conformance",
+        "golden", "planning", "api", "backends", "layout",
         "weights", "formats", "spec", "config", "errors", "kvcondense",
     },
 }  # fmt: skip
