@@ -100,6 +100,7 @@ def adapter_page(tmp_path, word, monkeypatch):
             del step
 
         def run(self, step):
+            del step
             raise ValueError(word)
 
     monkeypatch.setattr(work, "load_factory", lambda _: lambda: BackendAdapter(Evil()))
