@@ -17,7 +17,7 @@ import time
 
 import torch
 
-from kvcondense import PagedCache, RaggedBatch, StatePool, compress, condense, forks
+from kvcondense import PagedCache, RaggedBatch, StatePool, compress, condense, forks, training
 from kvcondense.backends.cpu import native
 from kvcondense.backends.cpu import threads as launches
 from kvcondense.weights import CompressorWeights
@@ -46,7 +46,15 @@ class Layer:
             rows = run(SPEC, tokens, self.weights, self.rope, batch, state=state, cache=cache, impl=IMPL).values
             for t in (cache.data, state.data, rows):
                 found.update(t.contiguous().numpy().tobytes())
+        found.update(self.gradient().numpy().tobytes())
         return found.digest()
+
+    def gradient(self):
+        """Of kv_score, in a training step."""
+        kv = self.kv.clone().requires_grad_()
+        batch = RaggedBatch.build([0, TOKENS], start_positions=[0])
+        training.condense(SPEC, kv, self.weights, self.rope, batch).values.square().sum().backward()
+        return kv.grad
 
 
 def forked(work):
