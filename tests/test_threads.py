@@ -295,3 +295,20 @@ def test_answers_of_a_simulator_go_to_the_thread_that_asked(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             simulator.run(None, [torch.tensor([1])])
     ask(7)
+
+
+def test_a_fence_stays_until_the_last_thread_is_out(monkeypatch):
+    """Threads that launch at once, in any order of leaving: the knob is ours meanwhile, and then what it was."""
+    from triton import knobs
+
+    from kvcondense.backends.triton import fences
+
+    monkeypatch.setattr(fences, "omitted", lambda: True)
+    before = knobs.runtime.add_stages_inspection_hook
+    one, other = fences.proxy_fence(), fences.proxy_fence()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert knobs.runtime.add_stages_inspection_hook is fences._hook
+    other.__exit__(None, None, None)
+    assert knobs.runtime.add_stages_inspection_hook is before

@@ -179,7 +179,7 @@ async function open(file) {
     if (t.schema !== 1 || !t.steps?.length) throw new Error("it is no trace of kvcondense (schema 1)");
     load(t);
   } catch (error) {
-    load(before);  // what cannot be shown may have been taken in half
+    if (trace !== before) load(before);  // it was taken before it turned out not to be one
     $("verdict").className = "wrong";
     $("verdict").textContent = `${file.name} cannot be shown: ${error.message}.`;
   }
