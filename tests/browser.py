@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,38 @@ class Watched:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
 
+    def until(self, condition, seconds=20):
+        """Wait until an expression of the page is true; playwright's own way to wait is what the policy forbids."""
+        end = time.monotonic() + seconds
+        while not self.page.evaluate(condition):
+            assert time.monotonic() < end, condition
+            time.sleep(0.02)
+
     def check(self, path):
         """Nothing was logged, nothing was fetched, and nothing sticks out at the side."""
         assert self.complaints == []
         assert self.requests == [path.as_uri()]
         assert self.page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+HOSTILE = (
+    "</script><script>document.title = 'ran'</script>",
+    "</style><style>body { display: none }</style>",
+    "<!--<script>",
+    "<img src=x onerror=\"document.title = 'ran'\">",
+    "<svg onload=\"document.title = 'ran'\"><style>*{}</style>",
+    "\"' onmouseover=document.title='ran' x='",
+    "]]></svg></td></table><a href=javascript:document.title='ran'>",
+    "&lt;b&gt;&amp;#60;i>&#x3c;u>",
+    "/*SCRIPT*/ /*STYLE*/ [/*TRACES*/] <!--POLICY-->",
+    "\u2028\u2029',a|b\\|c\n| d | e |",
+    '$\\frac{1}{$ $x^2$ style="fill: red" #000000',
+)
+"""What a page must show as text wherever a string comes from outside."""
+
+
+def elements(view):
+    """How many elements of each kind the page has, and its title: hostile strings change neither."""
+    count = "Object.entries(Object.groupBy(document.querySelectorAll('*'), e => e.localName))"
+    kinds = view.page.evaluate(f"{count}.map(([name, all]) => [name, all.length]).sort()")
+    return view.page.title(), kinds

@@ -16,13 +16,14 @@ ARROWS = {
     "config": {"config", "files", "errors"},
     "spec": {"config", "files", "errors"},
     "formats": {"formats", "errors"},
-    "rope_table": {"config", "errors"},
+    "forks": set(),
+    "rope_table": {"forks", "config", "errors"},
     "weightfiles": {"weightfiles", "files", "spec", "config", "errors"},
-    "weights": {"weightfiles", "spec", "errors"},
+    "weights": {"forks", "weightfiles", "spec", "errors"},
     "checkpoint": {"weights", "weightfiles", "spec", "config", "errors"},
     "layout": {"layout", "formats", "spec", "errors"},
     "stages": {"layout", "spec", "numerics", "errors"},
-    "backends": {"backends", "stages", "rope_table", "layout", "formats", "spec", "config", "errors"},
+    "backends": {"backends", "forks", "stages", "rope_table", "layout", "formats", "spec", "config", "errors"},
     "ops": {
         "bound", "validate", "backends", "layout", "rope_table", "weights", "formats", "spec", "numerics", "errors",
     },
@@ -54,7 +55,8 @@ ARROWS = {
         "parallel", "training", "api", "backends", "stages", "layout", "rope_table", "weights", "spec", "numerics",
         "errors",
     },
-    "visualiser": {"visualiser", "layout", "formats", "spec", "config", "errors"},
+    "markup": set(),
+    "visualiser": {"visualiser", "markup", "layout", "formats", "spec", "config", "errors"},
     "capacity": {"formats", "spec", "config", "errors"},
     "module": {"training", "parallel", "layout", "rope_table", "weights", "spec", "numerics", "errors"},
     "training": {
@@ -66,8 +68,8 @@ ARROWS = {
         "rope_table", "weights", "formats", "spec", "config", "errors",
     },
     "cli": {
-        "cli", "files", "capacity", "visualiser", "bench", "stream", "cachefile", "checkpoint", "conformance", "golden",
-        "planning", "api", "backends", "layout",
+        "cli", "files", "markup", "capacity", "visualiser", "bench", "stream", "cachefile", "checkpoint", "conformance",
+        "golden", "planning", "api", "backends", "layout",
         "weights", "formats", "spec", "config", "errors", "kvcondense",
     },
 }  # fmt: skip

@@ -1,12 +1,13 @@
 """--report: one page, everything in it, tables that say what the command said."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from browser import Watched, chromium
+from browser import HOSTILE, Watched, chromium, elements
 from kvcondense.cli import app
 
 BASELINE = Path(__file__).parent.parent / "benchmarks" / "baselines" / "cpu.jsonl"
@@ -65,3 +66,97 @@ def test_pages_stand_alone_on_a_phone(pages):
 
 def test_a_page_of_another_kind_is_refused(tmp_path):
     assert "html" in run("verify", "--report", tmp_path / "x.pdf", status=2)
+
+
+def renamed(value, word):
+    """Records with ``word`` behind every string, and beside every fact of the machine."""
+    if isinstance(value, dict):
+        return {k: renamed(v, word) for k, v in value.items()}
+    return f"{value} {word}" if isinstance(value, str) and value not in ("warm", "cold") else value
+
+
+def bench_page(tmp_path, word):
+    """The report of the committed timings with hostile names."""
+    head, *records = [json.loads(line) for line in BASELINE.read_text(encoding="utf-8").splitlines()]
+    head = renamed(head, word)
+    head["machine"][word] = word
+    head["rates"][word] = 1e9
+    lines = [head, *(r if "complete" in r else renamed(r, word) for r in records)]
+    source, made = tmp_path / "records.jsonl", tmp_path / "bench.html"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    run("bench", "--from", source, "--report", made)
+    return made
+
+
+def adapter_page(tmp_path, word, monkeypatch):
+    """The report of an adapter whose every error has ``word`` in it."""
+    from kvcondense.cli.work import conformance as work
+    from kvcondense.conformance.adapter import BackendAdapter
+
+    class Evil:
+        name = word
+
+        def why_not(self, step):
+            del step
+
+        def run(self, step):
+            del step
+            raise ValueError(word)
+
+    monkeypatch.setattr(work, "load_factory", lambda _: lambda: BackendAdapter(Evil()))
+    monkeypatch.setattr(work, "INVARIANTS", work.INVARIANTS[:2])
+    made = tmp_path / "conformance.html"
+    case = ("--case-file", tmp_path / "case.json")
+    run("conformance", "--adapter", word, *case, "--rounds", 1, "--report", made, status=1)
+    return made
+
+
+def verify_page(tmp_path, word):
+    """A comparison with hostile names and details."""
+    from kvcondense.cli.work import page
+
+    made, short = tmp_path / "verify.html", word[:20].replace("$", "")
+    parts = [
+        page.heading(word, word),
+        page.table((word, "b"), [(word, word), (1, "PASS")]),
+        page.histogram({short: {short: 3, "0": 1}, "b": {"0": 1}}),
+        page.tally({short: 3}, short),
+    ]
+    page.write(made, word, {word: word}, parts)
+    return made
+
+
+def shown(view):
+    """Text of the tables' cells and of the pictures."""
+    return view.page.eval_on_selector_all("td, th, h1, h2, svg text", "all => all.map(e => e.textContent)")
+
+
+@pytest.mark.parametrize("kind", ["bench", "conformance", "verify"])
+def test_hostile_names_are_text(kind, tmp_path, monkeypatch):
+    seen = {}
+    with chromium() as browser:
+        for number, word in enumerate(("plain", *HOSTILE)):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            if kind == "bench":
+                path = bench_page(folder, word)
+            else:
+                with monkeypatch.context() as patch:
+                    path = verify_page(folder, word) if kind == "verify" else adapter_page(folder, word, patch)
+            view = Watched(browser, path)
+            title, kinds = elements(view)
+            assert title != "ran"
+            seen[word] = [found for found in kinds if found[0] not in ("path", "g", "use", "defs", "text", "clippath")]
+            assert view.complaints == []
+            assert view.requests == [path.as_uri()]
+            assert any(" ".join(word.split()) in " ".join(text.split()) for text in shown(view))
+            view.page.close()
+    assert all(found == seen["plain"] for found in seen.values())
+
+
+def test_a_picture_has_no_styles_of_its_own(pages):
+    for path in pages.glob("*.html"):
+        text = path.read_text()
+        assert text.count("<style") == 1
+        assert not re.findall(r"<\w[^<>]*\sstyle=", text)
+        assert not re.search(r"<t\w+[^<>]*>[^<]*mathdefault", text)  # the numbers of axes are formulas still

@@ -6,11 +6,12 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from browser import Watched, chromium
+from browser import HOSTILE, Watched, chromium, elements
 from kvcondense import CompressorSpec, ModelConfig, Plan, RaggedBatch
 from kvcondense.cli import app
 from kvcondense.errors import RangeError
 from kvcondense.layout.addresses import RingLayout
+from kvcondense.markup import json_block
 from kvcondense.visualiser import Scenario, page, trace
 from kvcondense.visualiser.page import built_in
 
@@ -139,7 +140,7 @@ def test_it_plays_and_loads_a_trace(browser, tmp_path):
     path = saved(tmp_path, [])
     view = Watched(browser, path)
     view.page.click("#play")
-    view.page.wait_for_function("at >= 1")
+    view.until("at >= 1")
     view.page.click("#play")
     file = tmp_path / "trace.json"
     file.write_text(json.dumps(spoilt(WRONG["a window too few"])))
@@ -149,7 +150,7 @@ def test_it_plays_and_loads_a_trace(browser, tmp_path):
     file.write_text("{}")
     view.page.set_input_files("#file", [])
     view.page.set_input_files("#file", file)
-    view.page.wait_for_function("document.getElementById('verdict').textContent.includes('cannot be shown')")
+    view.until("document.getElementById('verdict').textContent.includes('cannot be shown')")
     assert view.complaints == []
 
 
@@ -164,3 +165,84 @@ def test_the_command_writes_traces_and_pages(tmp_path):
     assert "<script" in (tmp_path / "p.html").read_text()
     for wrong in (["--kind", "x"], ["--model", "x"], ["--chunk", "0"], ["--ring-rows", "9"]):
         assert CliRunner().invoke(app, ["explain", *wrong]).exit_code != 0
+
+
+def poisoned(value, word):
+    """A trace with ``word`` for every string of it, and beside every key."""
+    if isinstance(value, dict):
+        return {k: poisoned(v, word) for k, v in value.items()} | {word: word}
+    if isinstance(value, list):
+        return [poisoned(v, word) for v in value]
+    return word if isinstance(value, str) else value
+
+
+def test_strings_of_a_trace_are_text(browser, tmp_path):
+    """In a page that is made with the trace, in one that loads its file, and in the name of a file that is none."""
+    seen = {}
+    for word in ("plain", *HOSTILE):
+        path = saved(tmp_path, [poisoned(trace(DRAFTS), word)])
+        view = Watched(browser, path)
+        assert view.page.evaluate("traces[0].cache.format") == word
+        view.page.focus("#cache b[tabindex]")
+        places = ("#about-cache", "#bytes")
+        for text in [view.page.text_content(place) for place in places]:
+            assert word in text
+        assert all(
+            word in title for title in view.page.eval_on_selector_all("#strip i", "all => all.map(b => b.title)")
+        )
+        made = elements(view)
+        file = tmp_path / "trace.json"
+        file.write_text(json.dumps(poisoned(trace(DRAFTS), word)), encoding="utf-8")
+        view.page.set_input_files("#file", file)
+        view.until("trace !== traces[0]")
+        view.page.focus("#cache b[tabindex]")
+        loaded = elements(view)
+        named = {"name": word, "mimeType": "application/json", "buffer": json.dumps({"schema": word}).encode()}
+        view.page.set_input_files("#file", named)
+        view.page.wait_for_selector("#verdict.wrong")
+        assert word in view.page.text_content("#verdict")
+        seen[word] = (made, loaded, elements(view))
+        view.check(path)
+        view.page.close()
+    assert all(found == seen["plain"] for found in seen.values())
+
+
+def test_a_trace_that_cannot_be_shown_leaves_the_one_before(browser, tmp_path):
+    path = saved(tmp_path, [trace(DRAFTS)])
+    view = Watched(browser, path)
+    view.page.click("#next")
+    bad = poisoned(trace(DRAFTS), "x") | {"cache": None}
+    view.page.set_input_files("#file", {"name": "t", "mimeType": "", "buffer": json.dumps(bad).encode()})
+    view.until("document.getElementById('verdict').textContent.includes('cannot be shown')")
+    view.page.click("#next")
+    assert view.page.inner_text("#where").startswith("step 2")
+    view.check(path)
+
+
+def test_the_policy_lets_nothing_else_run(browser, tmp_path):
+    """What a hole in the escaping would let in: a script, a style, an attribute of either, a fetch, a form."""
+    text = page([trace(DRAFTS)])
+    for intruder in (
+        "<script>document.title = 'ran'</script>",
+        "<style>h1 { color: red }</style>",
+        "<img src=x onerror=\"document.title = 'ran'\">",
+        '<b style="color: red">x</b>',
+        '<base href="https://example.com/">',
+        '<iframe src="https://example.com/"></iframe>',
+    ):
+        path = tmp_path / "page.html"
+        path.write_text(text.replace("<h1>", f"{intruder}<h1>"), encoding="utf-8")
+        view = Watched(browser, path)
+        assert view.page.title() != "ran"
+        assert any("Content Security Policy" in said for said in view.complaints), intruder
+        assert view.page.inner_text("#where").startswith("step 1 of")
+        assert "example.com" not in view.page.evaluate("document.baseURI")
+        view.page.close()
+
+
+def test_marks_in_a_trace_are_not_replaced():
+    marks = ("/*SCRIPT*/", "/*STYLE*/", "[/*TRACES*/]", "<!--POLICY-->")
+    plain, marked = (page([{"x": "".join(words)}]) for words in ([], marks))
+    assert marked == plain.replace('{"x":""}', json_block({"x": "".join(marks)}))
+    assert json.loads(json_block("<&>\u2028\u2029")) == "<&>\u2028\u2029"
+    assert not set("<&>\u2028\u2029") & set(json_block("<&>\u2028\u2029"))

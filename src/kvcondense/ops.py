@@ -6,6 +6,7 @@ allocates its rows and nothing else that outlives it, and launches on the curren
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -51,6 +52,7 @@ class _Static:
 
 _statics: dict[str, _Static] = {}
 _keys: dict[_Static, str] = {}
+_numbers = itertools.count()  # two threads that bind at once get two
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +107,7 @@ def bind(
     form, page_rows = (None, 0) if cache is None else (cache.format, cache.page_rows)
     apart = isinstance(state, StatePool) and state.score is not None
     static = _Static(spec, layout, form, page_rows, cache is not None and cache.strict, impl, apart)
-    key = _keys.setdefault(static, str(len(_keys)))
+    key = _keys.setdefault(static, str(next(_numbers)))
     _statics[key] = static
     return Operator(bound, key)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvcondense import forks
 from kvcondense.config import ModelConfig
 from kvcondense.errors import RangeError, ShapeError, require
 
@@ -19,6 +20,7 @@ class RopeTable:
     sin: torch.Tensor
 
     def __post_init__(self) -> None:
+        forks.note()
         if self.cos.dim() != 2 or self.cos.shape != self.sin.shape:
             raise ShapeError(
                 "rope", "cos and sin of one shape [positions, rope_dim / 2]", f"{self.cos.shape}, {self.sin.shape}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from kvcondense import forks
 from kvcondense.errors import RangeError, require
 from kvcondense.spec import CompressorSpec
 from kvcondense.weightfiles.files import header, tensor_files
@@ -39,6 +40,7 @@ class CompressorWeights:
     w: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        forks.note()
         for name in ("norm", "ape"):
             t = getattr(self, name)
             if isinstance(t, torch.Tensor) and t.dtype in (torch.bfloat16, torch.float16):

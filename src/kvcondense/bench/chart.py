@@ -44,12 +44,14 @@ def chart(records: Sequence[Record], *, tall: bool = False) -> Any:
     """
     from matplotlib import pyplot as plt
 
+    # What stands between two dollars would be set as a formula, or be an error.
+    records = [{k: v.replace("$", r"\$") if isinstance(v, str) else v for k, v in r.items()} for r in records]
     timed = [r for r in records if r.get("cache") == "warm"]
     contexts = [r for r in records if "context" in r]
     groups = [(case, [r for r in timed if r["case"] == case]) for case in dict.fromkeys(r["case"] for r in timed)]
     bars = sum(len(group) for _, group in groups) + _GAP * len(groups)
     heights = [h for h, wanted in (((1.25 if tall else 1) * (0.8 + _BAR * bars), groups), (3.6, contexts)) if wanted]
-    with plt.rc_context({"font.size": 10, "text.parse_math": False}):  # names are text, dollars included
+    with plt.rc_context({"font.size": 10, "text.usetex": False}):
         figure, axes = plt.subplots(
             len(heights), 1, figsize=(4.6 if tall else 9, sum(heights)), squeeze=False, layout="constrained",
             height_ratios=heights,
@@ -77,14 +79,20 @@ def _cases(axes: Any, groups: Sequence[tuple[str, Sequence[Record]]], tall: bool
     most = max(r["us"] for _, group in groups for r in group)
     y, ticks, names = 0.0, [], []
     for number, (case, group) in enumerate(groups):
-        axes.annotate(case, (0.01, y + 0.1), xycoords=("figure fraction", "data"), weight="bold", va="center")
+        axes.annotate(
+            _filled(case, 45 if tall else 100, 1),
+            (0.01, y + 0.1),
+            xycoords=("figure fraction", "data"),
+            weight="bold",
+            va="center",
+        )
         at = [y + 1 + i for i in range(len(group))]
         drawn = axes.barh(at, [r["us"] for r in group], 0.8, left=0, color=[colours[r["runner"]] for r in group])
         axes.bar_label(drawn, [amount(r["us"]) for r in group], padding=3)
         floor = group[0]["floor_us"]
         axes.vlines(floor, at[0] - 0.5, at[-1] + 0.5, color="black", lw=1.6, label=None if number else "floor")
         ticks += at
-        names += [textwrap.fill(r["runner"], 16 if tall else 40) for r in group]
+        names += [_filled(r["runner"], 16 if tall else 40, 2) for r in group]
         y = at[-1] + _GAP - 1
     axes.set_yticks(ticks, names)
     axes.set(xscale="log", xlabel="microseconds, warm, the median", xlim=(least, most * (300 if tall else 6)))
@@ -93,12 +101,17 @@ def _cases(axes: Any, groups: Sequence[tuple[str, Sequence[Record]]], tall: bool
     axes.legend(loc="upper right", frameon=False, borderaxespad=0)
 
 
+def _filled(name: str, columns: int, lines: int) -> str:
+    """A name in at most so many lines: one of a user's file may be of any length, and leave no room for bars."""
+    return textwrap.fill(name, columns, max_lines=lines, placeholder=" ...")
+
+
 def _contexts(axes: Any, records: Sequence[Record], tall: bool) -> None:
     """A line for each implementation."""
     lengths = list(dict.fromkeys(r["context"] for r in records))
     for name in dict.fromkeys(r["runner"] for r in records):
         us = {r["context"]: r["us"] for r in records if r["runner"] == name}
-        axes.plot(list(us), list(us.values()), marker="o", label=name)
+        axes.plot(list(us), list(us.values()), marker="o", label=_filled(name, 18 if tall else 40, 2))
         axes.annotate(amount(us[max(us)]), (max(us), us[max(us)]), (6, 0), textcoords="offset points", va="center")
     axes.set(
         xscale="log",

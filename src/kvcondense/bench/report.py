@@ -17,6 +17,7 @@ def line(record: Record) -> str:
 
 def tables(records: Sequence[Record]) -> dict[str, str]:
     """The Markdown tables that these records make, by their titles."""
+    records = [{k: _in_cell(v) if isinstance(v, str) else v for k, v in r.items()} for r in records]
     if any("saved_bytes" in r for r in records):
         return {"Forward and backward": training(records)}
     if any("moved_bytes" in r for r in records):
@@ -123,6 +124,11 @@ def contexts(records: Sequence[Record]) -> str:
         cells = [us.get(name, "-") for name in runners]
         lines.append(f"| context {length} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _in_cell(name: str) -> str:
+    """A name of a user's file as one cell of one line."""
+    return " ".join(name.replace("|", "\\|").split())
 
 
 def _number(us: float) -> str:

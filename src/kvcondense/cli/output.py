@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -75,7 +76,7 @@ class Output:
         if width() is None:
             self.say(text)
             return
-        head, _, *rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.strip().splitlines()]
+        head, _, *rows = map(cells, text.strip().splitlines())
         self.table(head, rows)
 
     def track(self, items: Iterable[_Item], total: int, what: str) -> Iterator[_Item]:
@@ -107,6 +108,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def cells(line: str) -> list[str]:
+    """The cells of a line of a Markdown table; a bar behind a backslash is one in a cell."""
+    return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
 
 
 def fit(line: str, columns: int | None) -> str:

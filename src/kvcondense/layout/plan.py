@@ -216,15 +216,17 @@ class Plan:
         """Remember the least sizes that a step with this plan was admitted to: rows of tokens, RoPE table and cache."""
         sizes, memory = (tokens, positions, cache_rows), self.__dict__
         known = memory.get("_admitted")
-        if known is None:
-            memory["_admitted"] = sizes
-        elif known != sizes:
-            least = tuple(b if a is None else a if b is None else min(a, b) for a, b in zip(known, sizes, strict=True))
-            memory["_admitted"] = least
+        if known is None:  # each is kept, so that threads that come at once lose none
+            known = memory.setdefault("_admitted", {})
+        if sizes not in known:
+            known[sizes] = True
 
     def check_admitted(self, new: Extremes) -> None:
         """Raise RangeError if buffers that this plan was used with, as by a graph, are too small for another one."""
-        tokens, positions, rows = vars(self).get("_admitted", (None, None, None))
+        admitted = list(vars(self).get("_admitted", ())) or [(None, None, None)]
+        tokens, positions, rows = (
+            min((n for n in of if n is not None), default=None) for of in zip(*admitted, strict=True)
+        )
         reached = (
             ("query_start_loc", tokens, new.tokens),
             ("positions", positions, new.positions),

@@ -172,12 +172,14 @@ function play() {
 }
 
 async function open(file) {
+  const before = trace;
   try {
     if (file.size > 1 << 26) throw new Error("the file is larger than 64 MiB");
     const t = JSON.parse(await file.text());
     if (t.schema !== 1 || !t.steps?.length) throw new Error("it is no trace of kvcondense (schema 1)");
     load(t);
   } catch (error) {
+    if (trace !== before) load(before);  // it was taken before it turned out not to be one
     $("verdict").className = "wrong";
     $("verdict").textContent = `${file.name} cannot be shown: ${error.message}.`;
   }

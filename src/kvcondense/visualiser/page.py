@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
 from kvcondense.config import ModelConfig
+from kvcondense.markup import json_block, policy
 from kvcondense.spec import CompressorSpec
 from kvcondense.visualiser.trace import Scenario, trace
 
 
 def page(traces: Sequence[dict[str, Any]] = ()) -> str:
-    """The page with these traces (default: ``built_in``), as the text of an HTML file."""
+    """The page with these traces (default: ``built_in``), as the text of an HTML file.
+
+    Strings of a trace are data: none of them becomes markup or runs, and the page's policy would not let it.
+    """
     here = files("kvcondense.visualiser")
-    text = (here / "page.html").read_text(encoding="utf-8")
-    # "</" would end the script; "<\\/" is the same string to JSON.
-    data = json.dumps(list(traces) or built_in(), separators=(",", ":")).replace("</", "<\\/")
-    for mark, part in (
-        ("/*STYLE*/", (here / "page.css").read_text(encoding="utf-8")),
-        ("/*SCRIPT*/", (here / "page.js").read_text(encoding="utf-8")),
-        ("[/*TRACES*/]", data),
-    ):
-        assert mark in text
-        text = text.replace(mark, part)
+    style, script, frame = ((here / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html"))
+    parts = {
+        "<!--POLICY-->": policy(styles=[style], scripts=[script]),
+        "/*STYLE*/": style,
+        "/*SCRIPT*/": script,
+        "[/*TRACES*/]": json_block(list(traces) or built_in()),
+    }
+    # One pass: what is put in is not searched for marks.
+    text, found = re.subn("|".join(map(re.escape, parts)), lambda mark: parts[mark[0]], frame)
+    assert found == len(parts)
     return text
 
 

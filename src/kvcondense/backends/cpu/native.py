@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import platform
 import re
 import sys
@@ -35,8 +36,11 @@ define void @{name}(i64 %block) {{
   ret void
 }}
 """
+_PATIENCE = 120.0
+"""Seconds that a fork waits for a thread that compiles."""
 _lock = threading.RLock()
 _engines: list[object] = []  # machine code lives as long as its engine
+_addresses: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ def processor() -> tuple[str, frozenset[str]]:
     """Name and features of this processor, as LLVM calls them."""
     import llvmlite.binding as llvm
 
-    return llvm.get_host_cpu_name(), frozenset(name for name, has in llvm.get_host_cpu_features().items() if has)
+    with _lock:
+        return llvm.get_host_cpu_name(), frozenset(name for name, has in llvm.get_host_cpu_features().items() if has)
 
 
 def has_bf16_products() -> bool:
@@ -87,14 +92,21 @@ def has_bf16_products() -> bool:
     return {"avx512bf16", "avx512f"} <= processor()[1]
 
 
-@functools.cache
 def address(kernel: str) -> int:
-    """Address of a kernel's entry, void(int64). Compiles it if it is not cached, and says so on standard error."""
+    """Address of a kernel's entry, void(int64). Compiles it if it is not cached, and says so on standard error.
+
+    Of several threads that ask at once, one compiles; the others wait for it.
+    """
+    found = _addresses.get(kernel)
+    if found is not None:
+        return found
     with _lock:
-        code = kept.read(_name(kernel))
-        if code is None:
-            code = _compile(kernel)
-        return _link(code, _SYMBOL.format(kernel=kernel))
+        if kernel not in _addresses:
+            code = kept.read(_name(kernel))
+            if code is None:
+                code = _compile(kernel)
+            _addresses[kernel] = _link(code, _SYMBOL.format(kernel=kernel))
+        return _addresses[kernel]
 
 
 def compile_all(progress: Callable[[str], None]) -> None:
@@ -174,3 +186,26 @@ def _target(llvm: Any) -> Any:
     return llvm.Target.from_default_triple().create_target_machine(
         cpu=processor()[0], features=features, opt=3, reloc="pic", codemodel="jitdefault", jit=True
     )
+
+
+class _Forks:
+    """A fork waits until no thread of the library's is inside the compiler, whose own locks a child would inherit."""
+
+    def __init__(self) -> None:
+        self.held = threading.local()  # by the thread that forks: another may fork meanwhile
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=self.before, after_in_parent=self.in_parent, after_in_child=self.in_child)
+
+    def before(self) -> None:
+        self.held.yes = _lock.acquire(timeout=_PATIENCE)
+
+    def in_parent(self) -> None:
+        if self.held.yes:
+            _lock.release()
+
+    def in_child(self) -> None:
+        global _lock
+        _lock = threading.RLock()
+
+
+_Forks()

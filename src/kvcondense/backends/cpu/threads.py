@@ -2,6 +2,7 @@
 
 A kernel is entered by every thread with the same block of integers; the threads share its work through counters, so it
 does not matter how many of them come. Where torch has no OpenMP runtime that can be called, Python threads stand in.
+Whoever calls may be one of several threads, or come out of a fork (``forks``).
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
+
+from kvcondense import forks
 
 Entry = Callable[[int], None]
 SERIAL = 1 << 16
@@ -31,13 +34,30 @@ def launch(address: int, block: int, threads: int) -> None:
         entry(address)(block)
         return
     parallel = _openmp()
-    if parallel is not None:
+    if parallel is None:
+        run = entry(address)
+        _beside([_pool(threads - 1).submit(run, block) for _ in range(threads - 1)], lambda: run(block))
+    elif forks.came_through():  # a thread without a past finds threads of its own
+        _beside([_pool(1).submit(parallel, address, block, threads, 0)])
+    else:
         parallel(address, block, threads, 0)
-        return
-    run = entry(address)
-    others = [_pool(threads - 1).submit(run, block) for _ in range(threads - 1)]
-    run(block)
-    wait(others)
+
+
+def _beside(others: list[Future[None]], run: Callable[[], object] | None = None) -> None:
+    """``run`` beside ``others``, all of which have ended when this returns or raises: they use the caller's memory."""
+    interrupt: BaseException | None = None
+    try:
+        if run is not None:
+            run()
+    except BaseException as error:  # Ctrl-C, which comes as soon as the kernel has returned
+        interrupt = error
+    while not all(other.done() for other in others):
+        try:
+            wait(others)
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 @functools.cache
@@ -65,3 +85,6 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="kvcondense")
+
+
+forks.in_child(_pool.cache_clear)  # its threads are the parent's

@@ -10,12 +10,14 @@ import hashlib
 import multiprocessing
 import os
 import tempfile
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kvcondense import forks
 from kvcondense.backends.pypto import kernel
 from kvcondense.backends.pypto.kernel import Form
 from kvcondense.backends.pypto.probe import PLATFORMS, platform, simulated
@@ -33,28 +35,39 @@ class _Simulator:
     """A process that runs programs; a new one after ``MOST_CALLS``."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin without a process: in a forked child it is the parent's, and so is what its pipe brings."""
+        self.lock = threading.Lock()
         self.process: Any = None
         self.pipe: Any = None
         self.calls = 0
 
     def run(self, form: Form, operands: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What the program leaves in state, cache and out."""
+        """What the program leaves in state, cache and out. Threads take turns."""
+        with self.lock:
+            try:
+                answer = self._answer(form, operands)
+            except BaseException:  # an interrupt, say, before the answer came: the next call would take it for its own
+                self.close()
+                raise
+        if isinstance(answer, str):
+            raise KvCondenseError("pypto", "a step on the simulator", answer)
+        return [_unpacked(t) for t in answer]
+
+    def _answer(self, form: Form, operands: list[torch.Tensor]) -> Any:
         if self.process is None or self.calls >= MOST_CALLS or not self.process.is_alive():
             self.close()
             self._start()
         self.calls += 1
         self.pipe.send((asdict(form), platform(), [_packed(t) for t in operands]))
         if not self.pipe.poll(_SECONDS):
-            self.close()
             raise KvCondenseError("pypto", f"an answer of the simulator within {_SECONDS:.0f} s", "none")
         try:
-            answer = self.pipe.recv()
+            return self.pipe.recv()
         except EOFError:
-            self.close()
             raise KvCondenseError("pypto", "a step on the simulator", "its process died") from None
-        if isinstance(answer, str):
-            raise KvCondenseError("pypto", "a step on the simulator", answer)
-        return [_unpacked(t) for t in answer]
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -75,6 +88,7 @@ class _Simulator:
 
 _simulator = _Simulator()
 atexit.register(_simulator.close)
+forks.in_child(_simulator.forget)
 
 
 def run(form: Form, operands: list[torch.Tensor]) -> None:

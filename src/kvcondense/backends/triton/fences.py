@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,10 @@ _FIXED = (3, 8)
 _FENCE = "fence.proxy.async.shared::cta;"
 _READERS = re.compile(r"wgmma\.mma_async|tcgen05\.mma")
 _WAIT = re.compile(r"cp\.async\.wait_(?:group\s+\d+|all);")
+
+_lock = threading.Lock()
+_before: list[Any] = []
+"""What the knob was for those within: for all but the first, ours."""
 
 
 @functools.cache
@@ -36,12 +41,16 @@ def proxy_fence() -> Iterator[None]:
     from triton import knobs
 
     runtime: Any = knobs.runtime
-    before = runtime.add_stages_inspection_hook
-    runtime.add_stages_inspection_hook = _hook
+    with _lock:  # the knob is every thread's: the first one in turns it, the last one out turns it back
+        _before.append(runtime.add_stages_inspection_hook)
+        runtime.add_stages_inspection_hook = _hook
     try:
         yield
     finally:
-        runtime.add_stages_inspection_hook = before
+        with _lock:
+            before = _before.pop()
+            if not _before:
+                runtime.add_stages_inspection_hook = before
 
 
 def fenced(ptx: str) -> str:

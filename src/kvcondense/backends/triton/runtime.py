@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvcondense import forks
 from kvcondense.backends import Step
 from kvcondense.layout.addresses import PagedLayout
 from kvcondense.layout.batch import RaggedBatch
@@ -62,10 +64,24 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+_interpreter = threading.RLock()
+
+
+def _forget() -> None:
+    global _interpreter
+    _interpreter = threading.RLock()
+
+
+forks.in_child(_forget)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without numpy's warnings of NaN and overflow, which is what the interpreter computes with."""
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
+    """Without numpy's warnings of NaN and overflow, which is what the interpreter computes with; threads take turns.
+
+    The interpreter exchanges functions of triton.language for all threads while a kernel runs.
+    """
+    with _interpreter, warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
 

@@ -59,7 +59,7 @@ def _facts(report: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in report.items() if isinstance(v, str | int | float) and v != ""}
 
 
-def _parts(report: dict[str, Any]) -> list[str]:
+def _parts(report: dict[str, Any]) -> list[str | page.Figure]:
     """Tables and plots of whatever was run."""
     if "invariants" in report:
         rows = [
