@@ -1,4 +1,4 @@
-"""Bundles as files: damage is noticed, appends leave what is there, kill -9 included, and what does not fit is refused."""
+"""Bundles as files: damage is noticed, appends leave what is there, kill -9 included; what does not fit is refused."""
 
 import os
 import shutil
