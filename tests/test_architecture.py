@@ -64,12 +64,12 @@ ARROWS = {
         "spec", "numerics", "errors",
     },
     "bench": {
-        "bench", "files", "parallel", "training", "planning", "api", "bound", "backends", "layout", "stages",
+        "bench", "bundle", "files", "parallel", "training", "planning", "api", "bound", "backends", "layout", "stages",
         "rope_table", "weights", "formats", "spec", "config", "errors",
     },
     "cli": {
-        "cli", "files", "markup", "capacity", "visualiser", "bench", "stream", "cachefile", "checkpoint", "conformance",
-        "golden", "planning", "api", "backends", "layout",
+        "cli", "files", "markup", "bundle", "capacity", "visualiser", "bench", "stream", "cachefile", "checkpoint",
+        "conformance", "golden", "planning", "api", "backends", "layout",
         "weights", "formats", "spec", "config", "errors", "kvcondense",
     },
 }  # fmt: skip

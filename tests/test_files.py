@@ -29,8 +29,9 @@ def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_the_second_writer_is_told_and_the_first_goes_on(tmp_path):
-    target = tmp_path / "cache.safetensors"
+@pytest.mark.parametrize("name", ["cache.safetensors", "cache", ".cache", "a.b"])
+def test_the_second_writer_is_told_and_the_first_goes_on(name, tmp_path):
+    target = tmp_path / name
     target.write_text("old")
     with replacing(target) as made:
         made.write_text("new")
@@ -54,7 +55,7 @@ def test_the_second_writer_is_told_and_the_first_goes_on(tmp_path):
         assert target.read_text() == "old"
     assert target.read_text() == "new"
     (tmp_path / "elsewhere").rmdir()
-    assert names(tmp_path) == ["cache.safetensors"]
+    assert names(tmp_path) == [name]
 
 
 def test_files_whose_names_begin_alike_are_not_in_each_others_way(tmp_path):
@@ -70,7 +71,10 @@ def test_what_a_dead_process_left_goes_with_the_next_file(tmp_path):
     for name in (".a.99-0.part.json", ".a.4194303.part.json"):
         (tmp_path / name).write_text("half of it")
     (tmp_path / ".a.b.99-0.part.json").write_text("another file's")
+    (tmp_path / ".a.99-0.part").write_text("of a file without a suffix")
     write(tmp_path / "a.json", "whole")
+    write(tmp_path / "a", "whole")
+    (tmp_path / "a").unlink()
     assert names(tmp_path) == [".a.b.99-0.part.json", "a.json"]
 
 

@@ -92,12 +92,14 @@ class _Timing:
     saved_bytes: float = 0.0
     moved_bytes: int = 0
     all_gather_bytes: int = 0
+    file_bytes: int = 0
 
 
 _ALONGSIDE = {
     "cache": ("case", "floor_us"),
     "saved_bytes": ("case",),
     "moved_bytes": ("case", "all_gather_bytes"),
+    "file_bytes": ("case",),
     "step": ("part",),
 }
 """What a timing says -> what it must say, too."""

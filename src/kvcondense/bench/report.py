@@ -20,6 +20,8 @@ def tables(records: Sequence[Record]) -> dict[str, str]:
     records = [{k: _in_cell(v) if isinstance(v, str) else v for k, v in r.items()} for r in records]
     if any("saved_bytes" in r for r in records):
         return {"Forward and backward": training(records)}
+    if any("file_bytes" in r for r in records):
+        return {"A request in a file": in_a_file(records)}
     if any("moved_bytes" in r for r in records):
         return {"A sequence on several processes": context_parallel(records)}
     if any(r.get("runner") == GEMM for r in records):
@@ -34,6 +36,17 @@ def tables(records: Sequence[Record]) -> dict[str, str]:
     if any(r.get("runner") in GEMMS for r in records):
         found["Ways to project"] = markdown(records, gemms=True).rstrip("\n")
     return found
+
+
+def in_a_file(records: Sequence[Record]) -> str:
+    """Seconds and bytes a second of each way."""
+    lines = ["| | way | MB | seconds | GB/s |", "|---|---|---|---|---|"]
+    for r in (r for r in records if "file_bytes" in r):
+        rate = r["file_bytes"] / r["us"] / 1e3
+        lines.append(
+            f"| {r['case']} | {r['runner']} | {r['file_bytes'] / 1e6:.1f} | {r['us'] / 1e6:.3f} | {rate:.2f} |"
+        )
+    return "\n".join(lines)
 
 
 def decode_step(records: Sequence[Record]) -> str:

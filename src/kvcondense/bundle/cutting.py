@@ -37,7 +37,8 @@ def cut(
         for member in source.members.values():
             if member.part == part:
                 fmt.check(member.spec.head_dim, member.spec.rope_dim)
-    with create(path, source.about) as file:
+    about = next(commit.about for commit in source.commits if commit.position >= position)
+    with create(path, about) as file:
         for (layer, part), member in source.members.items():
             rows = source.rows(layer, part, member.spec.visible_rows(position))
             state = source.state(layer, part, position)

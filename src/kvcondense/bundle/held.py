@@ -45,14 +45,42 @@ class Held:
 
     def slots(self, first: int, last: int) -> torch.Tensor:
         """Cache slots of rows first .. last - 1; raises unless the cache has a page of its own for each."""
+        each, used = self.cache.page_rows, self._used(last)
+        row = torch.arange(first, last, device=used.device)
+        return used[row // each] * each + row % each
+
+    def take(self, first: int, last: int) -> dict[str, torch.Tensor]:
+        """Rows first .. last - 1 as their format has them: field -> [rows, elements], copies."""
+        cache, each, used = self.cache, self.cache.page_rows, self._used(last)
+        if cache.format.tile > 1:
+            return cache.get(self.slots(first, last))
+        begin = first // each
+        cut = slice(first - begin * each, last - begin * each)
+        # By whole pages: picking single rows of bytes takes five times as long.
+        names = fields_of(cache.format, cache.head_dim)
+        return {name: cache.field(name).index_select(0, used[begin:]).flatten(0, 1)[cut] for name in names}
+
+    def put(self, fields: dict[str, torch.Tensor]) -> None:
+        """Write rows 0, 1, ... ; what else a page may hold stays."""
+        cache, each = self.cache, self.cache.page_rows
+        count = next(iter(fields.values())).shape[0]
+        whole = 0 if cache.format.tile > 1 else count // each
+        used = self._used(count)
+        fields = {name: t.to(used.device) for name, t in fields.items()}
+        for name, t in fields.items():
+            if whole:
+                cache.field(name).index_copy_(0, used[:whole], t[: whole * each].unflatten(0, (whole, each)))
+        cache.put(self.slots(whole * each, count), {name: t[whole * each :] for name, t in fields.items()})
+
+    def _used(self, last: int) -> torch.Tensor:
+        """The pages of rows 0 .. last - 1, int64, checked."""
         each, pages = self.cache.page_rows, torch.as_tensor(self.pages, device=self.cache.data.device).to(torch.int64)
         if pages.dim() != 1 or pages.shape[0] * each < last:
             raise ShapeError("pages", f"[pages], at least {-(-last // each)} for {last} rows", f"{list(pages.shape)}")
         used = pages[: -(-last // each)]
         if bool(((used < 0) | (used >= self.cache.data.shape[0])).any()) or used.unique().shape != used.shape:
             raise RangeError("pages", f"pages of their own in 0..{self.cache.data.shape[0] - 1}", used.tolist()[:16])
-        row = torch.arange(first, last, device=pages.device)
-        return pages[row // each] * each + row % each
+        return used
 
 
 def fields_of(fmt: CacheFormat, head_dim: int) -> dict[str, tuple[torch.dtype, int]]:

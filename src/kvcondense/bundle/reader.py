@@ -90,7 +90,7 @@ class Bundle:
         load_live(held.spec, held.state, held.batch, state, ape=held.ape, convert=convert, impl=held.impl)
         device, lost = held.cache.data.device, member.converted_from
         if same:
-            held.cache.put(slots, {name: t.to(device) for name, t in fields.items()})
+            held.put(fields)
         else:
             for first in range(0, n, ROWS_AT_A_TIME):
                 at = slice(first, first + ROWS_AT_A_TIME)

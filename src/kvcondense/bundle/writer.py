@@ -50,7 +50,7 @@ class Writer:
         self._fits(key, member, held.position)
         n = [held.spec.visible_rows(p) for p in (self._before, held.position)]
         state = save_live(held.spec, held.state, held.batch, ape=held.ape, impl=held.impl)
-        rows = cache.get(held.slots(0, n[1])[n[0] :])
+        rows = held.take(*n)
         written = self._file.blob(rows[name] for name in fields_of(cache.format, held.spec.head_dim))
         self._position, self._new[key] = held.position, member
         self._entries[key] = Entry(written, self._file.blob([state]))

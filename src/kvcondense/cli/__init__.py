@@ -1,4 +1,4 @@
-"""The ``kvcondense`` command: verify, conformance, compress, convert, plan, explain, bench, tune, aot, warm, info.
+"""The command: verify, conformance, compress, convert, bundle, plan, explain, bench, tune, aot, warm, info.
 
 Modules here say what can be typed and import no torch; those in ``work`` do it.
 """
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import kvcondense
-from kvcondense.cli import aot, bench, compress, conformance, convert, explain, info, plan, tune, verify, warm
+from kvcondense.cli import aot, bench, bundle, compress, conformance, convert, explain, info, plan, tune, verify, warm
 from kvcondense.cli.command import add
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ add(app, verify.verify, verify.EXAMPLE, verify.FAILS)
 add(app, conformance.conformance, conformance.EXAMPLE, conformance.FAILS)
 add(app, compress.compress, compress.EXAMPLE)
 add(app, convert.convert, convert.EXAMPLE)
+add(app, bundle.bundle, bundle.EXAMPLE, bundle.FAILS)
 add(app, plan.plan, plan.EXAMPLE)
 add(app, explain.explain, explain.EXAMPLE)
 add(app, bench.bench, bench.EXAMPLE, bench.FAILS)

@@ -35,6 +35,9 @@ def bench(
     training: Annotated[
         bool, typer.Option("--training", help="Forward and backward of 8192 tokens, beside eager autograd.")
     ] = False,
+    bundle: Annotated[
+        bool, typer.Option("--bundle", help="100000 tokens of Flash to a file and back, beside a plain copy.")
+    ] = False,
     list_cases: Annotated[bool, typer.Option("--list", help="Print the cases, with their bytes and flops.")] = False,
     from_file: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Show timings of an earlier --json instead.")

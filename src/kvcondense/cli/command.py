@@ -74,6 +74,7 @@ def _through(declared: Callable[..., None]) -> Callable[..., None]:
     def run(**options: Any) -> None:
         with ending(typed), warnings.catch_warnings():
             warnings.showwarning = _note
+            warnings.simplefilter("always", IntegrityWarning)
             paths.check(options, typed)
             output = Output(options.pop("json_file"), quiet=options.pop("quiet"))
             holds = import_module(work).run(output, **options)

@@ -23,6 +23,8 @@ FORMATS = (
 )  # fmt: skip
 ROUNDINGS = ("reference", "fused", "latent")
 STATES = ("ring", "online")
+ACTIONS = ("info", "check", "cut")
+"""Of bundles."""
 WARM_STATES = ("ring", "paged", "online")
 ADAPTER_STATES = ("ring", "paged", "online")
 MUTANTS = (

@@ -110,7 +110,8 @@ def _claimed(path: Path, made: Path) -> Iterator[None]:
     try:
         if mine is None:  # taken between its making and the lock
             raise CheckpointError(str(path), wanted, "one that is being written")
-        ours = re.compile(rf"\.{re.escape(path.resolve().stem[:80])}\.\d+(-\d+)?\.part{re.escape(made.suffix)}")
+        target = path.resolve()
+        ours = re.compile(rf"\.{re.escape(target.stem[:80])}\.\d+(-\d+)?\.part{re.escape(target.suffix)}")
         for other in made.parent.iterdir():
             if other != made and ours.fullmatch(other.name):
                 left = _locked(other)

@@ -11,6 +11,8 @@ from kvcondense import files
 from kvcondense.backends import get_backend
 from kvcondense.bench import chart, measure, peer_files, records, report
 from kvcondense.bench import device as gpu
+from kvcondense.bench.bundle import CASES as BUNDLES
+from kvcondense.bench.bundle import run_case as run_bundle
 from kvcondense.bench.cases import CASES, DEVICE_CASES
 from kvcondense.bench.context_parallel import CASES as SPLITS
 from kvcondense.bench.context_parallel import run_split
@@ -39,6 +41,7 @@ def run(
     context_parallel: bool,
     peer_file: list[str] | None,
     training: bool,
+    bundle: bool,
     list_cases: bool,
     from_file: Path | None,
     plot: Path | None,
@@ -47,15 +50,16 @@ def run(
 ) -> bool | None:
     """Whether the backend's rows are right and no case raised."""
     on_gpu = backend == "triton"
-    if fused + training + context_parallel > 1:
-        raise UnsupportedError("--fused", "one of --fused, --training and --context-parallel", "more")
+    if fused + training + context_parallel + bundle > 1:
+        raise UnsupportedError("--fused", "one of --fused, --training, --context-parallel and --bundle", "more")
     if fused and not on_gpu:
         raise UnsupportedError("--fused", "--backend triton", backend)
-    if context_parallel and on_gpu:
-        raise UnsupportedError("--context-parallel", "a backend of the CPU", backend)
+    for option, given in (("--context-parallel", context_parallel), ("--bundle", bundle)):
+        if given and on_gpu:
+            raise UnsupportedError(option, "a backend of the CPU", backend)
     cases: dict[str, Any] = (LAYERS if fused else DEVICE_CASES) if on_gpu else CASES
-    if training or context_parallel:
-        cases = TRAINING_CASES if training else SPLITS
+    if training or context_parallel or bundle:
+        cases = TRAINING_CASES if training else SPLITS if context_parallel else BUNDLES
     if list_cases:
         rows = [(c.name, c.bytes, c.flops) for c in cases.values()]
         more = [(name, "", "") for name in _SERIES] if cases is CASES else []
@@ -85,8 +89,8 @@ def run(
             raise UnsupportedError("--peer-file", "--backend triton", backend)
         extra = [peer_files.load(text) for text in peer_file or ()]
         one_case = run_layer if fused else partial(run_case, backend=backend, extra=extra)
-        if training or context_parallel:
-            one_case = run_training if training else run_split
+        if training or context_parallel or bundle:
+            one_case = run_training if training else run_split if context_parallel else run_bundle
         log, rates = _start(output, on_gpu, resume)
         _measure(output, log, chosen, partial(one_case, rates=rates, say=output.say, device=_home(on_gpu)))
         for name in series:
@@ -141,7 +145,7 @@ def _measure(output: Output, log: records.Log, chosen: list[Any], one_case: Any)
         try:
             for record in one_case(one):
                 log.add(record)
-                if "us" in record:
+                if "floor_us" in record:
                     output.say(report.line(record))
         except Exception as error:  # whatever a compiler or a driver raises: the other cases have their own chance
             log.add({"case": one.name, "failed": f"{type(error).__name__}: {error}"})
