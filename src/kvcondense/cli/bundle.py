@@ -16,7 +16,7 @@ FAILS = "check: the file is damaged"
 
 
 def bundle(
-    action: Annotated[str, typer.Argument(metavar="info|check|cut", help="What to do.", **one_of(names.ACTIONS))],
+    action: Annotated[str, typer.Argument(metavar="ACTION", help="info, check or cut.", **one_of(names.ACTIONS))],
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Bundle that kvcondense.bundle wrote.")],
     out: Annotated[Path | None, typer.Option(help="cut: the result; replaced whole.")] = None,
     position: Annotated[
