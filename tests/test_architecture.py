@@ -23,7 +23,7 @@ ARROWS = {
     "checkpoint": {"weights", "weightfiles", "spec", "config", "errors"},
     "layout": {"layout", "formats", "spec", "errors"},
     "stages": {"layout", "spec", "numerics", "errors"},
-    "backends": {"backends", "forks", "stages", "rope_table", "layout", "formats", "spec", "config", "errors"},
+    "backends": {"backends", "files", "forks", "stages", "rope_table", "layout", "formats", "spec", "config", "errors"},
     "ops": {
         "bound", "validate", "backends", "layout", "rope_table", "weights", "formats", "spec", "numerics", "errors",
     },

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvcondense.backends import private
 from kvcondense.backends.cpu import kept, native
 from kvcondense.backends.pypto import worker
 
@@ -51,13 +52,13 @@ def test_processes_that_find_no_kernel_both_compile_it(tmp_path, monkeypatch):
         assert said == "True\n"
         assert complaints.count("compiling the CPU kernel 'marks'") == 1
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    kept.place.cache_clear()
+    private.place.cache_clear()
     try:
-        folder, name = kept.place(), native._name("marks")
+        folder, name = private.place(), native._name("marks")
         assert [p.name for p in folder.iterdir()] == [name], "no part of a file is left behind"
         assert kept.read(name) is not None, "whole, and of this name"
     finally:
-        kept.place.cache_clear()
+        private.place.cache_clear()
     assert ended(started("-c", FIRST, **variables), 60) == ("False\n", "")
 
 

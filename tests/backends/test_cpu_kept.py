@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from kvcondense.backends import private
 from kvcondense.backends.cpu import kept
+from kvcondense.files.whole import locked
 
 CODE = b"machine code" * 9
 
@@ -15,9 +17,9 @@ CODE = b"machine code" * 9
 def folder(tmp_path, monkeypatch):
     """A place of one's own, asked for anew."""
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
-    kept.place.cache_clear()
+    private.place.cache_clear()
     yield tmp_path / "cache" / "kvcondense"
-    kept.place.cache_clear()
+    private.place.cache_clear()
 
 
 def test_code_comes_back_from_a_folder_of_ones_own(folder, capsys):
@@ -51,7 +53,7 @@ def test_a_folder_that_others_can_fill_is_not_used(spoil, folder, capsys):
         pytest.skip("only root gives folders away")
     assert kept.write("a.o", CODE) == folder
     reason = spoil(folder)
-    kept.place.cache_clear()
+    private.place.cache_clear()
     assert kept.read("a.o") is None
     assert kept.write("b.o", CODE) is None
     said = capsys.readouterr().err
@@ -64,6 +66,22 @@ def test_in_a_folder_like_tmp_nobody_replaces_what_is_mine(folder):
     folder.parent.mkdir()
     folder.parent.chmod(0o1777)
     assert kept.write("a.o", CODE) == folder
+
+
+def test_a_folder_that_others_may_read_is_closed_to_them(folder):
+    folder.mkdir(parents=True, mode=0o755)
+    folder.chmod(0o755)
+    assert kept.write("a.o", CODE) == folder
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_the_dead_left_goes_and_what_the_living_write_stays(folder):
+    kept.write("a.o", CODE)
+    (folder / ".99-0.part").write_bytes(b"half of it")
+    living = locked(folder / ".98-0.part", os.O_CREAT)
+    kept.write("b.o", CODE)
+    assert sorted(p.name for p in folder.iterdir()) == [".98-0.part", "a.o", "b.o"]
+    os.close(living)
 
 
 def open_to_others(path):
@@ -119,7 +137,7 @@ def test_every_flipped_byte_is_noticed(folder):
 
 
 def test_a_full_disk_leaves_nothing_behind(folder, monkeypatch, capsys):
-    kept.place()
+    private.place()
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -137,8 +155,8 @@ def test_without_a_home_code_stays_in_memory(monkeypatch, capsys):
     for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", nobody)
-    kept.place.cache_clear()
+    private.place.cache_clear()
     assert kept.read("a.o") is None
     assert kept.write("a.o", CODE) is None
     assert capsys.readouterr().err.count("no home folder") == 1
-    kept.place.cache_clear()
+    private.place.cache_clear()

@@ -106,7 +106,7 @@ def _beside(path: Path) -> Path:
 @contextlib.contextmanager
 def _claimed(path: Path, made: Path) -> Iterator[None]:
     """Hold ``made`` for as long as the block takes, and leave none of it; raises if somebody else has such a file."""
-    mine, wanted = _locked(made, os.O_CREAT | os.O_EXCL), "a file that nobody else writes"
+    mine, wanted = locked(made, os.O_CREAT | os.O_EXCL), "a file that nobody else writes"
     try:
         if mine is None:  # taken between its making and the lock
             raise CheckpointError(str(path), wanted, "one that is being written")
@@ -114,7 +114,7 @@ def _claimed(path: Path, made: Path) -> Iterator[None]:
         ours = re.compile(rf"\.{re.escape(target.stem[:80])}\.\d+(-\d+)?\.part{re.escape(target.suffix)}")
         for other in made.parent.iterdir():
             if other != made and ours.fullmatch(other.name):
-                left = _locked(other)
+                left = locked(other)
                 if left is None:
                     raise CheckpointError(str(path), wanted, "one that is being written")
                 other.unlink(missing_ok=True)  # its process is gone
@@ -145,9 +145,9 @@ def flush(file: BinaryIO) -> None:
     _sync(file.fileno())
 
 
-def _locked(path: Path, flags: int = 0) -> int | None:
+def locked(path: Path, flags: int = 0, mode: int = 0o666) -> int | None:
     """The file, opened and locked until it is closed; None if another one has locked it."""
-    held = os.open(path, os.O_RDWR | flags, 0o666)
+    held = os.open(path, os.O_RDWR | flags, mode)
     if lock(held):
         return held
     os.close(held)

@@ -22,6 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from kvcondense.backends import private
 from kvcondense.backends.cpu import kept
 
 STEP, TRAINING, PLAN, MARKS = ("condense", "project"), ("training",), ("plan",), ("marks",)
@@ -54,7 +55,7 @@ class Kernel:
 
 def status() -> list[Kernel]:
     """Every kernel, and whether it is compiled for this machine and these sources."""
-    folder = kept.place()
+    folder = private.place()
     paths = {name: (folder or Path("nowhere")) / _name(name) for name in KERNELS}
     return [Kernel(name, path, folder is not None and path.is_file()) for name, path in paths.items()]
 
@@ -126,6 +127,7 @@ def _stamp() -> str:
         here.parent / "jobs.py",
         here / "blocks.py",
         here / "kept.py",
+        here.parent / "private.py",
         *sorted(here.glob("*params.py")),
         *sorted((here / "kernels").glob("*.py")),
     ):

@@ -6,6 +6,7 @@ A simulator leaks thread keys with every call and hangs after some two hundred, 
 from __future__ import annotations
 
 import atexit
+import functools
 import hashlib
 import multiprocessing
 import os
@@ -17,7 +18,8 @@ from typing import Any
 
 import torch
 
-from kvcondense import forks
+from kvcondense import files, forks
+from kvcondense.backends import private
 from kvcondense.backends.pypto import kernel
 from kvcondense.backends.pypto.kernel import Form
 from kvcondense.backends.pypto.probe import PLATFORMS, platform, simulated
@@ -130,22 +132,33 @@ def _execute(form: Form, name: str, operands: list[torch.Tensor]) -> None:
 
 
 def _compile(form: Form, name: str) -> str:
-    """The folder of the compiled program, in a private one of this user that later processes find again."""
+    """The folder of the compiled program, which later processes find again."""
     from pypto import ir  # pyright: ignore[reportMissingImports]
     from pypto.backend import BackendType  # pyright: ignore[reportMissingImports]
 
     source = Path(kernel.__file__).read_text()
     key = hashlib.sha256(repr((form, name, source)).encode()).hexdigest()[:16]
-    base = Path(tempfile.gettempdir()) / f"kvcondense-pypto-{os.getuid()}"
-    base.mkdir(mode=0o700, exist_ok=True)
-    if base.stat().st_uid != os.getuid() or base.stat().st_mode & 0o077:
-        raise KvCondenseError(str(base), "a folder of this user alone", "one that others may write to")
+    base = _base()
     done = base / f"{key}.done"
-    if not done.exists():
+    if not done.is_file():
         target, backend = str(base / f"{key}-{os.getpid()}"), getattr(BackendType, PLATFORMS[name])
         compiled = ir.compile(kernel.program(form), output_dir=target, backend_type=backend, dump_passes=False)
-        done.write_text(str(compiled.output_dir))
-    return done.read_text()
+        files.write(done, str(compiled.output_dir))
+    found = done.read_text(encoding="utf-8")
+    if base.resolve() not in Path(found).resolve().parents:
+        raise KvCondenseError(str(done), f"a folder within {base}", found)
+    return found
+
+
+@functools.cache
+def _base() -> Path:
+    """The folder that is this user's alone, or one for this process where there is none."""
+    kept = private.place()
+    if kept is None or private.make(kept / "pypto") is not None:
+        made = tempfile.TemporaryDirectory(prefix="kvcondense-pypto-")  # 0700
+        atexit.register(made.cleanup)
+        return Path(made.name)
+    return kept / "pypto"
 
 
 def _packed(t: torch.Tensor) -> tuple[str, list[int], bytes]:
