@@ -1,6 +1,7 @@
 """The conformance kit: right adapters pass, every mutant dies of a wrong answer, failures are small and replayable."""
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -59,6 +60,19 @@ def test_every_mutant_is_killed_by_a_wrong_answer(name):
         assert again == outcome.case
         assert play(again, load_factory(f"mutant:{name}"), judge)[0] == outcome.detail
         assert play(again, load_factory("reference"), judge)[0] is None, "the case is fair"
+
+
+def test_histories_are_as_wide_as_what_is_declared():
+    """An engine that keeps eight rows of a step is right if it says so, and found if it declares more."""
+    invariant = next(i for i in INVARIANTS if i.name == "I2 rollback")
+    able = BackendAdapter().capabilities
+    for most, wrong in ((16, True), (9, True), (8, False)):
+        narrow = replace(able, max_draft=most)
+        outcome = check(invariant, lambda a=narrow: BackendAdapter(MUTANTS["eight-drafts-kept-for"], capabilities=a))
+        assert bool(outcome.detail) == wrong
+        assert all(op.drafts <= most for case in invariant.cases(random.Random(0), narrow) for op in case.ops)
+        asked = {op.drafts for case in invariant.cases(random.Random(0), narrow) for op in case.ops}
+        assert {1, most - 1, most} <= asked
 
 
 def test_transformers_passes_what_it_declares():

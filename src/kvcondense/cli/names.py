@@ -32,8 +32,8 @@ MUTANTS = (
     "overlap-swapped", "neighbour-window", "rope-at-row-index", "rope-at-last-position", "half-split-pairs",
     "theta-1e4", "no-yarn", "eps-times-10", "no-bf16-before-norm", "gamma-dropped", "rotate-ignored",
     "row-0-for-minus-1", "state-not-reset", "emission-late", "emission-twice", "stale-draft-row",
-    "drafts-not-kept-for", "online-drafts-folded", "ring-race", "scale-floor-on-scale", "scale-rounded-down",
-    "fp4-ties-down", "fp4-nibbles-swapped", "scales-inline", "pad-unwritten", "int32-address",
+    "drafts-not-kept-for", "eight-drafts-kept-for", "online-drafts-folded", "ring-race", "scale-floor-on-scale",
+    "scale-rounded-down", "fp4-ties-down", "fp4-nibbles-swapped", "scales-inline", "pad-unwritten", "int32-address",
 )  # fmt: skip
 ADAPTERS = (*BACKENDS, *(f"reference:{kind}" for kind in ADAPTER_STATES), *(f"mutant:{name}" for name in MUTANTS))
 CASES = (

@@ -30,17 +30,20 @@ _MAX_ROWS = 1 << 18
 
 @dataclass(frozen=True)
 class Op:
-    """One thing that happens. ``step``: counts[q] tokens of every request, the last ``drafts`` of which are ``junk``
-    (if given) and rejected, so that only the rest is committed; ``padding`` spare tokens follow; requests stand in
-    ``order`` in the batch. ``recycle`` (the slot starts over, reset first if
-    ``junk`` is given), ``move`` (exported and loaded into another slot) and ``fork`` (into request
-    ``to``, which starts as a copy) concern request ``q``.
+    """One thing that happens.
+
+    ``step``: counts[q] tokens of every request, the last ``drafts`` of which may be rejected. All but ``accepted`` of
+    them are ``junk`` (if given) and are rejected, so that only the rest is committed; ``padding`` spare tokens follow;
+    requests stand in ``order`` in the batch. ``recycle`` (the slot starts over, reset first if ``junk`` is given),
+    ``move`` (exported and loaded into another slot) and ``fork`` (into request ``to``, which starts as a copy) concern
+    request ``q``.
     """
 
     kind: str
     counts: tuple[int, ...] = ()
     drafts: int = 0
     junk: str = ""
+    accepted: int = 0
     padding: int = 0
     order: tuple[int, ...] = ()
     q: int = 0
@@ -70,7 +73,7 @@ class Case:
     @property
     def size(self) -> int:
         """How much there is to read: what shrinking makes smaller."""
-        return sum(1 + sum(op.counts) + 4 * len(op.counts) + op.drafts + op.padding for op in self.ops)
+        return sum(1 + sum(op.counts) + 4 * len(op.counts) + op.drafts + op.padding + op.accepted for op in self.ops)
 
     def to_json(self) -> str:
         """One line, without what has its default."""
@@ -96,7 +99,7 @@ class Case:
         right = right and isinstance(self.scale, (int, float)) and 0 < self.scale < 1e6
         for op in self.ops:
             right = right and op.kind in ("step", "recycle", "move", "fork") and op.junk in JUNK
-            right = right and all(good(v, 0, _MAX_INT) for v in (*op.counts, op.drafts, op.padding))
+            right = right and all(good(v, 0, _MAX_INT) for v in (*op.counts, op.drafts, op.padding, op.accepted))
             right = right and good(op.q, 0, self.requests - 1) and good(op.to, 0, self.requests - 1)
             if right and op.kind == "step":
                 right = len(op.counts) == self.requests
@@ -151,10 +154,12 @@ def _smaller(case: Case) -> Iterator[Case]:
 
 
 def _smaller_ops(op: Op) -> Iterator[Op]:
+    if op.accepted:
+        yield replace(op, accepted=0)
     if op.padding:
         yield replace(op, padding=0)
     if op.drafts:
-        yield replace(op, drafts=0, junk="")
+        yield replace(op, drafts=0, junk="", accepted=0)
         yield replace(op, drafts=op.drafts // 2, junk=op.junk if op.drafts > 1 else "")
     for q, n in enumerate(op.counts):
         for fewer in {0, n // 2, n - 1} - {n}:

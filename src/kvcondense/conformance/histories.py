@@ -8,9 +8,12 @@ from typing import Any
 
 from kvcondense.conformance.adapter import Capabilities
 from kvcondense.conformance.cases import SPECS, Case, Op
+from kvcondense.spec import CompressorSpec
 
 _FAR = 70_000
 _LAST = (1 << 20) - 1024
+_PHASES = 8
+"""Of a window; of a longer one, as many that follow one another."""
 
 
 def step(*counts: int, **more: Any) -> Op:
@@ -33,6 +36,14 @@ def menu(spec: str) -> list[int]:
         2 * r + 1,
         *((127, 128, 129, 130, 255, 257) if r == 128 else ()),
     ]
+
+
+def widths(spec: CompressorSpec, most: int) -> list[int]:
+    """Numbers of drafts up to ``most``: small ones, and one beside each number of rows that an implementation may keep:
+    a window's, an overlap's, 8 (a common one), and all that were declared, where a ring wraps."""
+    edges = (spec.ratio, spec.window - spec.ratio, spec.window, 8, most)
+    found = {1, 3, 7, *(edge + by for edge in edges for by in (-1, 0, 1))}
+    return sorted(w for w in found if 1 <= w <= most)
 
 
 def numerics(rng: random.Random, able: Capabilities) -> Iterator[Case]:
@@ -63,16 +74,22 @@ def composition(rng: random.Random, able: Capabilities) -> Iterator[Case]:
 
 
 def rollback(rng: random.Random, able: Capabilities) -> Iterator[Case]:
-    """Verify steps of several widths, drafts of junk, then true tokens in their places."""
+    """Verify steps of every width that matters, from every phase of a window, widths interleaved.
+
+    Most have one token that is sure and drafts of junk, all rejected: the next one starts a position later. Some
+    have drafts that are accepted. Then true tokens over the places of the rejected ones, and decode: what a draft left
+    behind shows now.
+    """
     for spec in SPECS:
         s = SPECS[spec]
-        for width in (1, 3, 7):
-            drafts = min(width, able.max_draft)
-            ops = [step(s.window + rng.randrange(s.ratio))]
-            for junk in ("nan", "1e4", "inf"):
-                ops += [step(drafts + rng.randrange(2), drafts=drafts, junk=junk) for _ in range(2)]
-            # True tokens over the places of the rejected ones, then decode: what a draft left behind shows now.
-            ops += [step(drafts, drafts=drafts), *[step(1)] * 3, step(s.window + 1), step(s.ratio)]
+        for junk in ("nan", "1e4", "inf"):
+            every = widths(s, able.max_draft)
+            rng.shuffle(every)
+            ops = [step(2 * s.window - s.ratio // 2 + rng.randrange(s.ratio))]
+            for drafts in every:
+                ops += [step(drafts + 1, drafts=drafts, junk=junk)] * min(s.ratio, _PHASES)
+                ops.append(step(drafts + 1, drafts=drafts, junk=junk, accepted=rng.randrange(drafts + 1)))
+            ops += [step(every[-1], drafts=every[-1]), *[step(1)] * 3, step(s.window + 1), step(s.ratio)]
             yield Case(spec, 1, tuple(ops), rng.randrange(1 << 30))
 
 

@@ -241,6 +241,16 @@ def _forget_drafts(step: Step) -> Step:
     return replace(step, plan=replace(plan, **kept))
 
 
+def _keep_for_eight(step: Step) -> Step:
+    """Keep what is needed if at most eight drafts are rejected."""
+    plan, batch = step.plan, step.plan.batch
+    ends = batch.start_positions + batch.lengths
+    low = live_starts(step.spec, (ends - batch.draft_rows.clamp(max=8)).clamp(min=0))
+    needed = plan.keep_position >= low[plan.keep_request]
+    kept = {n: getattr(plan, n)[needed] for n in KEEP_FIELDS}
+    return replace(step, plan=replace(plan, **kept))
+
+
 def _fold_drafts(step: Step) -> Step:
     batch = step.plan.batch
     none = {n: getattr(step.plan, n)[:0] for n in KEEP_FIELDS}
@@ -295,6 +305,7 @@ _ALL = (
     Mutant("emission-twice", "the row is emitted a second time, into the next slot", Stages(scatter=_scatter_twice)),
     Mutant("stale-draft-row", "a rejected draft's state row is not overwritten", Stages(keep=_keep_first_writer)),
     Mutant("drafts-not-kept-for", "keeps no rows for the case that drafts are rejected", alter=_forget_drafts),
+    Mutant("eight-drafts-kept-for", "keeps no rows for more than eight rejected drafts", alter=_keep_for_eight),
     Mutant(
         "online-drafts-folded",
         "an online state folds drafts at once, and cannot take them back",

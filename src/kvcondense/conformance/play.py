@@ -111,24 +111,25 @@ class Player:
     def _step(self, op: Op) -> None:
         spec, junk = self.spec, JUNK[op.junk]
         order = list(op.order) or list(range(len(self.live)))
-        chunks, drafts = [], []
+        chunks, drafts, rejected = [], [], []
         for q in order:
             request, n = self.live[q], op.counts[q]
             at = request.done - self.case.first
             chunk = request.tokens[at : at + n].clone()
             d = min(op.drafts, n)
-            if junk is not None:
-                chunk[n - d :] = junk
+            wrong = max(0, d - op.accepted) if junk is not None else 0
+            chunk[n - wrong :] = 0.0 if junk is None else junk
             chunks.append(chunk)
             drafts.append(d)
+            rejected.append(wrong)
         padding = torch.full((op.padding, spec.projected), float("nan"))
         batch = self.frame.batch([self.live[q] for q in order], [c.shape[0] for c in chunks], drafts)
         self.adapter.step(torch.cat([*chunks, padding]), batch)
-        for q, d in zip(order, drafts, strict=True):
+        for q, wrong in zip(order, rejected, strict=True):
             request, n = self.live[q], op.counts[q]
             end = request.done + n
             request.touched |= set(range(request.done // spec.ratio, end // spec.ratio))
-            request.done = end - (d if junk is not None else 0)
+            request.done = end - wrong
             self.request_steps += n > 0
 
     def _recycle(self, op: Op) -> None:

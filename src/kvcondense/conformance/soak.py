@@ -62,10 +62,10 @@ def history(rng: random.Random, able: Capabilities) -> Case:
     ops = []
     for _ in range(_STEPS):
         if able.chunks and able.max_draft and rng.random() < 0.25:
-            width = rng.randrange(1, min(8, able.max_draft) + 1)
+            width = rng.randrange(1, able.max_draft + 1)
             junk = rng.choice(("", "nan", "inf", "1e4"))
             counts = tuple(rng.choice((0, width, width + 1)) for _ in range(n))
-            op = Op("step", counts, width, junk)
+            op = Op("step", counts, width, junk, rng.randrange(width) if junk and rng.random() < 0.5 else 0)
         elif able.chunks:
             # Mostly decode steps, as in serving; now and then a chunk.
             counts = tuple(rng.choice(lengths) if rng.random() < 0.2 else rng.randrange(2) for _ in range(n))
