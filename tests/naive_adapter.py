@@ -10,7 +10,14 @@ class Naive:
     """Token by token, in the least that the kit asks for."""
 
     capabilities = Capabilities(
-        max_draft=0, padding=False, exports=False, refuses=False, returns_state=False, specs=("csa", "hca", "indexer")
+        max_draft=0,
+        inert=False,
+        spare=False,
+        unmapped=False,
+        exports=False,
+        refuses=False,
+        returns_state=False,
+        specs=("csa", "hca", "indexer"),
     )
 
     def init(self, setup):

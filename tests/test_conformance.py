@@ -237,6 +237,27 @@ def test_the_command_reports(tmp_path):
         invoke("--adapter", "mutant:stale-draft-row", "--replay", found, status=1)
 
 
+class Broken(BackendAdapter):
+    """An adapter with one mistake of its own."""
+
+    def step(self, kv_score, batch):
+        if batch.query_start_loc.shape[0] > 2:
+            raise ValueError(f"no room for {kv_score.shape[0]} tokens")
+        super().step(kv_score, batch)
+
+
+def test_an_adapters_own_error_is_one_cause(monkeypatch, tmp_path):
+    monkeypatch.setattr("kvcondense.cli.work.conformance.load_factory", lambda _: lambda: Broken())
+    text = invoke("--case-file", tmp_path / "case.json", "--json", tmp_path / "j", status=1)
+    found = [i for i in json.loads((tmp_path / "j").read_text())["invariants"] if i["passed"] is False]
+    assert len(found) > 3
+    assert {i["raised"].partition(" at ")[0] for i in found} == {"ValueError"}
+    assert text.count("smallest history") == 1
+    assert text.count("the error of ") == len(found) - 1
+    assert f"1 cause of {len(found)} failures" in text
+    assert [p.name for p in tmp_path.iterdir() if "case" in p.name] == ["case.json"]
+
+
 def test_the_table_of_mutants(monkeypatch, tmp_path):
     few = {n: MUTANTS[n] for n in ("ape-dropped", "pad-unwritten")}
     monkeypatch.setattr("kvcondense.cli.work.conformance.CORRECT", ("reference:online",))

@@ -35,7 +35,8 @@ class Capabilities:
 
     specs: names of the kit's compressors (csa, hca, indexer, fused, r2); ragged: several requests in a step; chunks:
     steps of any length at any position (else a prefill from 0 and single tokens); max_draft: most tokens of a step that
-    may be rejected; padding: inert requests, spare tokens, slot -1; recycles: a slot can start over at position 0;
+    may be rejected; inert: requests with state slot -1 do nothing; spare: tokens behind the last request are ignored;
+    unmapped: a window with cache slot -1 is not written; recycles: a slot can start over at position 0;
     exports: ``export`` and ``load``; refuses: bad metadata raises before anything is written; exact: the same bits
     under any split; returns_state: ``state`` gives live rows; formats: kvcondense's own cache formats; rounding: the
     profile that rows follow, if not the compressor's own; close: how far rows may be from the reference, relative
@@ -46,7 +47,9 @@ class Capabilities:
     ragged: bool = True
     chunks: bool = True
     max_draft: int = 16
-    padding: bool = True
+    inert: bool = True
+    spare: bool = True
+    unmapped: bool = True
     recycles: bool = True
     exports: bool = True
     refuses: bool = True

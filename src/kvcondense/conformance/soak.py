@@ -72,7 +72,7 @@ def history(rng: random.Random, able: Capabilities) -> Case:
             op = Op("step", counts)
         else:
             op = Op("step", (1,) * n) if ops else Op("step", (SPECS[spec].window + rng.randrange(9),) * n)
-        padding = rng.randrange(4) if able.padding and able.chunks else 0
+        padding = rng.randrange(4) if able.spare and able.chunks else 0
         order = tuple(rng.sample(range(n), n)) if able.ragged else ()
         ops.append(replace(op, padding=padding, order=order))
         roll = rng.random()

@@ -33,7 +33,7 @@ class TensorFile:
             if size > most:
                 raise CheckpointError(str(path), f"a safetensors header of at most {most} bytes", size)
             self._handle: Any = safe_open(str(path), framework="pt", device=str(device))
-            self.names = frozenset(self._handle.keys())
+            self.names = dict.fromkeys(self._handle.keys())  # in the file's order
             self.metadata: dict[str, str] = self._handle.metadata() or {}
 
     def __enter__(self) -> TensorFile:

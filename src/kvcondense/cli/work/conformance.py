@@ -92,19 +92,27 @@ def _word(passed: bool | None) -> str:
 def _invariants(
     output: Output, name: str, make: Factory, seed: int, rounds: int, case_file: Path
 ) -> tuple[bool, dict[str, Any]]:
-    outcomes = []
+    outcomes: list[Outcome] = []
+    found = 0
+    raised: dict[str, str] = {}  # an error of the adapter's own is one finding, whatever was asked when it came up
     for invariant in INVARIANTS:
-        o = check(invariant, make, seed=seed, rounds=rounds)
+        o = check(invariant, make, seed=seed, rounds=rounds, known=raised)
         outcomes.append(o)
         word = "SKIP" if o.skipped else "PASS" if o.passed else "FAIL"
         counts = f"{o.played:>3} histories {o.request_steps:>5} request-steps"
         output.say(f"{word}  {o.invariant:<22} {o.skipped or counts}  {'' if o.skipped else o.promise}".rstrip())
-        if not o.passed:
-            _explain(output, name, o.detail, o.case, case_file)
-            case_file = case_file.with_stem(f"{case_file.stem}-next")  # every failure keeps its own
+        if o.raised in raised:
+            output.say(f"      the error of {raised[o.raised]} again ({o.raised})")
+        elif not o.passed:
+            raised |= {o.raised: o.invariant} if o.raised else {}
+            # Every cause keeps its own case.
+            own = case_file.with_stem(f"{case_file.stem}-{o.invariant.replace(' ', '-')}") if found else case_file
+            _explain(output, name, o.detail, o.case, own)
+            found += 1
     output.say("not asked here: I11 (graph capture needs a GPU), I13 (gradients)")
-    failed = [o for o in outcomes if not o.passed]
-    return not failed, {"adapter": name, "seed": seed, "invariants": [_plain(o) for o in outcomes]}
+    if found:
+        output.say(f"{found} {'cause' if found == 1 else 'causes'} of {sum(not o.passed for o in outcomes)} failures")
+    return not found, {"adapter": name, "seed": seed, "invariants": [_plain(o) for o in outcomes]}
 
 
 def _explain(output: Output, name: str, detail: str, case: Case | None, case_file: Path) -> None:
@@ -124,6 +132,7 @@ def _plain(o: Outcome) -> dict[str, Any]:
         "histories": o.played,
         "request_steps": o.request_steps,
         "detail": o.detail,
+        "raised": o.raised or None,
         "case": o.case and o.case.to_json(),
     }
 
