@@ -135,7 +135,7 @@ def load_all(folder):
 class Weights(Reader):
     """model.safetensors, plain, FP8 and MLX's."""
 
-    weight = 3
+    weight = 2
 
     def made(self):
         kinds = ("official", "fp8", "mlx")
@@ -154,6 +154,8 @@ class Weights(Reader):
 class Index(Reader):
     """model.safetensors.index.json beside its shards."""
 
+    weight = 1
+
     def made(self):
         folder = checkpoints.write(self.folder, shards=2, model=TINY, config={"config.json": tiny_config()})
         return [(folder / "model.safetensors.index.json").read_bytes()]
@@ -168,6 +170,8 @@ class Index(Reader):
 
 class Gguf(Reader):
     """A model in GGUF, plain and quantised."""
+
+    weight = 2
 
     def made(self):
         package = gguf.package()
@@ -206,7 +210,7 @@ class Gguf(Reader):
 class Hidden(Reader):
     """Hidden states, which are read in slices."""
 
-    weight = 2
+    weight = 3
 
     def made(self):
         x = torch.randn(9, 8, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -48,7 +48,7 @@ class Caches(Reader):
     """Cache files of schema 3: loaded, decoded, converted, saved again."""
 
     sealed = True
-    weight = 4
+    weight = 2
 
     def made(self):
         out = []
@@ -145,6 +145,8 @@ class OldCaches(Caches):
 class Resumed(Reader):
     """Cache files from which a sequence goes on."""
 
+    weight = 1
+
     sealed = True
 
     def made(self):
@@ -178,7 +180,7 @@ class Snapshots(Reader):
     """Snapshots of schema 2: into a ring, pages and an online state, and as they were earlier."""
 
     sealed = True
-    weight = 3
+    weight = 1
 
     def made(self):
         out, self.specs = [], []
@@ -263,7 +265,7 @@ class Bundles(Reader):
     """Bundles: checked, restored, cut, converted and added to."""
 
     sealed = True
-    weight = 3
+    weight = 2
     verify, recover = True, False
 
     def made(self):

@@ -21,7 +21,7 @@ from kvcondense.files import read_text
 class Cases(Reader):
     """Conformance cases; those that are small are played and judged."""
 
-    weight = 4
+    weight = 3
     playing = 8
 
     def made(self):
@@ -55,7 +55,7 @@ MACHINE = {"processor": "a", "torch": "1", "commit": "abc"}
 class Records(Reader):
     """A bench's records, gone on with; tables of them, and now and then the picture and the page."""
 
-    weight = 3
+    weight = 2
     drawing = 100
 
     def made(self):
@@ -115,6 +115,8 @@ class Records(Reader):
 class Tuned(Reader):
     """A tuner's records, and the best of them."""
 
+    weight = 2
+
     def made(self):
         timed = [{"kind": "hca", "rows": n, "block": 64, "num_warps": 4, "us": us} for n in (16, None) for us in (3.0, None)]
         lines = [{"machine": MACHINE}, *timed, {**timed[0], "us": None, "error": "no"}, {"complete": "hca, at most 16 rows"}]
@@ -138,6 +140,8 @@ class Tuned(Reader):
 
 class Kept(Reader):
     """Kept machine code: what was written, or None."""
+
+    weight = 1
 
     sealed = True
 
