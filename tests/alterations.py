@@ -1,4 +1,4 @@
-"""Inputs altered as damage and ill will alter them, by a seed: bytes, JSON, safetensors, and what digests are made of."""
+"""Inputs altered as damage and ill will alter them, by a seed: bytes, JSON, safetensors, and with digests made anew."""
 
 import json
 import struct
@@ -7,7 +7,27 @@ from dataclasses import dataclass, replace
 import xxhash
 
 ALIGNED = 64  # of a bundle's pieces
-_NUMBERS = (-1, 0, 1, 2, 3, 4, 7, 8, 255, 2**16, 2**20, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64)
+_NUMBERS = (
+    -1,
+    0,
+    1,
+    2,
+    3,
+    4,
+    7,
+    8,
+    255,
+    2**16,
+    2**20,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**53 + 1,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64,
+)
 
 
 class Raw(str):
@@ -28,7 +48,8 @@ class Again(str):
 
 _PLAIN = (
     *_NUMBERS, -(2**63), 10**400, 0.5, -0.0, 4.0, 1e308, 1e-310, 5e-324, True, False, None, "", "a", "\x00", "\ud800",
-    "\u202e\u2028", "é", "$x$", "\\", "$\\frac{", "a|b\nc", "<script>", "../x", "1" * 5000, "nan", [], {}, [[]], {"": 0},
+    "\u202e\u2028", "é", "$x$", "\\", "$\\frac{", "a|b\nc", "<script>", "../x", "1" * 5000, "nan", [], {}, [[]],
+    {"": 0},
     Raw("1e999"), Raw("-1e999"), Raw("NaN"), Raw("-Infinity"), Raw("1" + "0" * 4000), Raw("1" + "0" * 5000), Raw("-"),
     Raw('"\\ud800"'), Raw("01"), Raw("1e-400"), Raw("[" * 70 + "]" * 70), Raw('{"a":' * 60 + "1" + "}" * 60),
 )  # fmt: skip
@@ -39,7 +60,7 @@ _LONG = (
 
 
 def hostile(chance):
-    return chance.choice(_LONG if chance.random() < 0.02 else _PLAIN)
+    return chance.choice(_LONG if chance.random() < 0.01 else _PLAIN)
 
 
 def rendered(value):
@@ -311,5 +332,7 @@ def of_bundle(chance, data):
             commits[which].content = {}
     late = chance.random()
     alter = (lambda content: tree(chance, content, 2)) if late < 0.2 else (lambda content: content)
-    ends = (lambda mark: {**mark, chance.choice(sorted(mark)): chance.choice(_NUMBERS)}) if late > 0.95 else (lambda m: m)
+    ends = (
+        (lambda mark: {**mark, chance.choice(sorted(mark)): chance.choice(_NUMBERS)}) if late > 0.95 else (lambda m: m)
+    )
     return bundle(commits, alter, ends)

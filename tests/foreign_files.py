@@ -20,6 +20,7 @@ from kvcondense.weightfiles import gguf
 from kvcondense.weightfiles.settings import Settings
 from weight_forms import fp8, mlx
 
+
 def digest(*parts):
     """One short word for everything that was read."""
     found = hashlib.sha256()
@@ -79,7 +80,10 @@ class Config(Reader):
 
     def made(self):
         forms = [model_files.made(form, model_files.official()) for form in model_files.FORMS]
-        extra = {"quantization_config": {"weight_block_size": [128, 128]}, "quantization": {"group_size": 64, "bits": 4}}
+        extra = {
+            "quantization_config": {"weight_block_size": [128, 128]},
+            "quantization": {"group_size": 64, "bits": 4},
+        }
         small = {**checkpoints.CONFIG, **extra}
         v41 = {**{k: v for k, v in small.items() if k != "rope_scaling"}, "model_type": "deepseek_v41"}
         v41 |= {"kv_source_layer_ids": [1, 2], "compress_ratios": [0, 2, 2, 1]}
@@ -102,7 +106,9 @@ class Config(Reader):
         return {digest(config)}
 
 
-_TINY = replace(checkpoints.MODEL, num_hidden_layers=2, compress_ratios=(0, 4), head_dim=8, index_head_dim=8, rope_dim=4)
+_TINY = replace(
+    checkpoints.MODEL, num_hidden_layers=2, compress_ratios=(0, 4), head_dim=8, index_head_dim=8, rope_dim=4
+)
 TINY = replace(_TINY, hidden_size=8)
 
 
@@ -188,7 +194,9 @@ class Gguf(Reader):
                     leaf = name.removeprefix(base.format(1))
                     if leaf == name:
                         continue
-                    leaf = {"wkv.weight": "kv.weight", "wgate.weight": "gate.weight", "ape": "ape.weight"}.get(leaf, leaf)
+                    leaf = {"wkv.weight": "kv.weight", "wgate.weight": "gate.weight", "ape": "ape.weight"}.get(
+                        leaf, leaf
+                    )
                     stored = kind if leaf in ("kv.weight", "gate.weight") else "F32"
                     raw = package.GGMLQuantizationType[stored]
                     data = package.quants.quantize(tensor.float().numpy(), raw)

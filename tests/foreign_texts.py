@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import alterations
 from foreign_files import Reader, digest
@@ -27,7 +27,8 @@ class Cases(Reader):
     def made(self):
         self.make, self.played, self.read_ = load_factory("reference"), 0, 0
         ops = (
-            Op("step", (3, 2), drafts=1, junk="nan", padding=2, order=(1, 0)), Op("move", q=1), Op("recycle", q=0, junk="inf"),
+            Op("step", (3, 2), drafts=1, junk="nan", padding=2, order=(1, 0)), Op("move", q=1),
+            Op("recycle", q=0, junk="inf"),
             Op("step", (5, 4)), Op("fork", q=0, to=1), Op("step", (1, 1)),
         )  # fmt: skip
         one = Case("csa", 2, ops, seed=3, first=4, scale=2.0)
@@ -68,7 +69,9 @@ class Records(Reader):
         gemms = [{"case": "x", "runner": r, "us": 5.0, **warm} for r in ("bf16 GEMM alone", "our GEMM alone")]
         fused = [{"case": "x", "runner": r, "us": 5.0, **warm} for r in ("GEMM alone", "GEMM + step", "fused, one")]
         training = [{"case": "x", "runner": r, "us": 5.0, "saved_bytes": 12.0} for r in ("a", "b")]
-        ranks = [{"case": "x", "runner": r, "us": 5.0, "moved_bytes": 12, "all_gather_bytes": 50} for r in ("a", "one rank")]
+        ranks = [
+            {"case": "x", "runner": r, "us": 5.0, "moved_bytes": 12, "all_gather_bytes": 50} for r in ("a", "one rank")
+        ]
         head = {"machine": MACHINE, "rates": {"memory": 1e9, "cache": 1e10, "gemm": 1e11}}
         found = ([*timed, *longer], [*step, *gemms, {"case": "y", "failed": "no"}, wrong], fused, training, ranks)
         lines = [[head, *some, {"complete": "x"}] for some in found]
@@ -118,8 +121,15 @@ class Tuned(Reader):
     weight = 2
 
     def made(self):
-        timed = [{"kind": "hca", "rows": n, "block": 64, "num_warps": 4, "us": us} for n in (16, None) for us in (3.0, None)]
-        lines = [{"machine": MACHINE}, *timed, {**timed[0], "us": None, "error": "no"}, {"complete": "hca, at most 16 rows"}]
+        timed = [
+            {"kind": "hca", "rows": n, "block": 64, "num_warps": 4, "us": us} for n in (16, None) for us in (3.0, None)
+        ]
+        lines = [
+            {"machine": MACHINE},
+            *timed,
+            {**timed[0], "us": None, "error": "no"},
+            {"complete": "hca, at most 16 rows"},
+        ]
         return ["".join(map(records.text, lines)).encode()]
 
     def alter(self, chance, which):

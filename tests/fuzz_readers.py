@@ -1,4 +1,4 @@
-"""Altered files and bytes into every reader, by a seed: a documented error, or what was written. Bounded memory and time.
+"""Altered files and bytes into every reader, by a seed: a documented error or what was written, in bounded memory.
 
 ``python tests/fuzz_readers.py --inputs 300000 --seconds 1500`` runs longer than the suite does (``make fuzz``).
 """
@@ -35,7 +35,7 @@ _STOP_SECONDS, _MOST_ADDRESSES = 30.0, 8 << 30
 """When a reader that does not come to an end is broken off; how much more than it has a process may ask for."""
 
 
-class Fault(AssertionError):
+class ReaderError(AssertionError):
     """What a reader did that it must not do."""
 
 
@@ -51,7 +51,7 @@ class Tally:
 
 
 def run(inputs, seed, seconds=float("inf"), *, readers=READERS, say=lambda text: None, failed=None):
-    """Reader's name -> Tally. Raises Fault at the first input that a reader fails on; ``failed``: where it is kept."""
+    """Reader's name -> Tally. Raises ReaderError at the first input that one fails on; ``failed``: where it is kept."""
     begun, place = time.perf_counter(), Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=place if place.is_dir() else None) as folder, _bounded() as noted:
         held = [reader(Path(folder)) for reader in readers]
@@ -72,7 +72,9 @@ def run(inputs, seed, seconds=float("inf"), *, readers=READERS, say=lambda text:
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 where = _keep(failed, f"{name}-{seed}-{number}-{which}", data)
-                raise Fault(f"{name}, seed {seed}, input {number}{where}: {type(error).__name__}: {error}") from error
+                raise ReaderError(
+                    f"{name}, seed {seed}, input {number}{where}: {type(error).__name__}: {error}"
+                ) from error
             if number % 10_000 == 9_999:
                 say(f"{number + 1} inputs, {time.perf_counter() - begun:.0f} s")
     return tallies
@@ -89,12 +91,12 @@ def _one(reader, data, which, same_digests, noted, tally):
     tally.inputs, tally.accepted = tally.inputs + 1, tally.accepted + (words is not None)
     tally.seconds, tally.longest, tally.peak = tally.seconds + took, max(tally.longest, took), max(tally.peak, grown)
     if grown > MOST_BYTES:
-        raise Fault(f"the process grew by {grown >> 20} MiB")
+        raise ReaderError(f"the process grew by {grown >> 20} MiB")
     if took > MOST_SECONDS:
-        raise Fault(f"it took {took:.1f} s")
+        raise ReaderError(f"it took {took:.1f} s")
     # A warning says that something is not compared, or not of now.
     if words and reader.sealed and same_digests and not noted and data not in reader.seeds and words - reader.whole:
-        raise Fault("damage was not noticed")
+        raise ReaderError("damage was not noticed")
 
 
 @contextlib.contextmanager
@@ -120,7 +122,7 @@ _PROC = Path("/proc/self/clear_refs").exists()
 
 
 def _stopped(*_):
-    raise Fault(f"no end after {_STOP_SECONDS:.0f} s")
+    raise ReaderError(f"no end after {_STOP_SECONDS:.0f} s")
 
 
 def _forget_peak():
@@ -167,13 +169,20 @@ def main():
     parser.add_argument("--seconds", type=float, default=1500.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="a reader's name")
-    parser.add_argument("--failed", type=Path, default=Path("build/fuzz"), help="where an input goes that a reader fails on")
+    parser.add_argument(
+        "--failed", type=Path, default=Path("build/fuzz"), help="where an input goes that a reader fails on"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     readers = [r for r in READERS if given.only in ("", r.__name__)]
     print(f"seed {given.seed}", flush=True)
     found = run(
-        given.inputs, given.seed, given.seconds, readers=readers, failed=given.failed, say=lambda t: print(t, flush=True)
+        given.inputs,
+        given.seed,
+        given.seconds,
+        readers=readers,
+        failed=given.failed,
+        say=lambda t: print(t, flush=True),
     )
     print(table(found))
     return 0

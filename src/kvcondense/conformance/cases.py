@@ -113,7 +113,9 @@ class Case:
         pages = self.requests * (self.first + tokens) // SPECS[self.spec].ratio // PAGE_ROWS if right else 0
         most = max(tokens * admitted, self.max_draft * (2 * self.requests + 3), pages // _ENTRIES)
         if right and most > _MAX_ROWS:
-            raise CheckpointError("case", f"tokens, requests, positions and drafts that need {_MAX_ROWS} rows at most", most)
+            raise CheckpointError(
+                "case", f"tokens, requests, positions and drafts that need {_MAX_ROWS} rows at most", most
+            )
         if not right:
             raise CheckpointError("case", f"a spec of {', '.join(SPECS)} and operations that fit", self.to_json()[:200])
 
