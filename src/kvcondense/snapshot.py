@@ -240,7 +240,7 @@ def _header(spec: CompressorSpec, position: int, state: StatePool | OnlineState)
 
 def _dtype(file: sealed.Sealed) -> torch.dtype:
     name = file.header.get("dtype")
-    if name not in _DTYPES:
+    if not isinstance(name, str) or name not in _DTYPES:
         raise CheckpointError("payload header", f"a dtype of {', '.join(_DTYPES)}", short(name))
     return _DTYPES[name]
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from kvcondense.config import ModelConfig
+from kvcondense.config.values import MAX_RATIO, MAX_SIZE, whole
 from kvcondense.errors import CheckpointError, DtypeError, RangeError, UnsupportedError, require_int
 from kvcondense.files.reading import short
 from kvcondense.files.schema import typed
@@ -69,8 +70,9 @@ class CompressorSpec:
     rounding: Rounding = Rounding.REFERENCE
 
     def __post_init__(self) -> None:
-        for field, low in (("ratio", 1), ("head_dim", 1), ("rope_dim", 0)):
-            require_int(field, getattr(self, field), low)
+        # Bounds of a model's, so that no product of sizes that a file states leaves 64 bits.
+        for field, low, most in (("ratio", 1, MAX_RATIO), ("head_dim", 1, MAX_SIZE), ("rope_dim", 0, MAX_SIZE)):
+            whole(field, getattr(self, field), low, most)
         if self.rope_dim % 2 or self.rope_dim > self.head_dim:
             raise RangeError("rope_dim", f"an even number up to head_dim {self.head_dim}", self.rope_dim)
         if not (isinstance(self.eps, float) and math.isfinite(self.eps) and self.eps > 0):

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from kvcondense.bench.records import Record
+from kvcondense.errors import UnsupportedError
 
 _BAR, _GAP = 0.27, 2.1
 """Inches of a bar, and bars' room between cases."""
+_MOST_BARS = 1000
+"""Of a picture; matplotlib makes none of more than 2^16 pixels."""
 _COLOURS = (
     "#2b6cb0",
     "#63b3ed",
@@ -49,6 +52,9 @@ def chart(records: Sequence[Record], *, tall: bool = False) -> Any:
     timed = [r for r in records if r.get("cache") == "warm"]
     contexts = [r for r in records if "context" in r]
     groups = [(case, [r for r in timed if r["case"] == case]) for case in dict.fromkeys(r["case"] for r in timed)]
+    if not 0 < max(len(timed), len(contexts)) <= _MOST_BARS:
+        got = f"{len(timed)} and {len(contexts)}"
+        raise UnsupportedError("timings", f"warm ones or such by context to draw, at most {_MOST_BARS}", got)
     bars = sum(len(group) for _, group in groups) + _GAP * len(groups)
     heights = [h for h, wanted in (((1.25 if tall else 1) * (0.8 + _BAR * bars), groups), (3.6, contexts)) if wanted]
     with plt.rc_context({"font.size": 10, "text.usetex": False}):

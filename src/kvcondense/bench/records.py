@@ -17,7 +17,7 @@ from kvcondense.files.reading import parsed
 from kvcondense.files.schema import typed
 
 Record = dict[str, Any]
-_MOST_BYTES = 4 << 20
+_MOST_BYTES, _MOST_RECORDS = 4 << 20, 1 << 12
 
 
 def text(record: Record) -> str:
@@ -78,6 +78,22 @@ class _Head:
 
 
 @dataclass
+class _Any:
+    """Any other record: what it may say that is looked at."""
+
+    complete: str = ""
+    case: str = ""
+    runner: str = ""
+
+
+@dataclass
+class _Wrong:
+    """A record of a runner whose rows were wrong, which has no timing."""
+
+    runner: str
+
+
+@dataclass
 class _Timing:
     """A record with microseconds, whatever else it says."""
 
@@ -107,7 +123,11 @@ _ALONGSIDE = {
 
 def check_timing(record: Record, name: str) -> None:
     """Raise CheckpointError unless tables and pictures can be made of the record: types, and numbers above 0."""
-    if not record.keys() & {"us", *_ALONGSIDE}:
+    measured = {"us", "context", *_ALONGSIDE}
+    if "wrong" in record:
+        typed(record, _Wrong, name)
+        measured -= {"step"}
+    if not record.keys() & measured:
         return
     timing = typed(record, _Timing, name)
     for key, also in _ALONGSIDE.items():
@@ -132,8 +152,11 @@ def read(path: Path, argument: str, what: str, check: Callable[[Record, str], No
             records += [parsed(rest, "the last line")] if rest else []
         if not records:
             raise UnsupportedError(argument, made, path)
+        if len(records) > _MOST_RECORDS:  # tables take a time that is quadratic in them
+            raise UnsupportedError(argument, f"{made}, at most {_MOST_RECORDS}", f"{path}, of {len(records)}")
         typed(records[0], _Head, "the first record")
         for number, record in enumerate(records[1:], 2):
+            typed(record, _Any, f"record {number}")
             check(record, f"record {number}")
     except CheckpointError as error:
         raise UnsupportedError(argument, made, f"{path} ({error})") from error

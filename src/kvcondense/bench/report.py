@@ -31,7 +31,7 @@ def tables(records: Sequence[Record]) -> dict[str, str]:
         found["Steps, warm, medians"] = markdown(records)
     if any("context" in r for r in records):
         found["A token, by context"] = contexts(records)
-    if any("step" in r for r in records):
+    if any("step" in r and "us" in r for r in records):
         found["A whole decode step"] = decode_step(records)
     if any(r.get("runner") in GEMMS for r in records):
         found["Ways to project"] = markdown(records, gemms=True).rstrip("\n")

@@ -22,7 +22,7 @@ from kvcondense.bench import measure
 from kvcondense.bench.cases import FORMAT, Case, make_inputs
 from kvcondense.bench.records import Log, Record
 from kvcondense.bench.runners import Kvcondense
-from kvcondense.errors import KvCondenseError
+from kvcondense.errors import CheckpointError, KvCondenseError
 from kvcondense.files.schema import typed
 
 # Up to this many rows (None: any number): requests, tokens of each, where they start; all of them complete windows.
@@ -78,8 +78,12 @@ class _Record:
 
 def check_record(record: Record, name: str) -> None:
     """Raise CheckpointError for a tiling's record that ``Timed.from_dict`` cannot take."""
-    if "kind" in record or "us" in record:
-        typed(record, _Record, name)
+    if record.keys() & {"kind", "us", "block"}:
+        about = typed(record, _Record, name)
+        for key in ("us", "block", "num_warps", "rows"):
+            value = getattr(about, key)
+            if value is not None and not 0 < value < 1e18:
+                raise CheckpointError(f"{name} {key}", "a number above 0", record[key])
 
 
 def candidates(case: Case, now: Choice) -> list[Choice]:

@@ -88,8 +88,8 @@ def chain(file: Container) -> tuple[list[Commit], list[Member]]:
         if at.bytes > _MOST_BYTES or len(commits) > min(file.mark.number, _MOST_COMMITS):
             raise CheckpointError(f"{file.path} {label}", "a chain of commits as long as its mark says", "a longer one")
         commit = decoded(file.read(at, label).numpy().tobytes(), Commit, f"{file.path} {label}")
-        if commit.previous is not None and commit.previous.at >= at.at:
-            raise CheckpointError(f"{file.path} {label}", "the commit before it to stand before it", commit.previous.at)
+        if commit.previous is not None and commit.previous.at + commit.previous.bytes > at.at:
+            raise CheckpointError(f"{file.path} {label}", "the commit before it to end before it", commit.previous.at)
         commits.append(commit)
         at = commit.previous
     commits.reverse()

@@ -10,6 +10,7 @@ import torch
 from kvcondense.backends import Backend
 from kvcondense.errors import RangeError, ShapeError
 from kvcondense.formats import CacheFormat
+from kvcondense.formats.descriptor import SCALES
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.online import OnlineState
@@ -88,11 +89,13 @@ def fields_of(fmt: CacheFormat, head_dim: int) -> dict[str, tuple[torch.dtype, i
 
     Wide types first: one behind the other, fields of any number of rows are then aligned.
     """
-    scale = 1.0 if fmt.tensor_scale else None
-    one = PagedCache.allocate(head_dim, 1, max(1, fmt.tile), format=fmt, tensor_scale=scale)
-    found = one.get(torch.zeros(1, dtype=torch.int64))
-    ordered = sorted(found.items(), key=lambda item: -item[1].dtype.itemsize)
-    return {name: (t.dtype, t.shape[1]) for name, t in ordered}
+    # By the descriptor, not by a page: head_dim is what a file says.
+    found = {f.name: (f.dtype, f.count) for f in fmt.fields(head_dim)}
+    if fmt.scales_outside and not fmt.tensor_scale:
+        found[SCALES] = (torch.float32, 1)
+    if (beside := fmt.second(head_dim)) is not None:
+        found[beside.name] = (beside.dtype, beside.count)
+    return dict(sorted(found.items(), key=lambda item: -item[1][0].itemsize))
 
 
 def row_bytes(fmt: CacheFormat, head_dim: int) -> int:

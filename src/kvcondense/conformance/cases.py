@@ -25,7 +25,11 @@ SPECS = {
 JUNK = {"": None, "nan": float("nan"), "inf": float("inf"), "1e4": 1e4}
 _MAX_INT = 1 << 21
 _MAX_ROWS = 1 << 18
-"""Of tokens, and of states: a quarter of a gigabyte."""
+"""Of tokens, of states, and of as many bytes of block tables: a quarter of a gigabyte."""
+PAGE_ROWS = 4
+"""Rows of a cache page when a case is played."""
+_ENTRIES = 128
+"""Of a block table in the 1 KiB of a token."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,17 @@ class Case:
             if right and op.kind == "step":
                 right = len(op.counts) == self.requests
                 right = right and (not op.order or sorted(op.order) == list(range(self.requests)))
+            else:
+                right = right and not (op.counts or op.order or op.drafts or op.padding)
         steps = [op for op in self.ops if op.kind == "step"]
         tokens = 1 + sum(sum(op.counts) + op.padding for op in steps) if right else 0
         admitted = self.requests + len(self.ops) - len(steps)
-        most = max(tokens * admitted, self.max_draft * (2 * self.requests + 3))
+        pages = self.requests * (self.first + tokens) // SPECS[self.spec].ratio // PAGE_ROWS if right else 0
+        most = max(tokens * admitted, self.max_draft * (2 * self.requests + 3), pages // _ENTRIES)
         if right and most > _MAX_ROWS:
-            raise CheckpointError("case", f"tokens, requests and drafts that need {_MAX_ROWS} rows at most", most)
+            raise CheckpointError(
+                "case", f"tokens, requests, positions and drafts that need {_MAX_ROWS} rows at most", most
+            )
         if not right:
             raise CheckpointError("case", f"a spec of {', '.join(SPECS)} and operations that fit", self.to_json()[:200])
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kvcondense.conformance.adapter import CANARY, Adapter, Factory, Setup
-from kvcondense.conformance.cases import CONFIG, JUNK, SPECS, Case, Op
+from kvcondense.conformance.cases import CONFIG, JUNK, PAGE_ROWS, SPECS, Case, Op
 from kvcondense.golden.compare import row_bounds
 from kvcondense.golden.decode import DecodeCompressor, sylvester
 from kvcondense.layout.batch import RaggedBatch
@@ -19,7 +19,6 @@ from kvcondense.snapshot import save_live
 from kvcondense.spec import CompressorSpec, Rounding
 from kvcondense.weights import CompressorWeights
 
-PAGE_ROWS = 4
 MIN_EQUAL = 0.99
 _FAR_BYTES = 1 << 31
 

@@ -68,7 +68,11 @@ def read_text(path: str | Path, what: str, most: int, argument: str = "") -> str
 
 
 def parsed(text: str, name: str, what: str = "a JSON object") -> dict[str, Any]:
-    """The object that ``text`` holds; raises CheckpointError for other values, two values of a key, or deep nesting."""
+    """The object that ``text`` holds.
+
+    Raises CheckpointError for other values, two values of a key, deep nesting, and strings with half a surrogate pair,
+    which JSON can spell and nothing can write.
+    """
     try:
         value = json.loads(text, object_pairs_hook=lambda pairs: _no_two_values(name, pairs))
     except (ValueError, RecursionError) as error:
@@ -80,8 +84,16 @@ def parsed(text: str, name: str, what: str = "a JSON object") -> dict[str, Any]:
         inner = (one for holder in level for one in (holder.values() if isinstance(holder, dict) else holder))
         level = [one for one in inner if isinstance(one, dict | list)]
         if not level:
-            return value
+            return _encodable(value, name, what)
     raise CheckpointError(name, f"{what} of at most {MAX_DEPTH} levels", "one nested more deeply")
+
+
+def _encodable(value: dict[str, Any], name: str, what: str) -> dict[str, Any]:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(name, f"{what} in Unicode", clipped(error)) from error
+    return value
 
 
 def same(one: Path, other: Path) -> bool:

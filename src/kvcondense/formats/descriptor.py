@@ -168,7 +168,7 @@ class CacheFormat:
 
     def page_bytes(self, head_dim: int, page_rows: int) -> int:
         """Bytes from one page to the next."""
-        return math.ceil(page_rows * self.row_bytes(head_dim) / self.align) * self.align
+        return -(-page_rows * self.row_bytes(head_dim) // self.align) * self.align
 
     def name_byte(self, head_dim: int, page_rows: int, byte: int) -> str:
         """What lies at ``byte`` of a page: "scales[3] of row 7", or the tail that rounds up the page stride."""

@@ -72,7 +72,8 @@ def read(path: Path, name: str) -> torch.Tensor:
     gguf = package()
     kind = gguf.GGMLQuantizationType[entry.dtype]
     try:
-        rows = gguf.quants.dequantize(data.reshape(*entry.shape[:-1], -1), kind)
+        with np.errstate(all="ignore"):  # scales may be NaN or infinite: whoever reads the rows looks for that
+            rows = gguf.quants.dequantize(data.reshape(*entry.shape[:-1], -1), kind)
     except NotImplementedError as error:
         raise UnsupportedError(name, "a type that the gguf package dequantises", entry.dtype) from error
     return torch.from_numpy(np.ascontiguousarray(rows, np.float32)).reshape(entry.shape)
