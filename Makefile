@@ -38,8 +38,10 @@ test: $(VENV)/.installed  ## the whole test suite
 test-all: $(VENV)/.installed  ## the same with four times as many examples of each property
 	$(BIN)/python -m pytest --hypothesis-profile exhaustive
 
-fuzz: $(VENV)/.installed  ## hostile metadata through every door to a step: 200 000 calls, a quarter of an hour at most
+# 200 000 calls and 300 000 files, a quarter of an hour each at most.
+fuzz: $(VENV)/.installed  ## hostile metadata through every door to a step, altered files through every reader
 	$(BIN)/python tests/fuzz.py
+	$(BIN)/python tests/fuzz_readers.py --inputs 300000 --seconds 900
 
 # Runs every block of code on the pages, then follows every link of the built site.
 docs: $(VENV)/.installed  ## the documentation site, in build/site
