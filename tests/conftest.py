@@ -84,7 +84,7 @@ def poisoned_empty(monkeypatch):
             return tensor
         if tensor.is_floating_point():
             return tensor.fill_(float("nan"))
-        return tensor.fill_(-(2**40) if tensor.dtype == torch.int64 else 0xAB)
+        return tensor.fill_({torch.int64: -(2**40), torch.int8: 0xAB - 256}.get(tensor.dtype, 0xAB))
 
     monkeypatch.setattr(torch, "empty", empty)
 
