@@ -17,6 +17,7 @@ from kvcondense.files import sealed
 from kvcondense.rope_table import inverse_frequencies
 from kvcondense.stream import HiddenFile
 from kvcondense.weightfiles import gguf
+from kvcondense.weightfiles.files import tensor_files
 from kvcondense.weightfiles.settings import Settings
 from weight_forms import fp8, mlx
 
@@ -40,6 +41,8 @@ class Reader:
     """
 
     sealed = False
+    quiet = False
+    """Whether it has no reason to warn."""
     weight = 1
 
     def __init__(self, folder):
@@ -171,6 +174,7 @@ class Index(Reader):
 
     def read(self, data, which):
         self.put(data, "model.safetensors.index.json")
+        assert {path.parent for path in tensor_files(self.folder).values()} <= {self.folder}
         return load_all(self.folder)
 
 

@@ -89,6 +89,7 @@ class Caches(Reader):
         said = [json.dumps(file.header(), sort_keys=True)]
         for part in file.parts.values():
             n = part.spec.visible_rows(file.position)
+            assert part.state.dtype == torch.float32
             fields = part.cache.get(torch.arange(n))
             said += [part.state, *(fields[k] for k in sorted(fields)), part.cache.decode_rows(torch.arange(n))]
         saved = self.folder / "saved"
@@ -266,6 +267,7 @@ class Bundles(Reader):
 
     sealed = True
     weight = 2
+    quiet = True
     verify, recover = True, False
 
     def made(self):
@@ -371,7 +373,7 @@ class Bundles(Reader):
 class UncheckedBundles(Bundles):
     """The same without looking at digests of rows and states."""
 
-    sealed = False
+    sealed = quiet = False
     weight = 1
     verify = False
 
@@ -380,6 +382,7 @@ class RecoveredBundles(Bundles):
     """The same where one mark may be damaged."""
 
     weight = 1
+    quiet = False
     recover = True
 
     def read(self, data, which):

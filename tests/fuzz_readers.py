@@ -94,6 +94,8 @@ def _one(reader, data, which, same_digests, noted, tally):
         raise ReaderError(f"the process grew by {grown >> 20} MiB")
     if took > MOST_SECONDS:
         raise ReaderError(f"it took {took:.1f} s")
+    if noted and reader.quiet:
+        raise ReaderError(f"it warned: {noted[0].message}")
     # A warning says that something is not compared, or not of now.
     if words and reader.sealed and same_digests and not noted and data not in reader.seeds and words - reader.whole:
         raise ReaderError("damage was not noticed")
