@@ -145,6 +145,18 @@ def test_what_is_broken_off_leaves_what_was_there(tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
+def test_an_append_to_a_file_that_was_replaced_is_not_lost_in_silence(tmp_path):
+    small = Small(tmp_path)
+    small.machine.feed([4])
+    with pytest.raises(CheckpointError, match="replaced meanwhile"), append(small.path) as file:  # noqa: PT012
+        file.add(0, "main", held(small.machine))
+        with create(small.path) as other:
+            other.add(0, "main", held(small.machine))
+    with Bundle(small.path) as bundle:
+        assert [c.position for c in bundle.commits] == [13]
+        bundle.check()
+
+
 @pytest.mark.parametrize("damaged", [0, 1])
 def test_a_damaged_mark_is_noticed_and_the_other_can_be_taken(damaged, tmp_path):
     small = Small(tmp_path)

@@ -161,8 +161,10 @@ def appending(path: Path) -> Iterator[tuple[Container, Appender]]:
             raise CheckpointError(str(path), "a file that nobody else writes", "one that is being written")
         there = Container(path)
         try:
+            _require_same(file, path)
             file.truncate(there.mark.end)
             yield there, Appender(file, there.mark)
+            _require_same(file, path)
         except BaseException as error:
             # What cannot be cut off now does not count, and goes with the next append.
             with contextlib.suppress(OSError):
@@ -174,6 +176,16 @@ def appending(path: Path) -> Iterator[tuple[Container, Appender]]:
             raise
         finally:
             there.close()
+
+
+def _require_same(file: BinaryIO, path: Path) -> None:
+    """Raise if another file has taken the place of the open one: what is written there would be lost."""
+    try:
+        same = os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise CheckpointError(str(path), "a file that nobody else writes", "one that was replaced meanwhile")
 
 
 def _newest(path: Path, front: bytes, recover: bool) -> Mark:

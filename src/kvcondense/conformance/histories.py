@@ -133,7 +133,9 @@ def positions(rng: random.Random, able: Capabilities) -> Iterator[Case]:
 
 def addresses(rng: random.Random, able: Capabilities) -> Iterator[Case]:
     """A cache of more than 2^31 bytes; pages that nobody touches cost no memory."""
-    yield Case("r2", 1, (step(9), step(4)), rng.randrange(1 << 30), far=True)
+    for spec in SPECS:
+        s = SPECS[spec]
+        yield Case(spec, 1, (step(2 * s.window + 1), step(s.ratio)), rng.randrange(1 << 30), far=True)
 
 
 def moves(rng: random.Random, able: Capabilities) -> Iterator[Case]:
