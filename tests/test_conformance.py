@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -256,6 +257,34 @@ def test_an_adapters_own_error_is_one_cause(monkeypatch, tmp_path):
     assert text.count("the error of ") == len(found) - 1
     assert f"1 cause of {len(found)} failures" in text
     assert [p.name for p in tmp_path.iterdir() if "case" in p.name] == ["case.json"]
+
+
+def test_junit_says_what_the_command_says(monkeypatch, tmp_path):
+    class Odd(Broken):
+        capabilities = replace(BackendAdapter().capabilities, exports=False)
+
+        def step(self, kv_score, batch):
+            try:
+                super().step(kv_score, batch)
+            except ValueError:
+                raise ValueError("<b>]]>&\x00\ufffe") from None
+
+    monkeypatch.setattr(
+        "kvcondense.cli.work.conformance.load_factory", lambda _: lambda: Odd(capabilities=Odd.capabilities)
+    )
+    invoke("--case-file", tmp_path / "c", "--json", tmp_path / "j", "--junit", tmp_path / "j.xml", status=1)
+    asked = json.loads((tmp_path / "j").read_text())["invariants"]
+    suite = ElementTree.parse(tmp_path / "j.xml").getroot().find("testsuite")
+    cases = suite.findall("testcase")
+    assert [c.get("name").partition(": ")[0] for c in cases] == [i["invariant"] for i in asked]
+    assert [{True: "", None: "skipped", False: "failure"}[i["passed"]] for i in asked] == [
+        c[0].tag if len(c) else "" for c in cases
+    ]
+    assert int(suite.get("failures")) == len(suite.findall("testcase/failure")) > 2
+    assert "<b>]]>&" in suite.find("testcase/failure").get("message")
+    assert Case.from_json(suite.find("testcase/failure").text)
+    invoke("--junit", tmp_path / "x.xml", "--soak", 1, status=2)
+    invoke("--junit", tmp_path / "x.txt", status=2)
 
 
 def test_the_table_of_mutants(monkeypatch, tmp_path):

@@ -34,6 +34,9 @@ def conformance(
     rounds: Annotated[int, typer.Option(help="Times as many histories per invariant.", **whole(1, 1_000_000))] = 1,
     case_file: Annotated[Path, typer.Option(help="Where a failing case is written.")] = Path("kvcondense-case.json"),
     report_file: ReportFile = None,
+    junit_file: Annotated[
+        Path | None, typer.Option("--junit", metavar="FILE.xml", help="Write the invariants as JUnit XML.")
+    ] = None,
     quiet: Quiet = False,
     json_file: JsonFile = None,
 ) -> None:

@@ -32,6 +32,7 @@ WRITTEN = {
     "json_file": Written(),
     "out": Written(),
     "case_file": Written(),
+    "junit_file": Written((".xml",)),
     "trace_file": Written(),
     "page_file": Written(),
     "tour": Written(),

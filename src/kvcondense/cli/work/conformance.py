@@ -12,13 +12,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from kvcondense import files
 from kvcondense.cli.output import Output
-from kvcondense.cli.work import page
+from kvcondense.cli.work import junit, page
 from kvcondense.conformance.adapter import Factory, load_factory
 from kvcondense.conformance.cases import Case
 from kvcondense.conformance.invariants import INVARIANTS, Outcome, check, first_failure, play, whole
 from kvcondense.conformance.mutants import MUTANTS
 from kvcondense.conformance.soak import soak
-from kvcondense.errors import CheckpointError, KvCondenseError
+from kvcondense.errors import CheckpointError, KvCondenseError, UnsupportedError
 
 CORRECT = ("reference:ring", "reference:paged", "reference:online")
 _MAX_CASE_BYTES = 1 << 20
@@ -35,8 +35,11 @@ def run(
     rounds: int,
     case_file: Path,
     report_file: Path | None,
+    junit_file: Path | None,
 ) -> bool:
     """Whether nothing broke."""
+    if junit_file is not None and (mutants or soak_minutes is not None or replay is not None):
+        raise UnsupportedError("--junit", "a run of the invariants", "--mutants, --soak or --replay")
     if mutants:
         passed, report = _mutants(output, seed)
     else:
@@ -47,7 +50,7 @@ def run(
         elif soak_minutes is not None:
             passed, report = _soak(output, adapter, make, soak_minutes, seed, case_file)
         else:
-            passed, report = _invariants(output, adapter, make, seed, rounds, case_file)
+            passed, report = _invariants(output, adapter, make, seed, rounds, case_file, junit_file)
     if report_file is not None:
         page.write(report_file, "kvcondense conformance", _facts(report), _parts(report))
         output.say(f"written to {report_file}")
@@ -90,7 +93,7 @@ def _word(passed: bool | None) -> str:
 
 
 def _invariants(
-    output: Output, name: str, make: Factory, seed: int, rounds: int, case_file: Path
+    output: Output, name: str, make: Factory, seed: int, rounds: int, case_file: Path, junit_file: Path | None
 ) -> tuple[bool, dict[str, Any]]:
     outcomes: list[Outcome] = []
     found = 0
@@ -110,6 +113,8 @@ def _invariants(
             _explain(output, name, o.detail, o.case, own)
             found += 1
     output.say("not asked here: I11 (graph capture needs a GPU), I13 (gradients)")
+    if junit_file is not None:
+        junit.write(junit_file, name, outcomes)
     if found:
         output.say(f"{found} {'cause' if found == 1 else 'causes'} of {sum(not o.passed for o in outcomes)} failures")
     return not found, {"adapter": name, "seed": seed, "invariants": [_plain(o) for o in outcomes]}
