@@ -128,6 +128,12 @@ def test_records_that_no_table_can_be_made_of(tmp_path, record, message):
         read(tmp_path / "r", record)
 
 
+def test_the_first_record_is_looked_at_as_the_others_are(tmp_path):
+    (tmp_path / "r").write_text(json.dumps({**HEAD, "moved_bytes": 3, "us": 1.0, "runner": "r"}) + "\n")
+    with pytest.raises(UnsupportedError, match="record 1 case"):
+        records.read(tmp_path / "r", "--from", "kvcondense bench")
+
+
 def test_a_part_of_a_step_that_was_wrong_is_no_timing(tmp_path):
     """The bench writes such a record, and could not read its file again."""
     found = read(tmp_path / "r", {"step": "flash", "part": "csa", "runner": "cpu", "wrong": math.inf})

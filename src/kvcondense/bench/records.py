@@ -155,7 +155,7 @@ def read(path: Path, argument: str, what: str, check: Callable[[Record, str], No
         if len(records) > _MOST_RECORDS:  # tables take a time that is quadratic in them
             raise UnsupportedError(argument, f"{made}, at most {_MOST_RECORDS}", f"{path}, of {len(records)}")
         typed(records[0], _Head, "the first record")
-        for number, record in enumerate(records[1:], 2):
+        for number, record in enumerate(records, 1):  # tables are made of the first, too
             typed(record, _Any, f"record {number}")
             check(record, f"record {number}")
     except CheckpointError as error:
