@@ -1,5 +1,6 @@
 """Inputs altered as damage and ill will alter them, by a seed: bytes, JSON, safetensors, and with digests made anew."""
 
+import copy
 import json
 import struct
 from dataclasses import dataclass, replace
@@ -62,7 +63,8 @@ def hostile(chance):
     if chance.random() < 0.02:  # near the limit of recursion: what is read may be too deep to be written
         depth = chance.randrange(900, 1000)
         return Raw(chance.choice(("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth)))
-    return chance.choice(_LONG if chance.random() < 0.01 else _PLAIN)
+    found = chance.choice(_LONG if chance.random() < 0.01 else _PLAIN)
+    return copy.deepcopy(found) if isinstance(found, dict | list) else found  # it may be altered in its turn
 
 
 def rendered(value):

@@ -87,6 +87,8 @@ def _one(reader, data, which, same_digests, noted, tally):
         words = reader.read(data, which)
     except (KvCondenseError, OSError) as error:
         str(error).encode("utf-8", "backslashreplace")
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
     took, grown = time.process_time() - begun, _peak() - base
     tally.inputs, tally.accepted = tally.inputs + 1, tally.accepted + (words is not None)
     tally.seconds, tally.longest, tally.peak = tally.seconds + took, max(tally.longest, took), max(tally.peak, grown)
