@@ -150,6 +150,22 @@ def test_every_format_moves_to_other_pages_and_converts(name, tmp_path):
                 assert torch.equal(again.rows(3, "main", 75)["rows"].float(), expected)
 
 
+def test_a_row_that_the_new_format_cannot_hold_stops_before_anything_is_written(tmp_path):
+    one, rows = stepped(NARROW, "fp32", 8)
+    rows[70, 3] = float("inf")
+    one.cache.put(one.slots(0, 75), one.cache.encode(rows))
+    state = replace(one, state=StatePool(one.state.data.normal_(), one.state.layout))
+    with create(tmp_path / "b") as file:
+        file.add(3, "main", state)
+    other, _ = stepped(NARROW, "fp8_indexer_pow2", 8)
+    strict = replace(other, cache=replace(other.cache, strict=True))
+    before = other.state.data.clone().view(torch.int32), other.cache.data.clone()
+    with Bundle(tmp_path / "b") as bundle, pytest.raises(KvCondenseError, match="row"):
+        bundle.restore(3, "main", strict, convert=True)
+    assert torch.equal(other.state.data.view(torch.int32), before[0])
+    assert torch.equal(other.cache.data, before[1])
+
+
 def test_other_kinds_of_state_and_dtype(tmp_path):
     spec = SPECS["hca"]
     online = Machine(spec, [tokens(spec, 300)], online=True)

@@ -6,16 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from kvcondense.api import store
-from kvcondense.bundle.commits import Member
-from kvcondense.bundle.reader import ROWS_AT_A_TIME, Bundle
+from kvcondense.bundle.reader import Bundle
 from kvcondense.bundle.writer import create
 from kvcondense.errors import RangeError
-from kvcondense.formats import CacheFormat, get_format
+from kvcondense.formats import get_format
 from kvcondense.formats.catalog import converted
-from kvcondense.layout.cache import PagedCache
 
 
 def cut(
@@ -44,19 +39,7 @@ def cut(
             state = source.state(layer, part, position)
             target = wanted.get(part, member.format)
             if target != member.format:
-                rows, member = _again(source, member, rows, target)
+                rows = source.encoded(member, rows, target)
+                lost = converted(member.converted_from, member.format.name, target.name)
+                member = replace(member, format=target, tensor_scale=None, converted_from=lost)
             file.add_raw(member, position, rows, state)
-
-
-def _again(
-    source: Bundle, member: Member, rows: dict[str, torch.Tensor], target: CacheFormat
-) -> tuple[dict[str, torch.Tensor], Member]:
-    """The rows in another format."""
-    count, each = next(iter(rows.values())).shape[0], max(1, target.tile)
-    cache = PagedCache.allocate(member.spec.head_dim, -(-count // each), each, format=target)
-    slots = torch.arange(count)
-    for first in range(0, count, ROWS_AT_A_TIME):
-        at = slice(first, first + ROWS_AT_A_TIME)
-        store(source.decoded(member, rows, at), slots[at], cache)
-    lost = converted(member.converted_from, member.format.name, target.name)
-    return cache.get(slots), replace(member, format=target, tensor_scale=None, converted_from=lost)

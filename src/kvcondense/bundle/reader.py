@@ -13,10 +13,12 @@ from kvcondense.bundle.commits import Member, chain
 from kvcondense.bundle.container import Container
 from kvcondense.bundle.held import Held, row_bytes, split
 from kvcondense.errors import KvCondenseError, RangeError, require, require_int
+from kvcondense.formats import CacheFormat
 from kvcondense.formats.catalog import converted
+from kvcondense.layout.cache import PagedCache
 from kvcondense.snapshot import earlier, load_live, reaches_back
 
-ROWS_AT_A_TIME = 4096
+_ROWS_AT_A_TIME = 4096
 """When rows are decoded."""
 
 
@@ -85,17 +87,13 @@ class Bundle:
                 f"{held.cache.format.name}, {scale}",
             )  # fmt: skip
         n = member.spec.visible_rows(position)
-        slots, state = held.slots(0, n), self.state(layer, part, position)
-        fields = self.rows(layer, part, n)
-        load_live(held.spec, held.state, held.batch, state, ape=held.ape, convert=convert, impl=held.impl)
-        device, lost = held.cache.data.device, member.converted_from
-        if same:
-            held.put(fields)
-        else:
-            for first in range(0, n, ROWS_AT_A_TIME):
-                at = slice(first, first + ROWS_AT_A_TIME)
-                store(self.decoded(member, fields, at).to(device), slots[at], held.cache)
+        held.slots(0, n)  # raises unless there are pages for all
+        state, fields, lost = self.state(layer, part, position), self.rows(layer, part, n), member.converted_from
+        if not same:
+            fields = self.encoded(member, fields, held.cache.format, scale, strict=held.cache.strict)
             lost = converted(lost, member.format.name, held.cache.format.name)
+        load_live(held.spec, held.state, held.batch, state, ape=held.ape, convert=convert, impl=held.impl)
+        held.put(fields)
         return Restored(n, n * row_bytes(member.format, member.spec.head_dim), lost)
 
     def member(self, layer: int, part: str) -> Member:
@@ -124,10 +122,29 @@ class Bundle:
             return {name: t[:count] for name, t in found[0].items()}
         return {name: torch.cat([one[name] for one in found])[:count] for name in found[0]}
 
-    def decoded(self, member: Member, fields: dict[str, torch.Tensor], at: slice) -> torch.Tensor:
-        """Some of ``rows`` as a reader of the cache sees them: fp32 [n, head_dim]."""
+    @staticmethod
+    def encoded(
+        member: Member,
+        fields: dict[str, torch.Tensor],
+        fmt: CacheFormat,
+        tensor_scale: float | None = None,
+        *,
+        strict: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """``rows`` in another format: decoded as a reader of the cache sees them, and encoded again.
+
+        strict: RangeError for a row that the format cannot hold.
+        """
+        count, each = next(iter(fields.values())).shape[0], max(1, fmt.tile)
+        cache = PagedCache.allocate(
+            member.spec.head_dim, -(-count // each), each, format=fmt, tensor_scale=tensor_scale, strict=strict
+        )
         scale = None if member.tensor_scale is None else torch.tensor(member.tensor_scale)
-        return member.format.decode({name: t[at] for name, t in fields.items()}, scale)
+        slots = torch.arange(count)
+        for first in range(0, count, _ROWS_AT_A_TIME):
+            at = slice(first, first + _ROWS_AT_A_TIME)
+            store(member.format.decode({name: t[at] for name, t in fields.items()}, scale), slots[at], cache)
+        return cache.get(slots)
 
     def state(self, layer: int, part: str, position: int) -> bytes:
         """The live state at ``position`` as a payload of ``snapshot.load_live``; raises RangeError if none tells it."""
