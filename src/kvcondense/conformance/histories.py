@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -82,15 +83,14 @@ def rollback(rng: random.Random, able: Capabilities) -> Iterator[Case]:
     """
     for spec in SPECS:
         s = SPECS[spec]
-        for junk in ("nan", "1e4", "inf"):
-            every = widths(s, able.max_draft)
-            rng.shuffle(every)
-            ops = [step(2 * s.window - s.ratio // 2 + rng.randrange(s.ratio))]
-            for drafts in every:
-                ops += [step(drafts + 1, drafts=drafts, junk=junk)] * min(s.ratio, _PHASES)
-                ops.append(step(drafts + 1, drafts=drafts, junk=junk, accepted=rng.randrange(drafts + 1)))
-            ops += [step(every[-1], drafts=every[-1]), *[step(1)] * 3, step(s.window + 1), step(s.ratio)]
-            yield Case(spec, 1, tuple(ops), rng.randrange(1 << 30))
+        every, junk = widths(s, able.max_draft), itertools.cycle(("nan", "1e4", "inf"))
+        rng.shuffle(every)
+        ops = [step(2 * s.window - s.ratio // 2 + rng.randrange(s.ratio))]
+        for drafts in every:
+            ops += [step(drafts + 1, drafts=drafts, junk=next(junk)) for _ in range(min(s.ratio, _PHASES))]
+            ops.append(step(drafts + 1, drafts=drafts, junk=next(junk), accepted=rng.randrange(drafts + 1)))
+        ops += [step(every[-1], drafts=every[-1]), *[step(1)] * 3, step(s.window + 1), step(s.ratio)]
+        yield Case(spec, 1, tuple(ops), rng.randrange(1 << 30))
 
 
 def isolation(rng: random.Random, able: Capabilities) -> Iterator[Case]:
