@@ -184,3 +184,9 @@ def test_cases_are_bounded_by_all_that_they_make_somebody_allocate(ops):
 
 def test_specs_of_models_are_within_the_bounds():
     assert CompressorSpec(1 << 20, 1 << 20, 1e-6, 0).visible_rows(1 << 31) == 1 << 11
+
+
+@pytest.mark.parametrize("scale", [1e308, 1e-310, 0.0, -1.0, float("inf"), float("nan")])
+def test_a_scale_of_a_whole_cache_is_an_fp32(scale):
+    with pytest.raises(RangeError, match="tensor_scale"):
+        PagedCache.allocate(16, 1, 1, format="fp8_tensor", tensor_scale=scale)

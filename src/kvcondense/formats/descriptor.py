@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -303,10 +302,14 @@ class CacheFormat:
         return sizes
 
 
+_FP32 = (2.0**-126, (2 - 2.0**-23) * 2.0**127)
+"""The least and the largest normal fp32."""
+
+
 def check_tensor_scale(value: float) -> float:
-    """``value`` if it can be the scale of a whole cache; raises RangeError otherwise."""
-    if not (math.isfinite(value) and value > 0):
-        raise RangeError("tensor_scale", "a positive finite number", value)
+    """``value`` if it can be the scale of a whole cache, an fp32; raises RangeError otherwise."""
+    if not _FP32[0] <= value <= _FP32[1]:
+        raise RangeError("tensor_scale", "a positive finite number of fp32", value)
     return value
 
 
