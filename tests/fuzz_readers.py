@@ -112,6 +112,7 @@ def _bounded():
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("error")
         warnings.simplefilter("always", IntegrityWarning)
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # matplotlib's: a name that no font can draw
         most = size + _MOST_ADDRESSES
         resource.setrlimit(resource.RLIMIT_AS, (most if limits[1] < 0 else min(most, limits[1]), limits[1]))
         try:
