@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ import torch
 
 from kvcondense.errors import CheckpointError, IntegrityWarning
 from kvcondense.files import require_file
+from kvcondense.files.reading import opened
 from kvcondense.files.schema import decoded
 from kvcondense.files.whole import flush, lock
 
@@ -74,18 +74,9 @@ class Container:
     """
 
     def __init__(self, path: Path, *, recover: bool = False) -> None:
-        require_file(path, _WHAT)
-        self.path = path
+        self.path, self._file = path, opened(path, _WHAT)
         try:
-            held = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        except OSError as error:
-            raise CheckpointError(str(path), _WHAT, error.strerror) from error
-        self._file = os.fdopen(held, "rb", buffering=0)
-        try:
-            found = os.fstat(held)
-            self.size = found.st_size
-            if not stat.S_ISREG(found.st_mode):
-                raise CheckpointError(str(path), _WHAT, "no regular file")
+            self.size = os.fstat(self._file.fileno()).st_size
             self.mark = _newest(path, self._file.read(FIRST), recover)
             if not FIRST <= self.mark.end <= self.size:
                 raise CheckpointError(str(path), f"a file of {self.mark.end} bytes", f"one cut short, of {self.size}")

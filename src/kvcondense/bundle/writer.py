@@ -50,15 +50,17 @@ class Writer:
         self._fits(key, member, held.position)
         n = [held.spec.visible_rows(p) for p in (self._before, held.position)]
         state = save_live(held.spec, held.state, held.batch, ape=held.ape, impl=held.impl)
-        rows = held.take(*n)
-        written = self._file.blob(rows[name] for name in fields_of(cache.format, held.spec.head_dim))
-        self._position, self._new[key] = held.position, member
-        self._entries[key] = Entry(written, self._file.blob([state]))
+        self._put(key, member, held.position, held.take(*n), state)
 
     def add_raw(self, member: Member, position: int, rows: dict[str, torch.Tensor], state: bytes) -> None:
         """The same of encoded rows [n, elements] by field, and a payload of ``snapshot``: from another bundle."""
         key = (member.layer, member.part)
         self._fits(key, member, position)
+        self._put(key, member, position, rows, state)
+
+    def _put(
+        self, key: tuple[int, str], member: Member, position: int, rows: dict[str, torch.Tensor], state: bytes
+    ) -> None:
         written = self._file.blob(rows[name] for name in fields_of(member.format, member.spec.head_dim))
         self._position, self._new[key] = position, member
         self._entries[key] = Entry(written, self._file.blob([state]))

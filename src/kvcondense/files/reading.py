@@ -7,6 +7,7 @@ empty lists: what is large is decoded into its types at once instead (``schema.d
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import reprlib
@@ -34,8 +35,8 @@ def require_file(path: str | Path, what: str, argument: str = "") -> Path:
     raise CheckpointError(argument or str(path), what, f"{path} ({got})" if argument else got)
 
 
-def read_bytes(path: str | Path, what: str, most: int, argument: str = "") -> bytes:
-    """The bytes of a regular file of at most ``most`` bytes; raises CheckpointError for anything else.
+def opened(path: str | Path, what: str, argument: str = "") -> io.FileIO:
+    """A regular file, open for reading without a buffer; raises CheckpointError for anything else.
 
     argument: what errors call it, if not by its path. What is a file when it is asked for may be a pipe when it is
     opened: it is asked again then, and nothing is waited for.
@@ -43,14 +44,24 @@ def read_bytes(path: str | Path, what: str, most: int, argument: str = "") -> by
     path = require_file(path, what, argument)
     try:
         held = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(held, "rb") as file:
-            found = os.fstat(held)
-            if not stat.S_ISREG(found.st_mode):
-                raise CheckpointError(argument or str(path), what, "no regular file")
-            data = b"" if found.st_size > most else file.read(most + 1)
     except OSError as error:
-        raise CheckpointError(argument or str(path), what, f"{path} ({error.strerror})") from error
-    size = max(found.st_size, len(data))
+        got = f"{path} ({error.strerror})" if argument else error.strerror
+        raise CheckpointError(argument or str(path), what, got) from error
+    if not stat.S_ISREG(os.fstat(held).st_mode):
+        os.close(held)
+        raise CheckpointError(argument or str(path), what, "no regular file")
+    return io.FileIO(held, "rb")
+
+
+def read_bytes(path: str | Path, what: str, most: int, argument: str = "") -> bytes:
+    """The bytes of a regular file of at most ``most`` bytes; raises CheckpointError for anything else (``opened``)."""
+    with opened(path, what, argument) as raw, io.BufferedReader(raw) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            data = b"" if size > most else file.read(most + 1)
+        except OSError as error:
+            raise CheckpointError(argument or str(path), what, f"{path} ({error.strerror})") from error
+    size = max(size, len(data))
     if size > most:
         got = f"{path}, of {size}" if argument else size
         raise CheckpointError(argument or str(path), f"{what} of at most {most} bytes", got)

@@ -14,13 +14,12 @@ _PLACE = re.compile(r"^(.*?)(?: - at `\$?(.*)`)?$", re.DOTALL)
 _FORMS = (
     (re.compile(r"Expected (.+), got (.+)", re.DOTALL), None),
     (re.compile(r"Object missing required field `(.+)`", re.DOTALL), "nothing"),
-    (re.compile(r"Object contains unknown field `(.*)`", re.DOTALL), "an unknown entry"),
     (re.compile(r"Expected (.+)", re.DOTALL), ""),
 )
 
 
 def typed(value: Any, kind: type[_T], name: str) -> _T:
-    """``value``, as JSON has it, as a ``kind``: a dataclass, a msgspec.Struct, dict[str, int] ...
+    """``value``, as JSON has it, as a ``kind``: a dataclass, dict[str, int] ...
 
     Nothing is converted: 4.0 is no integer, true no number. Raises CheckpointError that names the entry below
     ``name``, what was expected and what was there.
@@ -65,8 +64,7 @@ def _told(error: Exception, name: str, value: Any) -> KvCondenseError:
         if got is None:
             return CheckpointError(label, first, clipped(match[2].replace("`", "")))
         if got:
-            wanted = "it to be there" if got == "nothing" else "known entries"
-            return CheckpointError(f"{label}{'.' if place else ' '}{first}", wanted, got)
+            return CheckpointError(f"{label}{'.' if place else ' '}{first}", "it to be there", got)
         return CheckpointError(label, first, short(_at(value, place)))
     return CheckpointError(label, "JSON of the right form", clipped(text))
 

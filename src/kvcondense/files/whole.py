@@ -113,12 +113,8 @@ def _claimed(path: Path, made: Path) -> Iterator[None]:
         target = path.resolve()
         ours = re.compile(rf"\.{re.escape(target.stem[:80])}\.\d+(-\d+)?\.part{re.escape(target.suffix)}")
         for other in made.parent.iterdir():
-            if other != made and ours.fullmatch(other.name):
-                left = locked(other)
-                if left is None:
-                    raise CheckpointError(str(path), wanted, "one that is being written")
-                other.unlink(missing_ok=True)  # its process is gone
-                os.close(left)
+            if other != made and ours.fullmatch(other.name) and not abandoned(other):
+                raise CheckpointError(str(path), wanted, "one that is being written")
         yield
     finally:
         made.unlink(missing_ok=True)
@@ -152,6 +148,16 @@ def locked(path: Path, flags: int = 0, mode: int = 0o666) -> int | None:
         return held
     os.close(held)
     return None
+
+
+def abandoned(part: Path) -> bool:
+    """Whether the process that wrote ``part`` is gone, which then goes, too."""
+    held = locked(part)
+    if held is None:
+        return False
+    part.unlink(missing_ok=True)
+    os.close(held)
+    return True
 
 
 def _flush(path: Path) -> None:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from kvcondense.backends.private import foreign, open_to_others, place
-from kvcondense.files.whole import locked
+from kvcondense.files.whole import abandoned, locked
 
 _DIGEST = 32
 _number = itertools.count()
@@ -59,9 +59,7 @@ def write(name: str, code: bytes) -> Path | None:
             os.replace(made, folder / name)
         for other in folder.glob(".*.part"):
             with contextlib.suppress(OSError):
-                if (left := locked(other)) is not None:
-                    other.unlink(missing_ok=True)
-                    os.close(left)
+                abandoned(other)
     except OSError as error:
         made.unlink(missing_ok=True)
         sys.stderr.write(f"kvcondense: compiled kernels are not kept: {error}\n")
