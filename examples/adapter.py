@@ -9,7 +9,8 @@ import torch
 
 from kvcondense import PagedCache, RaggedBatch, StatePool, condense
 from kvcondense.conformance import Capabilities
-from kvcondense.conformance.adapter import CANARY, Setup
+from kvcondense.conformance.adapter import Setup
+from kvcondense.conformance.stored import CANARY
 
 
 class EngineAdapter:

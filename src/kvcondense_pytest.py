@@ -24,8 +24,8 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     name = config.getoption("--kvcondense-adapter")
     if not name:
         return
-    from kvcondense.conformance.adapter import load_factory
     from kvcondense.conformance.invariants import INVARIANTS
+    from kvcondense.conformance.own import load_factory
 
     make, seed = load_factory(name), config.getoption("--kvcondense-seed")
     for invariant in INVARIANTS:

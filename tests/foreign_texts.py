@@ -11,9 +11,9 @@ from kvcondense import KvCondenseError
 from kvcondense.backends.cpu import kept
 from kvcondense.bench import chart, records, report, tune
 from kvcondense.cli.work import page
-from kvcondense.conformance.adapter import load_factory
 from kvcondense.conformance.cases import Case, Op
 from kvcondense.conformance.invariants import whole
+from kvcondense.conformance.own import load_factory
 from kvcondense.conformance.play import Player
 from kvcondense.files import read_text
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from kvcondense.conformance.adapter import CANARY, Capabilities
+from kvcondense.conformance.adapter import Capabilities
+from kvcondense.conformance.stored import CANARY
 from kvcondense.golden.decode import DecodeCompressor, sylvester
 
 

@@ -91,7 +91,7 @@ def bench_page(tmp_path, word):
 def adapter_page(tmp_path, word, monkeypatch):
     """The report of an adapter whose every error has ``word`` in it."""
     from kvcondense.cli.work import conformance as work
-    from kvcondense.conformance.adapter import BackendAdapter
+    from kvcondense.conformance.own import BackendAdapter
 
     class Evil:
         name = word

@@ -19,8 +19,8 @@ from kvcondense.cachefile import PAGE_TOKENS
 from kvcondense.capacity import STATES
 from kvcondense.cli import app, command, names, paths, warm
 from kvcondense.config import PRESETS
-from kvcondense.conformance.adapter import KINDS as ADAPTER_STATES
 from kvcondense.conformance.mutants import MUTANTS
+from kvcondense.conformance.own import KINDS as ADAPTER_STATES
 from kvcondense.files import replacing
 from kvcondense.formats import FORMATS, describe
 from kvcondense.golden.inputs import KINDS

@@ -32,7 +32,7 @@ from triton.runtime import JITFunction
 
 from kvcondense.backends import triton as backend
 from kvcondense.backends.triton import tuning
-from kvcondense.conformance.adapter import KINDS, load_factory
+from kvcondense.conformance.own import KINDS, load_factory
 from kvcondense.conformance.invariants import INVARIANTS, check
 from kvcondense.formats import FORMATS
 from kvcondense.golden import calibrated

@@ -24,6 +24,13 @@ def conformance(
             autocompletion=completer(names.ADAPTERS),
         ),
     ] = "reference",
+    command: Annotated[
+        str | None,
+        typer.Option("--exec", metavar="COMMAND", help="The adapter is this program, in any language (see the docs)."),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that the program of --exec may take to answer.", **positive("SECONDS"))
+    ] = 60.0,
     mutants: Annotated[bool, typer.Option("--mutants", help="Check that every wrong compressor is caught.")] = False,
     soak_minutes: Annotated[
         float | None,
@@ -32,7 +39,9 @@ def conformance(
     replay: Annotated[Path | None, typer.Option(help="Play the case in this file and judge it.")] = None,
     seed: Seed = 0,
     rounds: Annotated[int, typer.Option(help="Times as many histories per invariant.", **whole(1, 1_000_000))] = 1,
-    case_file: Annotated[Path, typer.Option(help="Where a failing case is written.")] = Path("kvcondense-case.json"),
+    folder: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where failing cases and a summary of them are written.")
+    ] = Path("kvcondense-conformance"),
     report_file: ReportFile = None,
     junit_file: Annotated[
         Path | None, typer.Option("--junit", metavar="FILE.xml", help="Write the invariants as JUnit XML.")
@@ -42,6 +51,7 @@ def conformance(
 ) -> None:
     """Check an implementation of the compressor against the invariants, by generated serving histories.
 
-    A failure is shrunk to the smallest history found, written to --case-file, and can be played with --replay. Exit
-    status 0 only if nothing broke; with --mutants, only if every mutant is caught and no correct adapter is.
+    A failure is shrunk to the smallest history found and written into --folder, with a summary.md to link to; --replay
+    plays it again. Exit status 0 only if nothing broke; with --mutants, only if every mutant is caught and no correct
+    adapter is.
     """

@@ -31,7 +31,6 @@ class Written:
 WRITTEN = {
     "json_file": Written(),
     "out": Written(),
-    "case_file": Written(),
     "junit_file": Written((".xml",)),
     "trace_file": Written(),
     "page_file": Written(),
@@ -75,6 +74,15 @@ def check(options: Mapping[str, Any], typed: Mapping[str, str]) -> None:
                 does = "writes" if option in written else "reads"
                 raise UnsupportedError(typed[name], f"another file than {option} {does}", path)
         written[typed[name]] = path
+
+
+def require_folder(option: str, folder: Path) -> None:
+    """Raise unless files can be written into ``folder``, which need not be there yet."""
+    if folder.exists() and not folder.is_dir():
+        raise UnsupportedError(option, "a folder", f"{folder}, which is a file")
+    reason = files.why_not_written(folder / "summary.md" if folder.exists() else folder)
+    if reason is not None:
+        raise UnsupportedError(option, "a folder that can be written", f"{folder} ({reason})")
 
 
 def require_package(option: str, package: str, extra: str) -> None:

@@ -1,63 +1,75 @@
-"""What the kit asks of an implementation: an adapter of about 30 lines. Ours for every backend and kind of state."""
+"""What the kit asks of an implementation: what it declares, what it prepares for, and the methods of an adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from importlib import import_module
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from kvcondense.api import condense
-from kvcondense.backends import Backend, backend_names, get_backend
-from kvcondense.conformance.mutants import MUTANTS
-from kvcondense.errors import KvCondenseError, UnsupportedError, require_known
-from kvcondense.golden.run import CANARY
+from kvcondense.conformance import compressors
+from kvcondense.conformance.stored import new_cache, stored
+from kvcondense.errors import RangeError, UnsupportedError, require_int, require_known
+from kvcondense.formats import FORMATS, CacheFormat
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
-from kvcondense.layout.online import OnlineState
-from kvcondense.layout.snapshot import export_live
+from kvcondense.layout.snapshot import export_live, import_live
 from kvcondense.layout.state import StatePool
 from kvcondense.rope_table import RopeTable
-from kvcondense.snapshot import load_live, save_live, settle
-from kvcondense.spec import CompressorSpec
+from kvcondense.snapshot import load_live, save_live
+from kvcondense.spec import CompressorSpec, Rounding
 from kvcondense.weights import CompressorWeights
-
-KINDS = ("ring", "paged", "online")
-"""Kinds of state of a kvcondense backend."""
-_STATE_PAGE = 5
 
 
 @dataclass(frozen=True)
 class Capabilities:
     """What an adapter declares. What it cannot do is not asked of it, and the report says so.
 
-    specs: names of the kit's compressors (csa, hca, indexer, fused, r2); ragged: several requests in a step; chunks:
-    steps of any length at any position (else a prefill from 0 and single tokens); max_draft: most tokens of a step that
-    may be rejected; inert: requests with state slot -1 do nothing; spare: tokens behind the last request are ignored;
-    unmapped: a window with cache slot -1 is not written; recycles: a slot can start over at position 0;
-    exports: ``export`` and ``load``; refuses: bad metadata raises before anything is written; exact: the same bits
-    under any split; returns_state: ``state`` gives live rows; formats: kvcondense's own cache formats; rounding: the
-    profile that rows follow, if not the compressor's own; close: how far rows may be from the reference, relative
-    to 1 + |e| (None: the bounds of bf16 rows).
+    specs: the compressors to ask for, each a line as ``compressors.compressor`` reads it: a name (csa, hca, indexer,
+    fused, r2, with narrow heads), then sizes and the cache's format where they differ, such as ``csa head_dim=512
+    rope_dim=64 format=fp8_model1 page_rows=64`` (``compressors.REAL``: DeepSeek's sizes, for kernels that have them
+    built in); ragged: several requests in a step; chunks: steps of any length at any position (else a prefill from 0
+    and single tokens); chunk_lengths: lengths at which the engine itself changes its mind, its buckets or tiles, asked
+    for too; max_draft: most tokens of a step that may be rejected; inert: requests with state slot -1 do nothing;
+    spare: tokens behind the last request are ignored; unmapped: a window with cache slot -1 is not written; recycles: a
+    slot can start over at position 0; exports: ``export`` and ``load``; offsets: a request may begin at any window
+    boundary, with nothing before it; max_positions: positions end there; refuses: bad metadata raises before anything
+    is written; exact: the same bits under any split; returns_state: ``state`` gives live rows; formats: every one of
+    kvcondense's own cache formats, through kvcondense's own caches; rounding: the profile that rows follow, if not the
+    compressor's own; close: how far rows of bf16 and fp32 may be from the reference, relative to 1 + |e| (None: the
+    bounds of bf16 rows, and with a quantised cache those of its format on top).
     """
 
-    specs: tuple[str, ...] = ("csa", "hca", "indexer", "fused", "r2")
+    specs: tuple[str, ...] = compressors.SMALL
     ragged: bool = True
     chunks: bool = True
+    chunk_lengths: tuple[int, ...] = ()
     max_draft: int = 16
     inert: bool = True
     spare: bool = True
     unmapped: bool = True
     recycles: bool = True
     exports: bool = True
+    offsets: bool = False
+    max_positions: int = 1 << 20
     refuses: bool = True
     exact: bool = True
     returns_state: bool = True
     formats: bool = False
     rounding: str | None = None
     close: float | None = None
+
+    def __post_init__(self) -> None:
+        compressors.require(self.specs)
+        for name, low, most in (("max_draft", 0, 1024), ("max_positions", 1, 1 << 20)):
+            if require_int(name, getattr(self, name), low) > most:
+                raise RangeError(name, f"at most {most}", getattr(self, name))
+        for n in self.chunk_lengths:
+            if not 1 <= require_int("chunk_lengths", n, 1) <= 1 << 14:
+                raise RangeError("chunk_lengths", f"1 to {1 << 14} tokens", n)
+        if self.rounding is not None:
+            require_known("rounding", self.rounding, {r.value: r for r in Rounding})
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,11 @@ class Setup:
     num_pages: int
     page_rows: int
     max_positions: int
+    format: CacheFormat = FORMATS["bf16"]
+
+    def new_cache(self) -> PagedCache:
+        """Pages of this setup on the CPU, full of ``stored.CANARY`` (untouched if they would fill the memory)."""
+        return new_cache(self.format, self.spec.head_dim, self.num_pages, self.page_rows)
 
 
 @runtime_checkable
@@ -81,7 +98,7 @@ class Adapter(Protocol):
     capabilities: Capabilities
 
     def init(self, setup: Setup) -> None:
-        """Start over: empty state (poison it if you can), a bf16 cache full of :data:`CANARY` bytes."""
+        """Start over: empty state (poison it if you can), a cache full of ``stored.CANARY`` bytes."""
         ...
 
     def step(self, kv_score: torch.Tensor, batch: RaggedBatch) -> None:
@@ -89,7 +106,10 @@ class Adapter(Protocol):
         ...
 
     def rows(self, slots: torch.Tensor) -> torch.Tensor:
-        """Cache rows at slots [n] as they are stored: [n, head_dim] bf16 (fp32 if the cache is)."""
+        """Cache rows at slots [n] as they are stored: [n, head_dim] bf16 (fp32 if the cache is).
+
+        Of another format, uint8 [n, bytes]: the row's fields, one after the other (``stored.stored``).
+        """
         ...
 
     def state(self, batch: RaggedBatch) -> torch.Tensor | None:
@@ -112,114 +132,50 @@ class Adapter(Protocol):
 Factory = Callable[[], Adapter]
 
 
-@dataclass
-class BackendAdapter:
-    """A kvcondense backend, with its state in a ring, in pages, or online."""
+class Engine:
+    """An adapter to inherit from: ``step`` is what is left to write. It runs the kernels on ``setup`` and ``cache``.
 
-    impl: str | Backend = "auto"
-    kind: str = "ring"
-    capabilities: Capabilities = field(default_factory=lambda: Capabilities(formats=True))
+    With ``state`` and ``put_state`` an engine can declare ``exports`` and ``returns_state``.
+    """
 
-    def __post_init__(self) -> None:
-        if self.kind == "online":  # overlapping windows are read twice
-            self.capabilities = replace(self.capabilities, specs=("hca", "fused", "r2"))
-        specs = getattr(self.impl, "kit", None)
-        if specs is not None:  # a backend that takes some of them only, and none of the quantised caches
-            self.capabilities = replace(self.capabilities, specs=specs, formats=False)
+    capabilities = Capabilities(exports=False, refuses=False, returns_state=False)
+    setup: Setup
+    cache: PagedCache
 
     def init(self, setup: Setup) -> None:
-        self.setup, spec = setup, setup.spec
-        # Pages of a request are used again once its live rows have moved on.
-        self.pages = (spec.window + setup.max_draft) // _STATE_PAGE + 3
-        if self.kind == "paged":
-            self.owned: StatePool | OnlineState = StatePool.paged(spec, setup.num_slots * self.pages, _STATE_PAGE)
-            self.owned.reset(range(setup.num_slots * self.pages))
-        else:
-            ring = spec.required_ring_rows(setup.max_draft)
-            self.owned = (
-                OnlineState.allocate(spec, setup.num_slots, setup.max_draft)
-                if self.kind == "online"
-                else StatePool.ring(spec, setup.num_slots, ring)
-            )
-            self.owned.reset(range(setup.num_slots))
-        rows = torch.empty(setup.num_pages, setup.page_rows, spec.head_dim, dtype=torch.bfloat16)
-        self.cache = PagedCache.wrap(rows)
-        if rows.numel() < 1 << 29:  # a huge cache stays untouched, so that it costs no memory
-            self.cache.data.fill_(CANARY)
+        """A cache in the declared format; an engine's own state comes in an ``init`` of its own."""
+        self.setup, self.cache = setup, setup.new_cache()
 
     def step(self, kv_score: torch.Tensor, batch: RaggedBatch) -> None:
-        s = self.setup
-        condense(
-            s.spec, kv_score, s.weights, s.rope, self._own(batch), state=self.owned, cache=self.cache, impl=self.impl
-        )
+        """The engine's: kv_score [T, 2N] fp32, kv channels first, then scores without ape."""
+        raise NotImplementedError
 
     def rows(self, slots: torch.Tensor) -> torch.Tensor:
-        return self.cache.rows[slots // self.cache.page_rows, slots % self.cache.page_rows]
-
-    def state(self, batch: RaggedBatch) -> torch.Tensor | None:
-        if isinstance(self.owned, OnlineState):
-            return settle(self.setup.spec, self.owned, batch, ape=self.setup.weights.ape, impl=self.impl)
-        return export_live(self.setup.spec, self.owned, self._own(batch))
+        """What ``cache`` holds."""
+        return stored(self.cache, slots)
 
     def reset(self, slots: list[int]) -> None:
-        if self.kind == "paged":
-            slots = [s * self.pages + i for s in slots for i in range(self.pages)]
-        self.owned.reset(slots)
+        """Nothing; an engine that poisons its slots finds more."""
+
+    def state(self, batch: RaggedBatch) -> Any:  # noqa: ARG002
+        """Live rows [n, 2N] fp32, positions live_start .. start_positions - 1: kv, then score + ape. None: unknown."""
+        return None
+
+    def put_state(self, batch: RaggedBatch, rows: torch.Tensor) -> None:  # noqa: ARG002
+        """The other way around, into the slot of ``batch``."""
+        raise UnsupportedError("load", "an adapter with put_state", type(self).__name__)
 
     def export(self, batch: RaggedBatch) -> bytes:
-        return save_live(self.setup.spec, self.owned, self._own(batch), ape=self.setup.weights.ape, impl=self.impl)
+        """``state``, as kvcondense saves it."""
+        pool, at = self._alone(batch)
+        import_live(self.setup.spec, pool, at, self.state(batch))
+        return save_live(self.setup.spec, pool, at)
 
     def load(self, batch: RaggedBatch, payload: bytes) -> None:
-        s = self.setup
-        load_live(s.spec, self.owned, self._own(batch), payload, ape=s.weights.ape, impl=self.impl)
+        """``put_state``, of what kvcondense saved."""
+        pool, at = self._alone(batch)
+        load_live(self.setup.spec, pool, at, payload)
+        self.put_state(batch, export_live(self.setup.spec, pool, at))
 
-    def _own(self, batch: RaggedBatch) -> RaggedBatch:
-        """Pages instead of slots, if that is how this state is addressed."""
-        if self.kind != "paged" or batch.state_slots is None:
-            return batch
-        limit = self.setup.num_slots - 1
-        if bool((batch.state_slots > limit).any()):
-            raise UnsupportedError("state_slots", f"at most {limit}", int(batch.state_slots.max()))
-        turn = torch.arange(-(-self.setup.max_positions // _STATE_PAGE)) % self.pages
-        table = batch.state_slots.clamp(min=0)[:, None] * self.pages + turn
-        return replace(batch, state_slots=None, state_block_table=table)
-
-
-def load_factory(name: str) -> Factory:
-    """An adapter by name: module:factory, a module with a BACKEND, a backend[:ring|paged|online], or mutant:NAME."""
-    module, _, attribute = name.partition(":")
-    if module in backend_names():
-        if attribute not in ("", *KINDS):
-            raise UnsupportedError("--adapter", f"{module}:{' or '.join(KINDS)}", name)
-        return lambda: BackendAdapter(get_backend(module), attribute or "ring")
-    if module == "mutant":
-        require_known("--adapter mutant:NAME", attribute, MUTANTS)
-        return lambda: BackendAdapter(MUTANTS[attribute], MUTANTS[attribute].kind)
-    try:
-        found = import_module(module)
-    except Exception as error:  # whatever a module that is not ours raises
-        hint = "a module outside of the installation needs its folder in PYTHONPATH"
-        raise UnsupportedError(
-            "--adapter", "module:factory that can be imported", f"{name} ({type(error).__name__}: {error})", hint
-        ) from error
-    if not attribute:
-        backend = getattr(found, "BACKEND", None)
-        if backend is None:
-            raise UnsupportedError("--adapter", f"module:factory, or a module with a BACKEND ({module} has none)", name)
-        return lambda: BackendAdapter(backend)
-    factory = getattr(found, attribute, None)
-    if not callable(factory):
-        raise UnsupportedError("--adapter", f"a function in {module}", repr(attribute))
-
-    def make() -> Adapter:
-        try:
-            adapter = factory()
-        except KvCondenseError:
-            raise
-        except Exception as error:
-            raise UnsupportedError("--adapter", f"{name}() to work", f"{type(error).__name__}: {error}") from error
-        if not isinstance(adapter, Adapter):
-            raise KvCondenseError("--adapter", f"{name}() with the methods of Adapter", type(adapter).__name__)
-        return adapter
-
-    return make
+    def _alone(self, batch: RaggedBatch) -> tuple[StatePool, RaggedBatch]:
+        return StatePool.ring(self.setup.spec, 1), RaggedBatch.at(int(batch.start_positions[0]), state_slot=0)

@@ -7,29 +7,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from kvcondense.config import ModelConfig
-from kvcondense.errors import CheckpointError
+from kvcondense.conformance.compressors import Compressor, compressor
+from kvcondense.errors import CheckpointError, KvCondenseError
 from kvcondense.files.reading import parsed
 from kvcondense.files.schema import known, typed
-from kvcondense.spec import CompressorSpec, Rounding
 
-# Flash with narrow heads: real theta, YaRN and eps; ratios 4 (overlapping) and 128.
-CONFIG = replace(ModelConfig.FLASH, name="small", hidden_size=64, head_dim=64, rope_dim=16, index_head_dim=32)
-SPECS = {
-    "csa": CompressorSpec.csa(CONFIG),
-    "hca": CompressorSpec.hca(CONFIG),
-    "indexer": CompressorSpec.indexer(CONFIG),
-    "fused": replace(CompressorSpec.hca(CONFIG), ratio=8, rounding=Rounding.FUSED),
-    "r2": replace(CompressorSpec.hca(CONFIG), ratio=2, has_ape=False, eps=1e-20),
-}
 JUNK = {"": None, "nan": float("nan"), "inf": float("inf"), "1e4": 1e4}
 _MAX_INT = 1 << 21
-_MAX_ROWS = 1 << 18
-"""Of tokens, of states, and of as many bytes of block tables: a quarter of a gigabyte."""
-PAGE_ROWS = 4
-"""Rows of a cache page when a case is played."""
-_ENTRIES = 128
-"""Of a block table in the 1 KiB of a token."""
+_MAX_BYTES = 1 << 28
+"""Of tokens, of states, and of block tables."""
+_ENTRY = 8
+"""Bytes of an entry of a block table."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +46,8 @@ class Op:
 class Case:
     """Requests of one compressor and what happens to them, in order.
 
-    first: position of their first token (a window boundary). scale: of kv and scores. far: their cache pages lie beyond
-    byte 2^31.
+    spec: the compressor, a line as ``compressors.compressor`` reads it. first: position of their first token (a window
+    boundary). scale: of kv and scores. far: their cache pages lie beyond element 2^31, the last page among them.
     """
 
     spec: str
@@ -69,6 +57,11 @@ class Case:
     scale: float = 1.0
     first: int = 0
     far: bool = False
+
+    @property
+    def compressor(self) -> Compressor:
+        """What ``spec`` says."""
+        return compressor(self.spec)
 
     @property
     def max_draft(self) -> int:
@@ -98,7 +91,11 @@ class Case:
         def good(value: object, low: int, high: int) -> bool:
             return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
-        right = self.spec in SPECS and good(self.requests, 1, 1024) and good(self.seed, 0, 1 << 62)
+        try:
+            what = self.compressor
+        except KvCondenseError as error:
+            raise CheckpointError("case spec", error.expected, error.got) from error
+        right = good(self.requests, 1, 1024) and good(self.seed, 0, 1 << 62)
         right = right and good(self.first, 0, _MAX_INT) and isinstance(self.far, bool)
         right = right and isinstance(self.scale, (int, float)) and 0 < self.scale < 1e6
         for op in self.ops:
@@ -110,17 +107,23 @@ class Case:
                 right = right and (not op.order or sorted(op.order) == list(range(self.requests)))
             else:
                 right = right and not (op.counts or op.order or op.drafts or op.padding)
-        steps = [op for op in self.ops if op.kind == "step"]
-        tokens = 1 + sum(sum(op.counts) + op.padding for op in steps) if right else 0
-        admitted = self.requests + len(self.ops) - len(steps)
-        pages = self.requests * (self.first + tokens) // SPECS[self.spec].ratio // PAGE_ROWS if right else 0
-        most = max(tokens * admitted, self.max_draft * (2 * self.requests + 3), pages // _ENTRIES)
-        if right and most > _MAX_ROWS:
-            raise CheckpointError(
-                "case", f"tokens, requests, positions and drafts that need {_MAX_ROWS} rows at most", most
-            )
         if not right:
-            raise CheckpointError("case", f"a spec of {', '.join(SPECS)} and operations that fit", self.to_json()[:200])
+            raise CheckpointError("case", "operations that fit", self.to_json()[:200])
+        if (most := self._bytes(what)) > _MAX_BYTES:
+            needs = f"tokens, requests, positions and drafts that need {_MAX_BYTES} bytes at most"
+            raise CheckpointError("case", needs, most)
+
+    def _bytes(self, what: Compressor) -> int:
+        """Of the largest thing that is made to play the case."""
+        spec = what.spec
+        steps = [op for op in self.ops if op.kind == "step"]
+        tokens = 1 + sum(sum(op.counts) + op.padding for op in steps)
+        taken = tokens * (self.requests + len(self.ops) - len(steps))
+        rows = max(taken, self.max_draft * (2 * self.requests + 3), self.requests * spec.window)
+        rope = (self.first + tokens) * max(spec.rope_dim, 2) * 4
+        table = self.requests * (self.first + tokens) // spec.ratio // what.page_rows * _ENTRY
+        cache = (taken // spec.ratio // what.page_rows + self.requests) * what.page_bytes
+        return max(rows * 4 * spec.projected, rope, table, cache)
 
 
 @dataclass

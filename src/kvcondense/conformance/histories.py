@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvcondense.conformance.adapter import Capabilities
-from kvcondense.conformance.cases import SPECS, Case, Op
+from kvcondense.conformance.cases import Case, Op
+from kvcondense.conformance.compressors import compressor
 from kvcondense.spec import CompressorSpec
 
 _FAR = 70_000
-_LAST = (1 << 20) - 1024
 _PHASES = 8
-"""Of a window; of a longer one, as many that follow one another."""
+"""Of a window: up to so many, every width of drafts is tried from each of them."""
 
 
 def step(*counts: int, **more: Any) -> Op:
@@ -22,21 +22,12 @@ def step(*counts: int, **more: Any) -> Op:
     return Op("step", counts, **more)
 
 
-def menu(spec: str) -> list[int]:
-    """Chunk lengths that broke engines."""
-    r = SPECS[spec].ratio
-    return [
-        0,
-        1,
-        1,
-        r - 1,
-        r,
-        r + 1,
-        2 * r - 1,
-        2 * r,
-        2 * r + 1,
-        *((127, 128, 129, 130, 255, 257) if r == 128 else ()),
-    ]
+def menu(spec: str, able: Capabilities) -> list[int]:
+    """Chunk lengths that broke engines, and those around the engine's own."""
+    r = compressor(spec).spec.ratio
+    around_windows = [0, 1, 1, r - 1, r, r + 1, 2 * r - 1, 2 * r, 2 * r + 1]
+    tiles = [127, 128, 129, 130, 255, 257] if r == 128 else []
+    return [*around_windows, *tiles, *(n + by for n in able.chunk_lengths for by in (-1, 0, 1))]
 
 
 def widths(spec: CompressorSpec, most: int) -> list[int]:
@@ -49,29 +40,32 @@ def widths(spec: CompressorSpec, most: int) -> list[int]:
 
 def numerics(rng: random.Random, able: Capabilities) -> Iterator[Case]:
     """One request at a time: a prefill, then single tokens, at three input scales; 2e-3 is near the root of eps."""
-    for spec in SPECS:
-        w = SPECS[spec].window
+    for spec in able.specs:
+        w = compressor(spec).spec.window
         for scale in (1.0, 0.1, 2e-3):
-            ops = (step(3 * w + rng.randrange(4)), *(step(1),) * min(SPECS[spec].ratio + 1, 6))
+            ops = (step(3 * w + rng.randrange(4)), *(step(1),) * min(compressor(spec).spec.ratio + 1, 6))
             yield Case(spec, 1, ops, rng.randrange(1 << 30), scale)
 
 
 def emission(rng: random.Random, able: Capabilities) -> Iterator[Case]:
     """Chunks that end right before, at and after a window."""
-    for spec in SPECS:
-        r = SPECS[spec].ratio
+    for spec in able.specs:
+        r = compressor(spec).spec.ratio
         for length in (r - 1, r, 2 * r + 1):
             yield Case(spec, 1, (step(length), step(1)), rng.randrange(1 << 30))
 
 
 def composition(rng: random.Random, able: Capabilities) -> Iterator[Case]:
-    """One sequence in chunks of lengths that broke engines."""
-    for spec in SPECS:
-        for _ in range(4 if able.chunks else 2):
-            chunks = [rng.choice(menu(spec)) for _ in range(rng.randrange(3, 7))]
-            if not able.chunks:
-                chunks = [SPECS[spec].window + rng.randrange(6), *[1] * 6]
-            yield Case(spec, 1, tuple(step(n) for n in chunks), rng.randrange(1 << 30))
+    """One sequence in chunks of lengths that broke engines, every one of the engine's own among them."""
+    for spec in able.specs:
+        w, lengths = compressor(spec).spec.window, menu(spec, able)
+        chunks = [[rng.choice(lengths) for _ in range(rng.randrange(3, 7))] for _ in range(4)]
+        if able.chunk_lengths:
+            chunks += [[rng.randrange(1, w), n - 1, n, n + 1, 1] for n in able.chunk_lengths]
+        if not able.chunks:
+            chunks = [[w + rng.randrange(6), *[1] * 6] for _ in range(2)]
+        for lengths in chunks:
+            yield Case(spec, 1, tuple(step(n) for n in lengths), rng.randrange(1 << 30))
 
 
 def rollback(rng: random.Random, able: Capabilities) -> Iterator[Case]:
@@ -81,13 +75,15 @@ def rollback(rng: random.Random, able: Capabilities) -> Iterator[Case]:
     have drafts that are accepted. Then true tokens over the places of the rejected ones, and decode: what a draft left
     behind shows now.
     """
-    for spec in SPECS:
-        s = SPECS[spec]
+    for spec in able.specs:
+        s = compressor(spec).spec
         every, junk = widths(s, able.max_draft), itertools.cycle(("nan", "1e4", "inf"))
         rng.shuffle(every)
         ops = [step(2 * s.window - s.ratio // 2 + rng.randrange(s.ratio))]
+        # A step with one sure token moves a request by one: each width from all phases, or all phases by any width.
+        each = s.ratio if s.ratio <= _PHASES else max(_PHASES, -(-s.ratio // len(every)))
         for drafts in every:
-            ops += [step(drafts + 1, drafts=drafts, junk=next(junk)) for _ in range(min(s.ratio, _PHASES))]
+            ops += [step(drafts + 1, drafts=drafts, junk=next(junk)) for _ in range(each)]
             ops.append(step(drafts + 1, drafts=drafts, junk=next(junk), accepted=rng.randrange(drafts + 1)))
         ops += [step(every[-1], drafts=every[-1]), *[step(1)] * 3, step(s.window + 1), step(s.ratio)]
         yield Case(spec, 1, tuple(ops), rng.randrange(1 << 30))
@@ -95,53 +91,68 @@ def rollback(rng: random.Random, able: Capabilities) -> Iterator[Case]:
 
 def isolation(rng: random.Random, able: Capabilities) -> Iterator[Case]:
     """Requests of unequal lengths, in another order at every step."""
-    for spec in SPECS:
+    for spec in able.specs:
         for n in (2, 4):
             ops = []
             for _ in range(4):
-                counts = [rng.choice(menu(spec)[:7]) for _ in range(n)]
+                counts = [rng.choice(menu(spec, able)[:7]) for _ in range(n)]
                 ops.append(step(*counts, order=tuple(rng.sample(range(n), n))))
             yield Case(spec, n, tuple(ops), rng.randrange(1 << 30))
 
 
 def inertness(rng: random.Random, able: Capabilities) -> Iterator[Case]:
     """Steps with spare tokens of NaN behind the last request."""
-    for spec in SPECS:
+    for spec in able.specs:
         n = 2 if able.ragged else 1
         ops = tuple(
-            step(*(rng.choice(menu(spec)[:6]) for _ in range(n)), padding=rng.randrange(1, 6)) for _ in range(4)
+            step(*(rng.choice(menu(spec, able)[:6]) for _ in range(n)), padding=rng.randrange(1, 6)) for _ in range(4)
         )
         yield Case(spec, n, ops, rng.randrange(1 << 30))
 
 
 def recycled(rng: random.Random, able: Capabilities) -> Iterator[Case]:
     """A slot starts over, for prompts of every awkward length, in memory that holds another request or NaN."""
-    for spec in SPECS:
-        r, w = SPECS[spec].ratio, SPECS[spec].window
+    for spec in able.specs:
+        r, w = compressor(spec).spec.ratio, compressor(spec).spec.window
         for length in (1, r - 1, r, r + 1, w, w + 1):
             again = (Op("recycle"), step(length), step(w + 1)) if able.recycles else ()
             yield Case(spec, 1, (step(w + r - 1), *again), rng.randrange(1 << 30))
 
 
 def positions(rng: random.Random, able: Capabilities) -> Iterator[Case]:
-    """Sequences that start far out."""
-    for spec in SPECS:
-        s = SPECS[spec]
-        for first in (_FAR, _LAST):
-            yield Case(spec, 1, (step(2 * s.window), step(s.ratio)), rng.randrange(1 << 30), 1.0, first // 128 * 128)
+    """Sequences that start far out: where the RoPE table of a model before YaRN ends, and at the end of all."""
+    for spec in able.specs:
+        s, last = compressor(spec).spec, able.max_positions
+        far = [_FAR, last - 1024] if able.exports or able.offsets else [_FAR]
+        ops = (step(2 * s.window), step(s.ratio))
+        for first in sorted({max(0, min(f, last - 3 * s.window - s.ratio)) // s.ratio * s.ratio for f in far}):
+            yield Case(spec, 1, ops, rng.randrange(1 << 30), first=first)
 
 
 def addresses(rng: random.Random, able: Capabilities) -> Iterator[Case]:
-    """A cache of more than 2^31 bytes; pages that nobody touches cost no memory."""
-    for spec in SPECS:
-        s = SPECS[spec]
-        yield Case(spec, 1, (step(2 * s.window + 1), step(s.ratio)), rng.randrange(1 << 30), far=True)
+    """A cache of more than 2^31 elements; pages that nobody touches cost no memory."""
+    for spec in able.specs:
+        s = compressor(spec).spec
+        ops = (step(2 * s.window + 1), *(step(1),) * 3) if not able.chunks else (step(2 * s.window + 1), step(s.ratio))
+        yield Case(spec, 1, ops, rng.randrange(1 << 30), far=True)
 
 
 def moves(rng: random.Random, able: Capabilities) -> Iterator[Case]:
     """A request exported and loaded into another slot, then forked."""
-    for spec in SPECS:
-        s = SPECS[spec]
+    for spec in able.specs:
+        s = compressor(spec).spec
         for stop in (s.ratio, s.window + rng.randrange(s.ratio), 2 * s.window - 1):
             ops = (step(stop, 1), Op("move"), step(s.ratio, 2), Op("fork", to=1), step(1, 2), step(s.window, 3))
             yield Case(spec, 2, ops, rng.randrange(1 << 30))
+
+
+def forks(rng: random.Random, able: Capabilities) -> Iterator[Case]:
+    """Requests forked right behind a verify step, while what was rejected still lies in their state."""
+    for spec in able.specs:
+        s = compressor(spec).spec
+        most = min(able.max_draft, s.window + 1)
+        verify = step(most + 1, 1, drafts=most, junk=rng.choice(("nan", "1e4")), accepted=rng.randrange(most))
+        both = step(1, most + 1, drafts=most, junk="1e4")
+        before = step(s.window + rng.randrange(s.ratio), 1)
+        ops = (before, verify, Op("fork", to=1), both, verify, step(s.ratio, s.window))
+        yield Case(spec, 2, ops, rng.randrange(1 << 30))

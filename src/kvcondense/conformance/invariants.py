@@ -5,15 +5,20 @@ from __future__ import annotations
 import random
 import traceback
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from kvcondense.conformance import histories, stored_bytes
-from kvcondense.conformance.adapter import CANARY, BackendAdapter, Capabilities, Factory
-from kvcondense.conformance.cases import SPECS, Case, shrink
+from kvcondense.conformance.adapter import Capabilities, Factory
+from kvcondense.conformance.cases import Case, shrink
+from kvcondense.conformance.compressors import compressor
+from kvcondense.conformance.coverage import Coverage
 from kvcondense.conformance.histories import step
-from kvcondense.conformance.play import Player, Request, against_golden, against_itself, bits
+from kvcondense.conformance.judge import against_golden, against_itself, bits
+from kvcondense.conformance.own import BackendAdapter
+from kvcondense.conformance.play import Player, Request, raw
+from kvcondense.conformance.stored import CANARY
 from kvcondense.formats import FORMATS
 from kvcondense.layout.batch import RaggedBatch
 
@@ -37,13 +42,13 @@ class Invariant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an invariant: cases played and request-steps in them; the smallest failing case, if any."""
+    """What became of an invariant: cases played and what they visited; the smallest failing case, if any."""
 
     invariant: str
     promise: str
     skipped: str = ""
     played: int = 0
-    request_steps: int = 0
+    coverage: Coverage = field(default_factory=Coverage)
     detail: str = ""
     case: Case | None = None
     raised: str = ""
@@ -68,20 +73,19 @@ class Raised(str):
         return found
 
 
-def play(case: Case, make: Factory, judge: Judge) -> tuple[str | None, int]:
-    """What is wrong after ``case``, and its request-steps."""
-    steps = 0
+def play(case: Case, make: Factory, judge: Judge) -> tuple[str | None, Coverage]:
+    """What is wrong after ``case``, and what it visited."""
+    visited = Coverage()
 
     def run(make: Factory) -> str | None:
-        nonlocal steps
         player = Player(case, make)
         try:
             player.run()
         finally:
-            steps = player.request_steps
+            visited.add(player.coverage)
         return judge(player)
 
-    return _told(run, make), steps
+    return _told(run, make), visited
 
 
 def _told(run: Callable[[Factory], str | None], make: Factory) -> str | None:
@@ -106,24 +110,20 @@ def check(
         return replace(outcome, played=1, detail=detail or "", raised=getattr(detail, "place", ""))
     assert invariant.cases is not None
     assert invariant.judge is not None
-    judge = invariant.judge
-    played = steps = 0
+    judge, played = invariant.judge, 0
     for r in range(rounds):
         for case in invariant.cases(random.Random(f"{invariant.name} {seed} {r}"), able):
-            if case.spec not in able.specs:
-                continue
-            detail, taken = play(case, make, judge)
-            played, steps = played + 1, steps + taken
+            detail, visited = play(case, make, judge)
+            played += 1
+            outcome.coverage.add(visited)
             place = getattr(detail, "place", "")
             if place and place in known:
-                return replace(outcome, played=played, request_steps=steps, detail=detail, raised=place)
+                return replace(outcome, played=played, detail=detail, raised=place)
             if detail is not None:
                 small = shrink(case, lambda c: play(c, make, judge)[0] is not None)
                 detail = play(small, make, judge)[0] or detail
-                return replace(outcome, played=played, request_steps=steps, detail=detail, case=small, raised=place)
-    if not played:
-        return replace(outcome, skipped="no compressor that the adapter declares")
-    return replace(outcome, played=played, request_steps=steps)
+                return replace(outcome, played=played, detail=detail, case=small, raised=place)
+    return replace(outcome, played=played)
 
 
 def first_failure(make: Factory, *, seed: int = 0) -> Outcome | None:
@@ -151,8 +151,8 @@ def whole(player: Player) -> str | None:
 def _emitted(player: Player) -> str | None:
     """Row c is there from the step on that brings position c * r + r - 1, and nothing else is."""
     request = player.live[0]
-    rows = player.adapter.rows(player.frame.slots(request, player.own_rows(request)))
-    if bool((rows.contiguous().view(torch.uint8) == CANARY).all(-1).any()):
+    rows = player.rows(player.frame.slots(request, player.own_rows(request)))
+    if bool((raw(rows) == CANARY).all(-1).any()):
         return f"a row of the {player.spec.visible_rows(request.done)} that are visible was not written"
     return player.guard()
 
@@ -170,8 +170,8 @@ def _deterministic(player: Player) -> str | None:
 
 def _one_request(make: Factory) -> Player:
     """A request that has had no step yet, with tokens for one of two windows, whose cache slots are then given."""
-    spec = next(s for s in SPECS if s in make().capabilities.specs)
-    return Player(Case(spec, 1, (step(2 * SPECS[spec].ratio), step(5))), make)
+    spec = make().capabilities.specs[0]
+    return Player(Case(spec, 1, (step(2 * compressor(spec).spec.ratio), step(5))), make)
 
 
 def _inert(make: Factory) -> str | None:
@@ -203,14 +203,14 @@ def _unmapped(make: Factory) -> str | None:
 
 def _refusals(make: Factory) -> str | None:
     """Bad metadata raises, and neither cache nor state changes."""
-    spec = next(s for s in SPECS if s in make().capabilities.specs)
+    spec = make().capabilities.specs[0]
 
     def fresh() -> Player:
         player = Player(Case(spec, 2, (step(9, 9),)), make)
         player.run()
         return player
 
-    window = SPECS[spec].window
+    window, page_rows = compressor(spec).spec.window, compressor(spec).page_rows
     wrongs: dict[str, tuple[dict, int]] = {
         "a position that nobody wrote up to": ({"start_positions": [14]}, 1),
         "a state slot beyond the last one": ({"state_slots": [1000]}, 1),
@@ -224,7 +224,7 @@ def _refusals(make: Factory) -> str | None:
         request = player.live[0]
         good = player.frame.batch([request], [count], [0])
         assert good.block_table is not None
-        every = player.frame.slots(request, torch.arange(player.frame.pages * 4))
+        every = player.frame.slots(request, torch.arange(player.frame.pages * page_rows))
         fields = {
             "query_start_loc": good.query_start_loc,
             "start_positions": good.start_positions,
@@ -269,9 +269,16 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant("I4 inertness", "spare tokens of NaN do nothing", histories.inertness, whole, (*_SPLIT, "spare")),
     Invariant("I4 inert request", "state slot -1 does nothing", needs=("exact", "inert", "ragged"), special=_inert),
     Invariant("I4 slot -1", "it writes nothing", needs=("exact", "unmapped"), special=_unmapped),
-    Invariant("I7 position", "rows rotate at c r, up to 2^20", histories.positions, _golden, ("exports", "chunks")),
-    Invariant("I7 address", "rows beyond byte 2^31 are not lost", histories.addresses, _golden, ("chunks",)),
+    Invariant("I7 position", "rows rotate at c r, up to 2^20", histories.positions, _golden, ("chunks",)),
+    Invariant("I7 address", "rows beyond element 2^31 are not lost", histories.addresses, _golden),
     Invariant("I8 portability", "moved and forked requests go on", histories.moves, whole, (*_BOTH, "exports")),
+    Invariant(
+        "I8 fork",
+        "a fork takes over no draft that was rejected",
+        histories.forks,
+        whole,
+        (*_BOTH, "exports", "max_draft"),
+    ),
     Invariant("I10 determinism", "the same bytes on every run", histories.isolation, _deterministic, _BOTH[1:]),
     Invariant("I12 fail closed", "bad metadata raises before any write", needs=("refuses",), special=_refusals),
 )

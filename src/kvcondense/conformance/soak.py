@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from kvcondense.conformance.adapter import Capabilities, Factory
-from kvcondense.conformance.cases import SPECS, Case, Op, shrink
+from kvcondense.conformance.cases import Case, Op, shrink
+from kvcondense.conformance.compressors import compressor
+from kvcondense.conformance.coverage import Coverage
 from kvcondense.conformance.histories import menu
 from kvcondense.conformance.invariants import play, whole
 
@@ -17,13 +19,18 @@ _REQUESTS, _STEPS = 8, 60
 
 @dataclass(frozen=True)
 class Soaked:
-    """What a soak did: histories, request-steps, seconds; and the smallest failing case, if any."""
+    """What a soak did: histories, what they visited, seconds; and the smallest failing case, if any."""
 
     histories: int
-    request_steps: int
+    coverage: Coverage
     seconds: float
     detail: str = ""
     case: Case | None = None
+
+    @property
+    def request_steps(self) -> int:
+        """Steps, times the requests that had tokens in them."""
+        return self.coverage.request_steps
 
     @property
     def passed(self) -> bool:
@@ -41,24 +48,25 @@ def soak(
     """
     able, rng = make().capabilities, random.Random(f"soak {seed}")
     begun = time.perf_counter()
-    histories = steps = 0
+    histories, visited = 0, Coverage()
     while not histories or time.perf_counter() - begun < 60 * minutes:
         case = history(rng, able)
-        detail, taken = play(case, make, whole)
-        histories, steps = histories + 1, steps + taken
-        progress(histories, steps, time.perf_counter() - begun)
+        detail, seen = play(case, make, whole)
+        histories += 1
+        visited.add(seen)
+        progress(histories, visited.request_steps, time.perf_counter() - begun)
         if detail is not None:
             small = shrink(case, lambda c: play(c, make, whole)[0] is not None, budget=400)
             detail = play(small, make, whole)[0] or detail
-            return Soaked(histories, steps, time.perf_counter() - begun, detail, small)
-    return Soaked(histories, steps, time.perf_counter() - begun)
+            return Soaked(histories, visited, time.perf_counter() - begun, detail, small)
+    return Soaked(histories, visited, time.perf_counter() - begun)
 
 
 def history(rng: random.Random, able: Capabilities) -> Case:
     """A random history of what an adapter can do."""
-    spec = rng.choice([s for s in SPECS if s in able.specs])
+    spec = rng.choice(able.specs)
     n = _REQUESTS if able.ragged else 1
-    lengths = menu(spec)
+    lengths = menu(spec, able)
     ops = []
     for _ in range(_STEPS):
         if able.chunks and able.max_draft and rng.random() < 0.25:
@@ -71,7 +79,7 @@ def history(rng: random.Random, able: Capabilities) -> Case:
             counts = tuple(rng.choice(lengths) if rng.random() < 0.2 else rng.randrange(2) for _ in range(n))
             op = Op("step", counts)
         else:
-            op = Op("step", (1,) * n) if ops else Op("step", (SPECS[spec].window + rng.randrange(9),) * n)
+            op = Op("step", (1,) * n) if ops else Op("step", (compressor(spec).spec.window + rng.randrange(9),) * n)
         padding = rng.randrange(4) if able.spare and able.chunks else 0
         order = tuple(rng.sample(range(n), n)) if able.ragged else ()
         ops.append(replace(op, padding=padding, order=order))

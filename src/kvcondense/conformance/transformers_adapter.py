@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from kvcondense.conformance.adapter import CANARY, Capabilities, Setup
-from kvcondense.conformance.cases import CONFIG
+from kvcondense.conformance.adapter import Capabilities, Engine, Setup
+from kvcondense.conformance.compressors import CONFIG
 from kvcondense.errors import UnsupportedError
 from kvcondense.layout.batch import RaggedBatch
 
 _LAYERS = {4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
 
 
-class TransformersAdapter:
+class TransformersAdapter(Engine):
     """The modules take hidden states: with identity matrices for weights, kv_score is the hidden state."""
 
     capabilities = Capabilities(
-        specs=("csa", "hca"),
+        specs=("csa format=fp32", "hca format=fp32"),
         ragged=False,
         chunks=False,
         max_draft=0,
@@ -37,7 +37,8 @@ class TransformersAdapter:
         from transformers import DeepseekV4Config
         from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
-        self.setup, spec = setup, setup.spec
+        super().init(setup)
+        spec = setup.spec
         yarn = CONFIG.yarn
         assert yarn is not None
         self.config = DeepseekV4Config(
@@ -72,8 +73,6 @@ class TransformersAdapter:
             self.module.position_bias.copy_(setup.weights.ape)
             self.module.kv_norm.weight.copy_(setup.weights.norm)
         self.caches: dict[int, Any] = {}
-        rows = torch.full((setup.num_pages * setup.page_rows, 4 * spec.head_dim), CANARY, dtype=torch.uint8)
-        self.stored = rows.view(torch.float32)  # [rows, d]
 
     def step(self, kv_score: torch.Tensor, batch: RaggedBatch) -> None:
         from transformers import DynamicCache
@@ -93,26 +92,13 @@ class TransformersAdapter:
         windows = torch.arange(start // ratio, (start + count) // ratio)
         if windows.shape[0]:
             page = batch.block_table[0, windows // self.setup.page_rows]
-            at = page * self.setup.page_rows + windows % self.setup.page_rows
-            self.stored[at] = cache.layers[0].compressed_kv["compressor"][0, windows]
-
-    def rows(self, slots: torch.Tensor) -> torch.Tensor:
-        return self.stored[slots]
-
-    def state(self, batch: RaggedBatch) -> torch.Tensor | None:
-        del batch
-        return None
+            self.cache.rows[page, windows % self.setup.page_rows] = cache.layers[0].compressed_kv["compressor"][
+                0, windows
+            ]
 
     def reset(self, slots: list[int]) -> None:
         for slot in slots:
             self.caches.pop(slot, None)
-
-    def export(self, batch: RaggedBatch) -> bytes:
-        raise UnsupportedError("export", "an adapter that can", f"transformers ({batch.start_positions.tolist()})")
-
-    def load(self, batch: RaggedBatch, payload: bytes) -> None:
-        del batch
-        raise UnsupportedError("load", "an adapter that can", f"{len(payload)} bytes for transformers")
 
 
 def make() -> TransformersAdapter:

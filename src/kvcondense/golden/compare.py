@@ -28,6 +28,9 @@ class Comparison:
     detail: str = ""
     ulps: tuple[tuple[str, int], ...] = ()
     """How many elements lie how far away, in ulp; elements that are zero on both sides are left out."""
+    first: int | None = None
+    """The first element that is wrong, and how many are."""
+    count: int = 0
 
 
 def allclose(atol: float = 1e-3, rtol: float = 1e-3) -> Comparator:
@@ -159,13 +162,14 @@ def _compare(actual: torch.Tensor, expected: torch.Tensor, good: torch.Tensor, m
     finite = _finite(actual, expected)
     bad = (~(good & finite)).flatten().nonzero()[:, 0]
     passed = bool(finite.all()) and bad.shape[0] <= round(max_error_ratio * actual.numel())
-    detail = ""
+    detail, first = "", None
     if not passed:
-        i = int(bad[0])
+        first = i = int(bad[0])
         pair = f"{actual.flatten()[i].item()!r} instead of {expected.flatten()[i].item()!r}"
         detail = f"{bad.shape[0]} of {actual.numel()} elements; first at {i}: {pair}"
     worst = float(delta.nan_to_num(float("inf")).max())
-    return Comparison(passed, worst, int(distance.max()), equal, detail, _buckets(distance[told]))
+    ulps = _buckets(distance[told])
+    return Comparison(passed, worst, int(distance.max()), equal, detail, ulps, first, bad.shape[0])
 
 
 def _buckets(distance: torch.Tensor) -> tuple[tuple[str, int], ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,16 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from kvcondense import files
 from kvcondense.cli.output import Output
-from kvcondense.cli.work import junit, page
-from kvcondense.conformance.adapter import Factory, load_factory
+from kvcondense.cli.paths import require_folder
+from kvcondense.cli.work import junit, page, summary
+from kvcondense.cli.work.summary import Cause
+from kvcondense.conformance.adapter import Factory
 from kvcondense.conformance.cases import Case
+from kvcondense.conformance.coverage import Coverage, unasked
 from kvcondense.conformance.invariants import INVARIANTS, Outcome, check, first_failure, play, whole
 from kvcondense.conformance.mutants import MUTANTS
+from kvcondense.conformance.own import load_factory
+from kvcondense.conformance.remote import exec_factory
 from kvcondense.conformance.soak import soak
 from kvcondense.errors import CheckpointError, KvCondenseError, UnsupportedError
 
@@ -28,34 +35,69 @@ def run(
     output: Output,
     *,
     adapter: str,
+    command: str | None,
+    timeout: float,
     mutants: bool,
     soak_minutes: float | None,
     replay: Path | None,
     seed: int,
     rounds: int,
-    case_file: Path,
+    folder: Path,
     report_file: Path | None,
     junit_file: Path | None,
 ) -> bool:
     """Whether nothing broke."""
     if junit_file is not None and (mutants or soak_minutes is not None or replay is not None):
         raise UnsupportedError("--junit", "a run of the invariants", "--mutants, --soak or --replay")
+    require_folder("--folder", folder)
     if mutants:
         passed, report = _mutants(output, seed)
     else:
-        make = load_factory(adapter)
-        make()  # a factory that cannot work is an error before anything runs
+        tried = Tried(output, *_adapter(adapter, command, timeout), seed, folder)
         if replay is not None:
-            passed, report = _replay(output, make, replay)
+            passed, report = _replay(tried, replay)
         elif soak_minutes is not None:
-            passed, report = _soak(output, adapter, make, soak_minutes, seed, case_file)
+            passed, report = _soak(tried, soak_minutes)
         else:
-            passed, report = _invariants(output, adapter, make, seed, rounds, case_file, junit_file)
+            passed, report = _invariants(tried, rounds, junit_file)
     if report_file is not None:
         page.write(report_file, "kvcondense conformance", _facts(report), _parts(report))
         output.say(f"written to {report_file}")
     output.finish(report)
     return passed
+
+
+def _adapter(adapter: str, command: str | None, timeout: float) -> tuple[str, Factory]:
+    """How it is typed, and what makes it; one that cannot work is an error before anything runs."""
+    if command is not None:
+        return f"--exec {shlex.quote(command)}", exec_factory(command, timeout)
+    make = load_factory(adapter)
+    make()
+    return f"--adapter {adapter}", make
+
+
+@dataclass
+class Tried:
+    """What is tried, as it was typed, and where what breaks is written."""
+
+    output: Output
+    typed: str
+    make: Factory
+    seed: int
+    folder: Path
+
+    def explain(self, detail: str, case: Case | None, name: str) -> Cause:
+        """Say what broke, and keep the history under ``name``."""
+        self.output.say(f"      {detail}")
+        if case is None:
+            return Cause(name, detail, None, f"kvcondense conformance {self.typed} --seed {self.seed}")
+        self.folder.mkdir(exist_ok=True)
+        file = self.folder / f"{name.replace(' ', '-')}.json"
+        files.write(file, case.to_json() + "\n")
+        again = f"kvcondense conformance {self.typed} --replay {file}"
+        self.output.say(f"      smallest history found: {case.to_json()}")
+        self.output.say(f"      again: {again}")
+        return Cause(name, detail, case, again)
 
 
 def _facts(report: dict[str, Any]) -> dict[str, Any]:
@@ -92,40 +134,37 @@ def _word(passed: bool | None) -> str:
     return "SKIP" if passed is None else "PASS" if passed else "FAIL"
 
 
-def _invariants(
-    output: Output, name: str, make: Factory, seed: int, rounds: int, case_file: Path, junit_file: Path | None
-) -> tuple[bool, dict[str, Any]]:
+def _invariants(tried: Tried, rounds: int, junit_file: Path | None) -> tuple[bool, dict[str, Any]]:
+    output, able = tried.output, tried.make().capabilities
     outcomes: list[Outcome] = []
-    found = 0
+    causes: list[Cause] = []
+    visited = Coverage()
     raised: dict[str, str] = {}  # an error of the adapter's own is one finding, whatever was asked when it came up
     for invariant in INVARIANTS:
-        o = check(invariant, make, seed=seed, rounds=rounds, known=raised)
+        o = check(invariant, tried.make, seed=tried.seed, rounds=rounds, known=raised)
         outcomes.append(o)
+        visited.add(o.coverage)
         word = "SKIP" if o.skipped else "PASS" if o.passed else "FAIL"
-        counts = f"{o.played:>3} histories {o.request_steps:>5} request-steps"
+        counts = f"{o.played:>3} histories {o.coverage.request_steps:>5} request-steps"
         output.say(f"{word}  {o.invariant:<22} {o.skipped or counts}  {'' if o.skipped else o.promise}".rstrip())
         if o.raised in raised:
             output.say(f"      the error of {raised[o.raised]} again ({o.raised})")
         elif not o.passed:
             raised |= {o.raised: o.invariant} if o.raised else {}
-            # Every cause keeps its own case.
-            own = case_file.with_stem(f"{case_file.stem}-{o.invariant.replace(' ', '-')}") if found else case_file
-            _explain(output, name, o.detail, o.case, own)
-            found += 1
-    output.say("not asked here: I11 (graph capture needs a GPU), I13 (gradients)")
+            causes.append(tried.explain(o.detail, o.case, o.invariant))
+    for line in summary.visits(visited):
+        output.say(line)
+    left = [*unasked(able), "I11 (graph capture needs a GPU), I13 (gradients)"]
+    output.say(f"not asked: {'; '.join(left)}")
     if junit_file is not None:
-        junit.write(junit_file, name, outcomes)
-    if found:
-        output.say(f"{found} {'cause' if found == 1 else 'causes'} of {sum(not o.passed for o in outcomes)} failures")
-    return not found, {"adapter": name, "seed": seed, "invariants": [_plain(o) for o in outcomes]}
-
-
-def _explain(output: Output, name: str, detail: str, case: Case | None, case_file: Path) -> None:
-    output.say(f"      {detail}")
-    if case is not None:
-        files.write(case_file, case.to_json() + "\n")
-        output.say(f"      smallest history found: {case.to_json()}")
-        output.say(f"      again: kvcondense conformance --adapter {name} --replay {case_file}")
+        junit.write(junit_file, tried.typed, outcomes)
+    if causes:
+        broken = sum(not o.passed for o in outcomes)
+        output.say(f"{len(causes)} {'cause' if len(causes) == 1 else 'causes'} of {broken} failures")
+        file = summary.write(tried.folder, tried.typed, tried.seed, outcomes, causes, visited, left)
+        output.say(f"summary written to {file}")
+    report = {"adapter": tried.typed, "seed": tried.seed, "invariants": [_plain(o) for o in outcomes]}
+    return not causes, {**report, "visited": visited.told(), "not_asked": left}
 
 
 def _plain(o: Outcome) -> dict[str, Any]:
@@ -135,7 +174,7 @@ def _plain(o: Outcome) -> dict[str, Any]:
         "passed": None if o.skipped else o.passed,
         "skipped": o.skipped,
         "histories": o.played,
-        "request_steps": o.request_steps,
+        "request_steps": o.coverage.request_steps,
         "detail": o.detail,
         "raised": o.raised or None,
         "case": o.case and o.case.to_json(),
@@ -161,9 +200,8 @@ def _mutants(output: Output, seed: int) -> tuple[bool, dict[str, Any]]:
     return not alive and not any(wrongly.values()), {"mutants": caught, "correct": wrongly}
 
 
-def _soak(
-    output: Output, name: str, make: Factory, minutes: float, seed: int, case_file: Path
-) -> tuple[bool, dict[str, Any]]:
+def _soak(tried: Tried, minutes: float) -> tuple[bool, dict[str, Any]]:
+    output, seed = tried.output, tried.seed
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"))
     spoken = time.perf_counter()
@@ -178,20 +216,22 @@ def _soak(
                 spoken = time.perf_counter()
                 console.print(text)
 
-        result = soak(make, minutes, seed, progress)
+        result = soak(tried.make, minutes, seed, progress)
     word = "PASS" if result.passed else "FAIL"
     output.say(
-        f"{word}  soak of {name}, seed {seed}: {result.histories} histories, {result.request_steps} request-steps "
-        f"in {result.seconds:.0f} s"
+        f"{word}  soak, {tried.typed} --seed {seed}: {result.histories} histories, {result.request_steps} "
+        f"request-steps in {result.seconds:.0f} s"
     )
+    for line in summary.visits(result.coverage):
+        output.say(line)
     if not result.passed:
-        _explain(output, name, result.detail, result.case, case_file)
-    report = {"adapter": name, "seed": seed, "passed": result.passed, "detail": result.detail}
+        tried.explain(result.detail, result.case, "soak")
+    report = {"adapter": tried.typed, "seed": seed, "passed": result.passed, "detail": result.detail}
     report |= {"histories": result.histories, "request_steps": result.request_steps, "seconds": result.seconds}
     return result.passed, {**report, "case": result.case and result.case.to_json()}
 
 
-def _replay(output: Output, make: Factory, file: Path) -> tuple[bool, dict[str, Any]]:
+def _replay(tried: Tried, file: Path) -> tuple[bool, dict[str, Any]]:
     text = files.read_text(file, "a case that conformance wrote", _MAX_CASE_BYTES, "--replay")
     try:
         case = Case.from_json(text)
@@ -200,7 +240,7 @@ def _replay(output: Output, make: Factory, file: Path) -> tuple[bool, dict[str, 
     found, steps = {}, 0
     judges = {i.judge: i.name for i in INVARIANTS if i.judge is not None} | {whole: "rows and state"}
     for judge, name in judges.items():
-        detail, steps = play(case, make, judge)
-        found[name] = detail
-        output.say(f"{'FAIL' if detail else 'PASS'}  {name:<22} {detail or ''}".rstrip())
+        found[name], seen = play(case, tried.make, judge)
+        steps = seen.request_steps
+        tried.output.say(f"{'FAIL' if found[name] else 'PASS'}  {name:<22} {found[name] or ''}".rstrip())
     return not any(found.values()), {"case": case.to_json(), "request_steps": steps, "found": found}

@@ -8,9 +8,9 @@ from typing import Any
 from kvcondense.backends import Backend
 from kvcondense.cli.output import Output
 from kvcondense.cli.work import page
-from kvcondense.conformance.adapter import load_factory
 from kvcondense.conformance.invariants import first_failure
 from kvcondense.conformance.mutants import MUTANTS
+from kvcondense.conformance.own import load_factory
 from kvcondense.errors import DtypeError, RangeError
 from kvcondense.golden.compare import Comparison
 from kvcondense.golden.inputs import GoldenCase, make_inputs
