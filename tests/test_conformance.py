@@ -335,5 +335,7 @@ def test_the_pytest_plugin(tmp_path):
 
 def test_what_a_case_says_about_state_and_guards():
     case = Case("csa", 2, (Op("step", (9, 5), padding=2), Op("fork", q=0, to=1), Op("step", (3, 4))))
-    assert play(case, load_factory("reference"), whole) == (None, 4)
+    detail, visited = play(case, load_factory("reference"), whole)
+    assert (detail, visited.request_steps) == (None, 4)
+    assert visited.told()["csa"]["chunk lengths"] == "3-5, 9"
     assert replace(case, seed=1).to_json() != case.to_json()

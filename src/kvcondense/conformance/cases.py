@@ -26,7 +26,9 @@ class Op:
 
     ``step``: counts[q] tokens of every request, the last ``drafts`` of which may be rejected. All but ``accepted`` of
     them are ``junk`` (if given) and are rejected, so that only the rest is committed; ``padding`` spare tokens follow;
-    requests stand in ``order`` in the batch. ``recycle`` (the slot starts over, reset first if ``junk`` is given),
+    requests stand in ``order`` in the batch. ``inert``: tokens of NaN of one more request, whose state slot is -1.
+    ``unmapped``: rows are mapped token by token, and the first window that each request completes has cache slot -1.
+    ``recycle`` (the slot starts over, reset first if ``junk`` is given),
     ``move`` (exported and loaded into another slot) and ``fork`` (into request ``to``, which starts as a copy) concern
     request ``q``.
     """
@@ -38,6 +40,8 @@ class Op:
     accepted: int = 0
     padding: int = 0
     order: tuple[int, ...] = ()
+    inert: int = 0
+    unmapped: bool = False
     q: int = 0
     to: int = 0
 
@@ -70,7 +74,10 @@ class Case:
     @property
     def size(self) -> int:
         """How much there is to read: what shrinking makes smaller."""
-        return sum(1 + sum(op.counts) + 4 * len(op.counts) + op.drafts + op.padding + op.accepted for op in self.ops)
+        return sum(
+            1 + sum(op.counts) + 4 * len(op.counts) + op.drafts + op.padding + op.accepted + op.inert + op.unmapped
+            for op in self.ops
+        )
 
     def to_json(self) -> str:
         """One line, without what has its default."""
@@ -100,13 +107,15 @@ class Case:
         right = right and isinstance(self.scale, (int, float)) and 0 < self.scale < 1e6
         for op in self.ops:
             right = right and op.kind in ("step", "recycle", "move", "fork") and op.junk in JUNK
-            right = right and all(good(v, 0, _MAX_INT) for v in (*op.counts, op.drafts, op.padding, op.accepted))
+            right = right and all(
+                good(v, 0, _MAX_INT) for v in (*op.counts, op.drafts, op.padding, op.accepted, op.inert)
+            )
             right = right and good(op.q, 0, self.requests - 1) and good(op.to, 0, self.requests - 1)
             if right and op.kind == "step":
                 right = len(op.counts) == self.requests
                 right = right and (not op.order or sorted(op.order) == list(range(self.requests)))
             else:
-                right = right and not (op.counts or op.order or op.drafts or op.padding)
+                right = right and not (op.counts or op.order or op.drafts or op.padding or op.inert or op.unmapped)
         if not right:
             raise CheckpointError("case", "operations that fit", self.to_json()[:200])
         if (most := self._bytes(what)) > _MAX_BYTES:
@@ -117,7 +126,7 @@ class Case:
         """Of the largest thing that is made to play the case."""
         spec = what.spec
         steps = [op for op in self.ops if op.kind == "step"]
-        tokens = 1 + sum(sum(op.counts) + op.padding for op in steps)
+        tokens = 1 + sum(sum(op.counts) + op.padding + op.inert for op in steps)
         taken = tokens * (self.requests + len(self.ops) - len(steps))
         rows = max(taken, self.max_draft * (2 * self.requests + 3), self.requests * spec.window)
         rope = (self.first + tokens) * max(spec.rope_dim, 2) * 4
@@ -170,6 +179,10 @@ def _smaller_ops(op: Op) -> Iterator[Op]:
         yield replace(op, accepted=0)
     if op.padding:
         yield replace(op, padding=0)
+    if op.inert:
+        yield replace(op, inert=op.inert // 2)
+    if op.unmapped:
+        yield replace(op, unmapped=False)
     if op.drafts:
         yield replace(op, drafts=0, junk="", accepted=0)
         yield replace(op, drafts=op.drafts // 2, junk=op.junk if op.drafts > 1 else "")

@@ -110,6 +110,22 @@ def inertness(rng: random.Random, able: Capabilities) -> Iterator[Case]:
         yield Case(spec, n, ops, rng.randrange(1 << 30))
 
 
+def inert(rng: random.Random, able: Capabilities) -> Iterator[Case]:
+    """Steps with one more request, of NaN, that has state slot -1."""
+    for spec in able.specs:
+        r = compressor(spec).spec.ratio
+        ops = tuple(step(rng.choice(menu(spec, able)[1:6]), inert=n) for n in (2 * r, 1, r))
+        yield Case(spec, 1, (*ops, step(r)), rng.randrange(1 << 30))
+
+
+def unmapped(rng: random.Random, able: Capabilities) -> Iterator[Case]:
+    """Steps whose cache rows are mapped token by token, some of them to nobody; slot 0 is a legal slot."""
+    for spec in able.specs:
+        r = compressor(spec).spec.ratio
+        ops = (step(2 * r, unmapped=True), step(5), step(r, unmapped=True), step(2 * r + 1, unmapped=True), step(r))
+        yield Case(spec, 1, ops, rng.randrange(1 << 30))
+
+
 def recycled(rng: random.Random, able: Capabilities) -> Iterator[Case]:
     """A slot starts over, for prompts of every awkward length, in memory that holds another request or NaN."""
     for spec in able.specs:

@@ -17,7 +17,8 @@ from kvcondense.conformance.coverage import Coverage
 from kvcondense.conformance.histories import step
 from kvcondense.conformance.judge import against_golden, against_itself, bits
 from kvcondense.conformance.own import BackendAdapter
-from kvcondense.conformance.play import Player, Request, raw
+from kvcondense.conformance.play import Player, raw
+from kvcondense.conformance.script import Request
 from kvcondense.conformance.stored import CANARY
 from kvcondense.formats import FORMATS
 from kvcondense.layout.batch import RaggedBatch
@@ -168,39 +169,6 @@ def _deterministic(player: Player) -> str | None:
     return None
 
 
-def _one_request(make: Factory) -> Player:
-    """A request that has had no step yet, with tokens for one of two windows, whose cache slots are then given."""
-    spec = make().capabilities.specs[0]
-    return Player(Case(spec, 1, (step(2 * compressor(spec).spec.ratio), step(5))), make)
-
-
-def _inert(make: Factory) -> str | None:
-    """A request with state slot -1 beside a live one, with tokens of NaN; slot 0 is a legal slot."""
-    player = _one_request(make)
-    request, n = player.live[0], 2 * player.spec.ratio
-    mapping = torch.full((2 * n,), -1)
-    windows = player.frame.slots(request, torch.arange(2))
-    mapping[player.spec.ratio - 1], mapping[n - 1] = windows[0], windows[1]
-    batch = RaggedBatch.build(
-        [0, n, 2 * n], start_positions=[0, 3], state_slots=[request.slot, -1], slot_mapping=mapping
-    )
-    player.adapter.step(torch.cat([request.tokens[:n], torch.full((n, player.spec.projected), float("nan"))]), batch)
-    request.touched, request.done = {0, 1}, n
-    return whole(player)
-
-
-def _unmapped(make: Factory) -> str | None:
-    """Of two windows, the first has cache slot -1; slot 0 is a legal slot."""
-    player = _one_request(make)
-    request, n = player.live[0], 2 * player.spec.ratio
-    mapping = torch.full((n,), -1)
-    mapping[n - 1] = int(player.frame.slots(request, torch.tensor([1]))[0])
-    batch = RaggedBatch.build([0, n], start_positions=[0], state_slots=[request.slot], slot_mapping=mapping)
-    player.adapter.step(request.tokens[:n], batch)
-    request.touched, request.done, request.mine = {1}, n, 1
-    return whole(player)
-
-
 def _refusals(make: Factory) -> str | None:
     """Bad metadata raises, and neither cache nor state changes."""
     spec = make().capabilities.specs[0]
@@ -267,8 +235,8 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant("I2 rollback", "rejected drafts leave no trace", histories.rollback, whole, (*_SPLIT, "max_draft")),
     Invariant("I3 isolation", "slots, order and neighbours do not show", histories.isolation, whole, _BOTH),
     Invariant("I4 inertness", "spare tokens of NaN do nothing", histories.inertness, whole, (*_SPLIT, "spare")),
-    Invariant("I4 inert request", "state slot -1 does nothing", needs=("exact", "inert", "ragged"), special=_inert),
-    Invariant("I4 slot -1", "it writes nothing", needs=("exact", "unmapped"), special=_unmapped),
+    Invariant("I4 inert request", "state slot -1 does nothing", histories.inert, whole, (*_BOTH, "inert")),
+    Invariant("I4 slot -1", "it writes nothing", histories.unmapped, whole, (*_SPLIT, "unmapped")),
     Invariant("I7 position", "rows rotate at c r, up to 2^20", histories.positions, _golden, ("chunks",)),
     Invariant("I7 address", "rows beyond element 2^31 are not lost", histories.addresses, _golden),
     Invariant("I8 portability", "moved and forked requests go on", histories.moves, whole, (*_BOTH, "exports")),

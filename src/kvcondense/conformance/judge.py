@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from kvcondense.conformance import stored
-from kvcondense.conformance.play import Player, Request, at, begin, raw
+from kvcondense.conformance.play import Player, at, begin, raw
+from kvcondense.conformance.script import Request
 from kvcondense.golden.compare import Comparator, ratio_allclose, row_bounds
 from kvcondense.golden.decode import DecodeCompressor, sylvester
 from kvcondense.numerics import ulp_distance
@@ -26,15 +27,15 @@ def golden_rows(player: Player, request: Request) -> torch.Tensor:
     """The request's own rows, token by token in the golden reference: [n, head_dim] fp32."""
     first, spec = player.case.first, replace(player.spec, rounding=_rounding(player))
     hadamard = sylvester(spec.head_dim) if spec.rotate else None
-    w = player.weights
-    decode = DecodeCompressor(spec, w.ape, w.norm, player.rope.cos, player.rope.sin, hadamard)
+    w, rope = player.setup.weights, player.setup.rope
+    decode = DecodeCompressor(spec, w.ape, w.norm, rope.cos, rope.sin, hadamard)
     able = player.adapter.capabilities
     if first and not (able.exports or able.offsets):  # what came before was a prefix of zeros
         for position in range(max(0, first - spec.window), first):
             decode.step(torch.zeros(spec.width), torch.zeros(spec.width), position)
     rows = {}
-    for i in range(request.done - first):
-        kv, score = request.tokens[i].split(spec.width)
+    for i, token in enumerate(player.script.tokens_of(request)):
+        kv, score = token.split(spec.width)
         row = decode.step(kv, score, first + i)
         if row is not None:
             rows[(first + i) // spec.ratio] = row
@@ -101,11 +102,11 @@ def against_itself(player: Player, request: Request) -> str | None:
     alone = player.make()
     alone_setup = replace(setup, num_slots=3, max_draft=0, num_pages=frame.pages + 1)
     alone.init(alone_setup)
-    twin = Request(request.tokens, 1, torch.arange(frame.pages) + 1, player.case.first)
+    twin = Request(request.parts, 1, torch.arange(frame.pages) + 1, player.case.first)
     if player.case.first:
-        begin(alone, alone_setup, frame, twin)
-    count = request.done - player.case.first
-    alone.step(request.tokens[:count], frame.batch([twin], [count], [0]))
+        begin(alone, alone_setup, frame, twin.slot, twin.done, twin.pages)
+    tokens = player.script.tokens_of(request)
+    alone.step(tokens, frame.batch([twin], [tokens.shape[0]], [0]))
     twin.done = request.done
     actual = player.rows(frame.slots(request, own))
     expected = alone.rows(frame.slots(twin, own))
