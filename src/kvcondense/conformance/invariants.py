@@ -175,9 +175,10 @@ def _one_request(make: Factory) -> Player:
 
 
 def _inert(make: Factory) -> str | None:
-    """A request with state slot -1 beside a live one, with tokens of NaN; slot 0 is a legal slot."""
+    """A request with state slot -1, with tokens of NaN, beside a live one in slot 0: what -1 becomes when clamped."""
     player = _one_request(make)
     request, n = player.live[0], 2 * player.spec.ratio
+    request.slot = 0
     mapping = torch.full((2 * n,), -1)
     windows = player.frame.slots(request, torch.arange(2))
     mapping[player.spec.ratio - 1], mapping[n - 1] = windows[0], windows[1]

@@ -82,6 +82,8 @@ class Player:
         self.base = _FAR_BYTES // page_bytes + 1 if case.far else 1  # page base - 1 belongs to nobody
         used = generations * self.frame.pages
         self.free_pages = torch.randperm(used, generator=self.gen) + self.base
+        if case.far:  # the first rows of all lie in the cache's last page
+            self.free_pages = self.free_pages.sort(descending=True).values
         slots = 2 * n + 3
         self.free_slots = torch.randperm(slots, generator=self.gen).tolist()
         self.setup = Setup(
