@@ -81,7 +81,7 @@ MUTANTS = (
         alter=_drop_documents,
     ),
     Mutant(
-        "empty-request-takes-a-token",
+        "empty-takes-a-token",
         "a request without tokens takes the next one's first",
         PADDING,
         alter=_take_for_empty,

@@ -126,7 +126,7 @@ MUTANTS = (
         "eight-drafts-kept-for", "keeps no rows for more than eight rejected drafts", SPECULATION, alter=_keep_for_eight
     ),
     Mutant(
-        "drafts-at-committed-length",
+        "drafts-at-committed",
         "every draft is kept in the row where the committed tokens end",
         SPECULATION,
         Stages(keep=_keep_drafts_at_committed),
