@@ -22,6 +22,7 @@ from kvcondense.conformance.cases import Case, Op, shrink
 from kvcondense.conformance.invariants import INVARIANTS, check, first_failure, play, whole
 from kvcondense.conformance.mutants import MUTANTS
 from kvcondense.conformance.own import KINDS, BackendAdapter, load_factory
+from kvcondense.conformance.script import Script
 from kvcondense.conformance.soak import soak
 from kvcondense.conformance.stored import CANARY
 from kvcondense.stages import pool, rope
@@ -76,6 +77,16 @@ def test_histories_are_as_wide_as_what_is_declared():
         assert all(op.drafts <= most for case in invariant.cases(random.Random(0), narrow) for op in case.ops)
         asked = {op.drafts for case in invariant.cases(random.Random(0), narrow) for op in case.ops}
         assert {1, most - 1, most} <= asked
+
+
+def test_far_rows_lie_in_the_last_page():
+    invariant = next(i for i in INVARIANTS if i.name == "I7 address")
+    for seed in range(3):
+        for case in invariant.cases(random.Random(seed), BackendAdapter().capabilities):
+            script = Script(case)
+            first = script.frame.slots(script.live[0], torch.tensor([0]))
+            assert 0 in script.live[0].touched
+            assert int(first) // script.setup.page_rows == script.setup.num_pages - 1
 
 
 def test_transformers_passes_what_it_declares():

@@ -1,5 +1,7 @@
 """The golden run, its comparators, and the mutants that verify must catch."""
 
+import re
+
 import pytest
 import torch
 
@@ -149,8 +151,10 @@ def test_bad_cases_are_refused(case, name):
 
 
 def test_the_list_of_mutants_covers_what_applies():
-    assert len(MUTANTS) >= 32
+    assert len(MUTANTS) >= 50
     assert all(m.bug and m.name == n for n, m in MUTANTS.items())
+    assert len({m.bug for m in MUTANTS.values()}) == len(MUTANTS)
+    assert {int(re.match(r"B(\d+) \w", m.bug_class)[1]) for m in MUTANTS.values()} == set(range(1, 15))
 
 
 @pytest.mark.parametrize("name", ["current-token-only", "uniform-average", "overlap-ignored", "scalar-gate"])

@@ -28,12 +28,19 @@ ACTIONS = ("info", "check", "cut")
 WARM_STATES = ("ring", "paged", "online")
 ADAPTER_STATES = ("ring", "paged", "online")
 MUTANTS = (
-    "current-token-only", "uniform-average", "scalar-gate", "ape-dropped", "ape-shifted", "overlap-ignored",
-    "overlap-swapped", "neighbour-window", "rope-at-row-index", "rope-at-last-position", "half-split-pairs",
-    "theta-1e4", "no-yarn", "eps-times-10", "no-bf16-before-norm", "gamma-dropped", "rotate-ignored",
-    "row-0-for-minus-1", "state-not-reset", "emission-late", "emission-twice", "stale-draft-row",
-    "drafts-not-kept-for", "eight-drafts-kept-for", "online-drafts-folded", "ring-race", "scale-floor-on-scale",
-    "scale-rounded-down", "fp4-ties-down", "fp4-nibbles-swapped", "scales-inline", "pad-unwritten", "int32-address",
+    "ape-dropped", "ape-shifted", "ape-by-chunk-offset", "bias-twice-from-state", "overlap-ignored", "overlap-swapped",
+    "neighbour-window", "halo-across-documents", "first-halo-score-zero", "halo-lost-at-boundary", "state-not-reset",
+    "chunk-start-aligned", "current-token-only", "uniform-average", "scalar-gate", "softmax-without-max",
+    "softmax-not-rescaled", "rope-at-row-index", "rope-at-last-position", "rope-clamped", "rope-table-bf16",
+    "half-split-pairs", "theta-1e4", "no-yarn", "yarn-as-linear", "yarn-ramp-reversed", "eps-times-10",
+    "eps-outside-root", "no-bf16-before-norm", "gamma-dropped", "rotate-ignored", "rotate-always", "row-0-for-minus-1",
+    "emission-late", "emission-twice", "partial-window-emitted", "previous-plan", "int32-address", "int32-last-page",
+    "stale-draft-row", "drafts-not-kept-for", "eight-drafts-kept-for", "drafts-at-committed",
+    "online-drafts-folded", "ring-race", "ring-wraps-early", "state-in-bf16", "stale-block-table",
+    "state-slot-by-order", "second-document-as-padding", "empty-takes-a-token", "inert-slot-clamped",
+    "spare-tokens-to-last", "split-by-batch-size", "scale-floor-on-scale", "scale-rounded-down", "scale-rounded-after",
+    "mx-scale-as-fp32", "fp4-ties-down", "fp4-nibbles-swapped", "fnuz-for-e4m3", "scales-inline",
+    "interleaved-as-split", "pad-unwritten",
 )  # fmt: skip
 ADAPTERS = (*BACKENDS, *(f"reference:{kind}" for kind in ADAPTER_STATES), *(f"mutant:{name}" for name in MUTANTS))
 CASES = (

@@ -39,12 +39,16 @@ def widths(spec: CompressorSpec, most: int) -> list[int]:
 
 
 def numerics(rng: random.Random, able: Capabilities) -> Iterator[Case]:
-    """One request at a time: a prefill, then single tokens, at three input scales; 2e-3 is near the root of eps."""
+    """One request at a time: a prefill, then single tokens, at three input scales; 2e-3 is near the root of eps.
+
+    Then a prefill with scores up to 6e3 and down to -6e3, whose exponentials no fp32 holds.
+    """
     for spec in able.specs:
         w = compressor(spec).spec.window
         for scale in (1.0, 0.1, 2e-3):
             ops = (step(3 * w + rng.randrange(4)), *(step(1),) * min(compressor(spec).spec.ratio + 1, 6))
             yield Case(spec, 1, ops, rng.randrange(1 << 30), scale)
+        yield Case(spec, 1, (step(2 * w),), rng.randrange(1 << 30), 3e3)
 
 
 def emission(rng: random.Random, able: Capabilities) -> Iterator[Case]:

@@ -1,0 +1,262 @@
+"""Which vectors there are: every history of every invariant as a script, refusals, and every cache format to the byte."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from kvcondense.conformance import stored
+from kvcondense.conformance.adapter import Capabilities
+from kvcondense.conformance.cases import Case
+from kvcondense.conformance.compressors import SMALL, compressor
+from kvcondense.conformance.histories import step
+from kvcondense.conformance.invariants import INVARIANTS, Invariant
+from kvcondense.conformance.judge import MIN_EQUAL, quantisation, reference_rows
+from kvcondense.conformance.script import Begin, Copy, Reset, Script, Step
+from kvcondense.conformance.vectors.schema import JUNK, Op, Vector
+from kvcondense.formats import FORMATS, CacheFormat
+from kvcondense.golden.compare import bounds_of_rows
+from kvcondense.golden.run import golden_bytes
+from kvcondense.layout.batch import RaggedBatch
+from kvcondense.spec import Rounding
+
+Made = tuple[Vector, dict[str, torch.Tensor]]
+
+CLASSES = {
+    "I6 emission": "B2 decode != prefill",
+    "I9 numerics": "B12 numerics",
+    "I9 bytes": "B12 numerics",
+    "I1 composition": "B2 decode != prefill",
+    "I5 only-written reads": "B3 aliasing",
+    "I2 rollback": "B1 speculation",
+    "I3 isolation": "B11 batch dependence",
+    "I4 inertness": "B4 padding, graphs",
+    "I4 inert request": "B4 padding, graphs",
+    "I4 slot -1": "B4 padding, graphs",
+    "I7 position": "B5 RoPE",
+    "I7 address": "B9 bounds",
+    "I8 portability": "B8 transfer",
+    "I8 fork": "B7 prefix reuse",
+    "I10 determinism": "B10 races",
+    "I12 fail closed": "B9 bounds",
+}
+"""The class of bugs that an invariant's vectors catch."""
+_SEED = 7
+_REPEAT = 4
+_SAFE = str.maketrans({" ": "-", "=": "-", "!": "", ",": ""})
+
+
+def vectors() -> Iterator[Made]:
+    """All of them, with what must come out: ``expected`` and ``bound`` fp32 [n, head_dim], or ``rows``, bytes.
+
+    ``positions``, ``cos`` and ``sin`` [n, rope_dim / 2] are beside them, for who has no table of angles.
+    """
+    able = Capabilities(specs=SMALL)
+    for invariant in INVARIANTS:
+        if invariant.cases is None:
+            continue
+        count: dict[str, int] = {}
+        for case in invariant.cases(random.Random(f"{invariant.name} {_SEED}"), able):
+            number = count[case.spec] = count.get(case.spec, -1) + 1
+            yield _of_case(invariant, replace(case, seed=case.seed % (1 << 31)), number)
+    for spec in SMALL:
+        yield _refusals(spec)
+    for form in FORMATS.values():
+        yield _of_format(form)
+
+
+def _of_case(invariant: Invariant, case: Case, number: int) -> Made:
+    """A history and, where any split must give the same bits, each request once more, alone and in one step."""
+    again = "exact" in invariant.needs
+    script = Script(case, twins=again)
+    vector = _vector(f"{invariant.name} {case.spec} {number}", invariant.name, invariant.promise, script)
+    vector.needs = [need for need in invariant.needs if need not in ("formats", "returns_state")]
+    vector.needs += ["begins"] * bool(case.first) + ["huge_cache"] * case.far
+    vector.repeat = _REPEAT if invariant.name == "I10 determinism" else 1
+    return vector, _expect(script, vector)
+
+
+def _vector(name: str, invariant: str, promise: str, script: Script) -> Vector:
+    spec, setup, form = script.spec, script.setup, script.what.format
+    return Vector(
+        name=name.translate(_SAFE),
+        invariant=invariant,
+        promise=promise,
+        bug_class=CLASSES[invariant],
+        needs=[],
+        compressor=spec.as_dict(),
+        format=form.name,
+        page_rows=setup.page_rows,
+        num_pages=setup.num_pages,
+        num_slots=setup.num_slots,
+        max_draft=setup.max_draft,
+        max_positions=setup.max_positions,
+        seed=script.case.seed,
+        scale=script.case.scale,
+        ops=[_op(op, script) for op in script.ops],
+        read=[],
+    )
+
+
+def _expect(script: Script, vector: Vector) -> dict[str, torch.Tensor]:
+    """Fill in what is read, and compute what must be there."""
+    spec, form, frame = script.spec, script.what.format, script.frame
+    rows, positions = [], []
+    for request in script.live:
+        own = script.own_rows(request)
+        slots = frame.slots(request, own).tolist()
+        twin = script.twins.get(request)
+        rows.append(reference_rows(script, request, spec.rounding))
+        positions += (own * spec.ratio).tolist()
+        vector.read += slots
+        if twin is not None:
+            begin = len(vector.read)
+            vector.equal += [[begin - len(slots) + i, begin + i] for i in range(len(slots))]
+            vector.read += frame.slots(twin, own).tolist()
+            rows.append(rows[-1])
+            positions += (own * spec.ratio).tolist()
+    if not script.case.far:
+        written = {s for request in script.all for s in frame.slots(request, _sorted(request.touched)).tolist()}
+        vector.untouched = [s for s in range(vector.num_pages * vector.page_rows) if s not in written]
+    vector.min_equal = MIN_EQUAL if spec.rounding is Rounding.REFERENCE and form.name == "bf16" else 0.0
+    expected = torch.cat([*rows, torch.zeros(0, spec.head_dim)])
+    if form.plain is None:
+        bound = bounds_of_rows(spec, expected, quantisation(form, not spec.rounding.row))
+    else:
+        expected = expected.bfloat16().float()
+        bound = bounds_of_rows(spec, expected)
+    at = torch.tensor(positions, dtype=torch.int64)
+    cos, sin = script.setup.rope.rows(at)
+    up = (bound * (1 + 2.0**-20)).float()  # to fp32, and never down
+    return {"expected": expected, "bound": up, "positions": at, "cos": cos, "sin": sin}
+
+
+def _sorted(rows: set[int]) -> torch.Tensor:
+    return torch.tensor(sorted(rows), dtype=torch.int64)
+
+
+def _op(op: Step | Begin | Copy | Reset, script: Script) -> Op:
+    if isinstance(op, Begin):
+        return Op("begin", slot=op.slot, position=op.position)
+    if isinstance(op, Copy):
+        return Op("copy", slot=op.source, to=op.target, position=op.position)
+    if isinstance(op, Reset):
+        return Op("reset", slot=op.slot)
+    return _step(op, script)
+
+
+def _step(op: Step, script: Script) -> Op:
+    batch, spec = op.batch, script.spec
+    assert batch.state_slots is not None
+    found = Op(
+        "step",
+        pieces=[[p.stream, p.first, p.count, JUNK.index(p.junk)] for p in op.pieces],
+        query_start_loc=batch.query_start_loc.tolist(),
+        start_positions=batch.start_positions.tolist(),
+        draft_rows=batch.draft_rows.tolist(),
+        state_slots=batch.state_slots.tolist(),
+        slot_mapping=slot_mapping(batch, spec.ratio, script.setup.page_rows),
+    )
+    if batch.block_table is not None:
+        found.first_page = script.case.first // spec.ratio // script.setup.page_rows
+        found.block_table = batch.block_table[:, found.first_page :].tolist()
+    return found
+
+
+def slot_mapping(batch: RaggedBatch, ratio: int, page_rows: int) -> list[int]:
+    """The cache row of the window that each token completes; of a request without a position, legal rows all the same."""
+    if batch.slot_mapping is not None:
+        return batch.slot_mapping.tolist()
+    assert batch.block_table is not None
+    found = [-1] * int(batch.query_start_loc[-1])
+    for q, (start, count) in enumerate(zip(batch.start_positions.tolist(), batch.lengths.tolist(), strict=True)):
+        begin, start = int(batch.query_start_loc[q]), max(start, 0)
+        for t in range(count):
+            if (start + t + 1) % ratio == 0:
+                window = (start + t) // ratio
+                found[begin + t] = int(batch.block_table[q, window // page_rows]) * page_rows + window % page_rows
+    return found
+
+
+def _refusals(words: str) -> Made:
+    """A request that goes on as if the steps that must be refused had never been."""
+    spec = compressor(words).spec
+    script = Script(Case(words, 1, (step(9), step(spec.window), step(spec.ratio)), seed=_SEED), twins=True)
+    name, promise = "I12 fail closed", "bad metadata raises before any write"
+    vector = _vector(f"{name} {words}", name, promise, script)
+    vector.needs = ["refuses", "exact", "chunks"]
+    good, rest = vector.ops[1], vector.ops[1:]
+    vector.ops = [vector.ops[0], *_wrongs(good, vector, spec.window), *rest]
+    return vector, _expect(script, vector)
+
+
+def _wrongs(good: Op, vector: Vector, window: int) -> Iterator[Op]:
+    assert good.slot_mapping is not None
+    assert good.start_positions is not None
+    assert good.query_start_loc is not None
+    beyond = [vector.num_pages * vector.page_rows if s >= 0 else -1 for s in good.slot_mapping]
+    far = [(1 << 40) if s >= 0 else -1 for s in good.slot_mapping]
+    changes: dict[str, dict[str, list[int]]] = {
+        "a position that nobody wrote up to": {"start_positions": [good.start_positions[0] + window + 5]},
+        "a state slot beyond the last one": {"state_slots": [vector.num_slots]},
+        "more drafts than tokens": {"draft_rows": [good.query_start_loc[-1] + 1]},
+        "a cache row beyond the last one": {"slot_mapping": beyond},
+        "a cache row beyond all memory": {"slot_mapping": far},
+        "fewer tokens than query_start_loc says": {"query_start_loc": [0, good.query_start_loc[-1] + 1]},
+    }
+    for why, change in changes.items():
+        yield replace(good, op="refuse", why=why, first_page=None, block_table=None, **change)
+
+
+def _of_format(form: CacheFormat) -> Made:
+    """Rows that every rounding leaves alone, so that a cache's bytes are certain: first windows, all tokens alike.
+
+    A row of small integers whose squares have mean 1, times a norm's weight of few bits: pooling tokens that are alike,
+    the norm (eps moves it by less than half a bf16 step), and RoPE at position 0 change nothing.
+    """
+    d = form.head_dim or 64
+    name = "indexer" if d == 128 else "csa"
+    rope = f"rope_dim={form.rope_dim or 16}"
+    rows = max(3, form.tile)
+    words = f"{name} head_dim={d} {rope} rotate=false has_ape=false format={form.name} page_rows={rows}"
+    spec = compressor(words).spec
+    rng = random.Random(f"{form.name} {_SEED}")
+    patterns = torch.stack([_pattern(d, share, rng) for share in (0, 1, 2, 3, 1, 2)])
+    weight = _weight(d, rng)
+    requests = patterns.shape[0]
+    script = Script(Case(words, requests, (step(*[spec.ratio] * requests),), seed=_SEED))
+    vector = _vector(f"I9 bytes {form.name}", "I9 bytes", "every byte of every cache format", script)
+    vector.needs, vector.pattern, vector.exact = ["ragged", f"format {form.name}"], True, True
+    vector.tensor_scale = stored.TENSOR_SCALE if form.tensor_scale else None
+    slots = [int(script.frame.slots(q, torch.tensor([0]))) for q in script.live]
+    cache = stored.new_cache(form, d, vector.num_pages, rows)
+    written = {slot: patterns[i].float() * weight for i, slot in enumerate(slots)}
+    data = golden_bytes(cache, written)
+    sizes = [t.numel() * t.element_size() for t in cache.memory]
+    for t, part in zip(cache.memory, data.split(sizes), strict=True):
+        t.flatten().view(torch.uint8).copy_(part)
+    every = torch.arange(vector.num_pages * rows)
+    vector.read = every.tolist()
+    expected = {"rows": stored.raw(stored.stored(cache, every)), "pattern": patterns, "norm": weight}
+    return vector, {**expected, "pages": cache.data.clone()}
+
+
+def _pattern(d: int, share: int, rng: random.Random) -> torch.Tensor:
+    """d small integers, shuffled, whose squares have mean 1: int8."""
+    ones, twos, fours = ((d, 0, 0), (d // 2, d // 8, 0), (0, d // 4, 0), (0, 0, d // 16))[share]
+    values = [1] * ones + [2] * twos + [4] * fours
+    values += [0] * (d - len(values))
+    rng.shuffle(values)
+    return torch.tensor([v * rng.choice((-1, 1)) for v in values], dtype=torch.int8)
+
+
+def _weight(d: int, rng: random.Random) -> torch.Tensor:
+    """Weights of the norm that bf16 holds: of 3, 4 or 8 bits (ties of FP4, of FP8, of neither), over 24 powers of two."""
+    found = []
+    for c in range(d):
+        bits = rng.choice((2, 3, 7))
+        found.append((1 + rng.randrange(1 << bits) / (1 << bits)) * 2.0 ** (2 - 24 * c // d - rng.randrange(3)))
+    return torch.tensor(found)
