@@ -8,8 +8,9 @@ import torch
 
 from kvcondense.conformance import stored
 from kvcondense.conformance.play import Player, at, begin, raw
-from kvcondense.conformance.script import Request
-from kvcondense.golden.compare import Comparator, ratio_allclose, row_bounds
+from kvcondense.conformance.script import Request, Script
+from kvcondense.formats import CacheFormat
+from kvcondense.golden.compare import Comparator, Quantisation, ratio_allclose, row_bounds
 from kvcondense.golden.decode import DecodeCompressor, sylvester
 from kvcondense.numerics import ulp_distance
 from kvcondense.spec import Rounding
@@ -25,21 +26,25 @@ def _rounding(player: Player) -> Rounding:
 
 def golden_rows(player: Player, request: Request) -> torch.Tensor:
     """The request's own rows, token by token in the golden reference: [n, head_dim] fp32."""
-    first, spec = player.case.first, replace(player.spec, rounding=_rounding(player))
-    hadamard = sylvester(spec.head_dim) if spec.rotate else None
-    w, rope = player.setup.weights, player.setup.rope
-    decode = DecodeCompressor(spec, w.ape, w.norm, rope.cos, rope.sin, hadamard)
     able = player.adapter.capabilities
-    if first and not (able.exports or able.offsets):  # what came before was a prefix of zeros
-        for position in range(max(0, first - spec.window), first):
-            decode.step(torch.zeros(spec.width), torch.zeros(spec.width), position)
+    prefix = player.case.first > 0 and not (able.exports or able.offsets)
+    return reference_rows(player.script, request, _rounding(player), prefix=prefix)
+
+
+def reference_rows(script: Script, request: Request, rounding: Rounding, *, prefix: bool = False) -> torch.Tensor:
+    """The rows of a request of a script; ``prefix``: tokens of zeros came before its first one."""
+    first, spec, setup = script.case.first, replace(script.spec, rounding=rounding), script.setup
+    hadamard = sylvester(spec.head_dim) if spec.rotate else None
+    decode = DecodeCompressor(spec, setup.weights.ape, setup.weights.norm, setup.rope.cos, setup.rope.sin, hadamard)
+    for position in range(max(0, first - spec.window) if prefix else first, first):
+        decode.step(torch.zeros(spec.width), torch.zeros(spec.width), position)
     rows = {}
-    for i, token in enumerate(player.script.tokens_of(request)):
+    for i, token in enumerate(script.tokens_of(request)):
         kv, score = token.split(spec.width)
         row = decode.step(kv, score, first + i)
         if row is not None:
             rows[(first + i) // spec.ratio] = row
-    wanted = [rows[c] for c in player.own_rows(request).tolist()]
+    wanted = [rows[c] for c in script.own_rows(request).tolist()]
     return torch.stack(wanted) if wanted else torch.zeros(0, spec.head_dim)
 
 
@@ -52,7 +57,8 @@ def against_golden(player: Player, request: Request) -> str | None:
         wrong_pad = (stored.pad_of(form, spec.head_dim, actual) != 0).any(-1).nonzero()[:, 0]
         if wrong_pad.shape[0]:
             return f"{_name(player, request, int(wrong_pad[0]))}: pad bytes that are not 0"
-        return _beyond(player, request, stored.values(form, spec.head_dim, actual), expected, _with_format(player))
+        bounds = row_bounds(spec, quantisation=quantisation(form, not _rounding(player).row))
+        return _beyond(player, request, stored.values(form, spec.head_dim, actual), expected, bounds)
     expected = expected.to(actual.dtype)
     if close is not None:
         return _beyond(player, request, actual, expected, ratio_allclose(close, close, 0.0))
@@ -62,16 +68,14 @@ def against_golden(player: Player, request: Request) -> str | None:
     return result.detail or None
 
 
-def _with_format(player: Player) -> Comparator:
-    """The bounds of bf16 rows, and twice half a step of the format: a flip of a bf16 rounding can double a scale."""
-    form = player.what.format
+def quantisation(form: CacheFormat, exact: bool) -> Quantisation:
+    """What a format may add to the bounds of rows: twice half a step, since a flip of a rounding can double a scale."""
     scale = torch.tensor(stored.TENSOR_SCALE) if form.tensor_scale else None
-    exact = not _rounding(player).row
 
     def step(rows: torch.Tensor) -> torch.Tensor:
         return 2 * form.error_bound(rows, form.encode(rows, scale, exact), scale, exact)
 
-    return row_bounds(player.spec, quantisation=step)
+    return step
 
 
 def _beyond(

@@ -106,7 +106,7 @@ def begin(adapter: Adapter, setup: Setup, frame: Frame, slot: int, position: int
     """
     able = adapter.capabilities
     if able.exports:
-        _seed(adapter, setup, slot, position)
+        seed(adapter, setup, slot, position)
     elif not able.offsets:
         _prefix(adapter, setup, frame.what, slot, position, None if able.unmapped else pages)
 
@@ -131,7 +131,7 @@ def _prefix(
         adapter.step(torch.zeros(count, setup.spec.projected), batch)
 
 
-def _seed(adapter: Adapter, setup: Setup, slot: int, position: int) -> None:
+def seed(adapter: Adapter, setup: Setup, slot: int, position: int) -> None:
     """Import a state without history at a window boundary."""
     spec, at = setup.spec, RaggedBatch.at(position, state_slot=0)
     pool = StatePool.ring(spec, 1)

@@ -122,7 +122,8 @@ class Frame:
 class Script:
     """What an adapter is prepared for (``setup``), what then happens (``ops``), how the requests stand at the end."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, *, twins: bool = False) -> None:
+        """``twins``: in the end every request comes once more, alone, with all its committed tokens in one step."""
         self.case, self.what = case, case.compressor
         self.spec = spec = self.what.spec
         n = case.requests
@@ -131,16 +132,18 @@ class Script:
         longest = sum(sum(op.counts) for op in case.ops) + 1
         size = self.what.page_rows
         self.frame = Frame(self.what, case.first, longest // spec.ratio // size + 2)
-        generations = n + sum(op.kind in ("recycle", "fork") for op in case.ops)
+        generations = n + n * twins + sum(op.kind in ("recycle", "fork") for op in case.ops)
         elements = max(1, self.what.page_bytes // self.what.format.channels[0].element.dtype.itemsize)
         base = _FAR_ELEMENTS // elements + 1 if case.far else 1  # page base - 1 belongs to nobody
         used = generations * self.frame.pages
         pages = self.rng.sample(range(base, base + used), used)
-        if case.far:  # the first rows of the first request lie on the very last page
-            pages = [base + used - 1, *(p for p in pages if p != base + used - 1)]
+        if case.far:  # the first rows of the first request lie in the cache's last page
+            pages.sort(reverse=True)
         self._pages = torch.tensor(pages)
-        slots = 2 * n + 3
+        slots = 2 * n + 3 + n * twins
         self._slots = self.rng.sample(range(slots), slots)
+        if any(op.inert for op in case.ops):  # what -1 is where it is clamped
+            self._slots.sort(key=lambda slot: slot == 0)
         positions = case.first + longest
         rope = RopeTable.build(self.what.config, positions + 1)
         self.setup = Setup(
@@ -151,6 +154,7 @@ class Script:
         self.live = [self._admit() for _ in range(n)]
         for op in case.ops:
             getattr(self, f"_{op.kind}")(op)
+        self.twins = {q: self._twin(q) for q in self.live if twins and q.done > case.first}
 
     def tokens(self, pieces: tuple[Piece, ...]) -> torch.Tensor:
         """What pieces hold: [T, 2N] fp32."""
@@ -243,6 +247,15 @@ class Script:
             self.ops.pop()  # a fork does not begin
         self.ops.append(Copy(origin.slot, copy.slot, origin.done, move=False))
         self.live[op.to] = copy
+
+    def _twin(self, request: Request) -> Request:
+        first, count = self.case.first, request.done - self.case.first
+        twin = self._admit(self._slots.pop(0))
+        twin.parts = request.parts
+        self.ops.append(Step(request.pieces(first, count, first), self.frame.batch([twin], [count], [0])))
+        twin.touched = set(range(first // self.spec.ratio, request.done // self.spec.ratio))
+        twin.done = request.done
+        return twin
 
 
 def _with_inert(batch: RaggedBatch, count: int) -> RaggedBatch:

@@ -57,10 +57,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
 
 
-def write(path: str | Path, text: str) -> None:
-    """``text`` in UTF-8, in the place of what ``path`` held."""
+def write(path: str | Path, content: str | bytes) -> None:
+    """``content``, text in UTF-8, in the place of what ``path`` held."""
     with replacing(path) as made:
-        made.write_text(text, encoding="utf-8")
+        made.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def why_not_written(path: str | Path) -> str | None:

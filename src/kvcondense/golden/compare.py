@@ -101,32 +101,41 @@ def same_bytes(describe: Callable[[int], str]) -> Comparator:
     return compare
 
 
-def row_bounds(
-    spec: CompressorSpec, min_equal: float = 0.0, quantisation: Callable[[torch.Tensor], torch.Tensor] | None = None
-) -> Comparator:
-    """Rows [..., d] of a compressor against the reference: how far rare flips of a bf16 rounding can carry an element.
+Quantisation = Callable[[torch.Tensor], torch.Tensor]
 
-    A change of the summation order flips a few roundings before RoPE. Allowed per element: 1e-3 + 1e-3 |e|; two bf16
-    steps of e; on RoPE channels 3.3 * 2^-8 * hypot(pair), since a flip in one channel of a pair reaches the other;
+
+def bounds_of_rows(
+    spec: CompressorSpec, expected: torch.Tensor, quantisation: Quantisation | None = None
+) -> torch.Tensor:
+    """How far an element of a row [..., d] may lie from the reference's: fp64, of the shape of ``expected``.
+
+    A change of the summation order flips a few bf16 roundings before RoPE. Allowed per element: 1e-3 + 1e-3 |e|; two
+    bf16 steps of e; on RoPE channels 3.3 * 2^-8 * hypot(pair), since a flip in one channel of a pair reaches the other;
     after a Hadamard rotation, which spreads a flip over the row, 2^-7 of the row's RMS. No budget of outliers; PR 270's
-    rules, 1e-3 or one step, fail correct outputs now and then. ``min_equal``: fraction of the elements that must be
-    bit-equal, which tells a missing rounding from a flipped one. ``quantisation``: what the cache's format may add.
+    rules, 1e-3 or one step, fail correct outputs now and then. ``quantisation``: what the cache's format may add.
+    """
+    e = expected.to(torch.float64)
+    step = torch.ldexp(torch.ones_like(e), torch.frexp(e).exponent - 8)  # one bf16 ulp of e
+    bound = torch.maximum(1e-3 + 1e-3 * e.abs(), 2 * step)
+    if spec.rotate:
+        bound = torch.maximum(bound, 2**-7 * e.square().mean(-1, keepdim=True).sqrt())
+    elif spec.rope_dim:
+        pairs = e[..., -spec.rope_dim :].unflatten(-1, (-1, 2))
+        reach = 3.3 * 2**-8 * pairs.norm(dim=-1).repeat_interleave(2, dim=-1)
+        bound[..., -spec.rope_dim :] = torch.maximum(bound[..., -spec.rope_dim :], reach)
+    return bound if quantisation is None else bound + quantisation(expected)
+
+
+def row_bounds(spec: CompressorSpec, min_equal: float = 0.0, quantisation: Quantisation | None = None) -> Comparator:
+    """Rows [..., d] of a compressor against the reference, within ``bounds_of_rows``.
+
+    ``min_equal``: fraction of the elements that must be bit-equal, which tells a missing rounding from a flipped one.
     """
 
     def compare(actual: torch.Tensor, expected: torch.Tensor) -> Comparison:
         if actual.shape != expected.shape:
             return _compare(actual, expected, torch.zeros(1, dtype=torch.bool), 0.0)
-        e = expected.to(torch.float64)
-        step = torch.ldexp(torch.ones_like(e), torch.frexp(e).exponent - 8)  # one bf16 ulp of e
-        bound = torch.maximum(1e-3 + 1e-3 * e.abs(), 2 * step)
-        if spec.rotate:
-            bound = torch.maximum(bound, 2**-7 * e.square().mean(-1, keepdim=True).sqrt())
-        elif spec.rope_dim:
-            pairs = e[..., -spec.rope_dim :].unflatten(-1, (-1, 2))
-            reach = 3.3 * 2**-8 * pairs.norm(dim=-1).repeat_interleave(2, dim=-1)
-            bound[..., -spec.rope_dim :] = torch.maximum(bound[..., -spec.rope_dim :], reach)
-        if quantisation is not None:
-            bound = bound + quantisation(expected)
+        bound, e = bounds_of_rows(spec, expected, quantisation), expected.to(torch.float64)
         result = _compare(actual, expected, (actual.to(torch.float64) - e).abs() <= bound, 0.0)
         if quantisation is not None:
             return replace(result, worst_ulp=None, equal=None, ulps=())

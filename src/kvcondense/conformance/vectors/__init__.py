@@ -1,1 +1,1 @@
-"""Test vectors: the kit without Python. Read schema (a vector), made (which there are), played, compared, in this order."""
+"""Test vectors, the kit without Python: schema (a vector), made (which there are), played, compared. In this order."""

@@ -1,4 +1,4 @@
-"""What an implementation wrote, against what a vector says must come out: every difference that counts, in a sentence."""
+"""What an implementation wrote, against what must come out of a vector: every difference that counts, in a sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which vectors there are: every history of every invariant as a script, refusals, and every cache format to the byte."""
+"""Which vectors there are: every history of every invariant, refusals, and every cache format to the byte."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from kvcondense.conformance.compressors import SMALL, compressor
 from kvcondense.conformance.histories import step
 from kvcondense.conformance.invariants import INVARIANTS, Invariant
 from kvcondense.conformance.judge import MIN_EQUAL, quantisation, reference_rows
+from kvcondense.conformance.mutants import mutant
+from kvcondense.conformance.play import raw
 from kvcondense.conformance.script import Begin, Copy, Reset, Script, Step
 from kvcondense.conformance.vectors.schema import JUNK, Op, Vector
 from kvcondense.formats import FORMATS, CacheFormat
@@ -26,22 +28,22 @@ from kvcondense.spec import Rounding
 Made = tuple[Vector, dict[str, torch.Tensor]]
 
 CLASSES = {
-    "I6 emission": "B2 decode != prefill",
-    "I9 numerics": "B12 numerics",
-    "I9 bytes": "B12 numerics",
-    "I1 composition": "B2 decode != prefill",
-    "I5 only-written reads": "B3 aliasing",
-    "I2 rollback": "B1 speculation",
-    "I3 isolation": "B11 batch dependence",
-    "I4 inertness": "B4 padding, graphs",
-    "I4 inert request": "B4 padding, graphs",
-    "I4 slot -1": "B4 padding, graphs",
-    "I7 position": "B5 RoPE",
-    "I7 address": "B9 bounds",
-    "I8 portability": "B8 transfer",
-    "I8 fork": "B7 prefix reuse",
-    "I10 determinism": "B10 races",
-    "I12 fail closed": "B9 bounds",
+    "I6 emission": mutant.CHUNKS,
+    "I9 numerics": mutant.NUMERICS,
+    "I9 bytes": mutant.NUMERICS,
+    "I1 composition": mutant.CHUNKS,
+    "I5 only-written reads": mutant.ALIASING,
+    "I2 rollback": mutant.SPECULATION,
+    "I3 isolation": mutant.BATCH,
+    "I4 inertness": mutant.PADDING,
+    "I4 inert request": mutant.PADDING,
+    "I4 slot -1": mutant.PADDING,
+    "I7 position": mutant.ROPE,
+    "I7 address": mutant.BOUNDS,
+    "I8 portability": mutant.TRANSFER,
+    "I8 fork": mutant.PREFIX,
+    "I10 determinism": mutant.RACES,
+    "I12 fail closed": mutant.BOUNDS,
 }
 """The class of bugs that an invariant's vectors catch."""
 _SEED = 7
@@ -167,7 +169,7 @@ def _step(op: Step, script: Script) -> Op:
 
 
 def slot_mapping(batch: RaggedBatch, ratio: int, page_rows: int) -> list[int]:
-    """The cache row of the window that each token completes; of a request without a position, legal rows all the same."""
+    """The cache row of the window that each token completes; legal ones for a request of nobody, too."""
     if batch.slot_mapping is not None:
         return batch.slot_mapping.tolist()
     assert batch.block_table is not None
@@ -240,7 +242,7 @@ def _of_format(form: CacheFormat) -> Made:
         t.flatten().view(torch.uint8).copy_(part)
     every = torch.arange(vector.num_pages * rows)
     vector.read = every.tolist()
-    expected = {"rows": stored.raw(stored.stored(cache, every)), "pattern": patterns, "norm": weight}
+    expected = {"rows": raw(stored.stored(cache, every)), "pattern": patterns, "norm": weight}
     return vector, {**expected, "pages": cache.data.clone()}
 
 
@@ -254,7 +256,7 @@ def _pattern(d: int, share: int, rng: random.Random) -> torch.Tensor:
 
 
 def _weight(d: int, rng: random.Random) -> torch.Tensor:
-    """Weights of the norm that bf16 holds: of 3, 4 or 8 bits (ties of FP4, of FP8, of neither), over 24 powers of two."""
+    """Weights of the norm of 3, 4 or 8 bits (ties of FP4, of FP8, of neither), over 24 powers of two."""
     found = []
     for c in range(d):
         bits = rng.choice((2, 3, 7))

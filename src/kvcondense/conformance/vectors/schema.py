@@ -68,10 +68,9 @@ class Vector:
     num_pages: the cache, full of bytes 0xA5 before anything is done; num_slots, max_draft, max_positions: the state.
     seed, scale: of the generator; tokens are its values times scale, ape half of that, the norm's weight 1 + value / 4.
     pattern: tokens of stream 2 + q are all row q of tensor ``pattern`` [R, head_dim], for kv in both halves if windows
-    overlap, with scores 0; the norm's weight is tensor ``norm``. ops: in order, ``repeat`` times from the start; outputs
-    of every time. read: cache slots to return as ``rows``. equal: pairs of them that must be equal to the bit.
-    min_equal: share of elements of ``rows`` that must equal the expected bf16 ones to the bit. untouched: slots that
-    must still hold 0xA5. exact: rows must equal the expected bytes.
+    overlap, with scores 0; the norm's weight is tensor ``norm``. ops: in order, ``repeat`` times from the start. read:
+    cache slots to return as ``rows``. equal: pairs of them that must be equal to the bit. min_equal: share of elements
+    of ``rows`` that must equal the expected bf16 ones to the bit. untouched: slots that must still hold 0xA5. exact: rows must equal the expected bytes.
     """
 
     name: str
@@ -116,7 +115,7 @@ class Vector:
             known(op, Op, f"{name} ops[{i}]")
         vector = typed(data, cls, name)
         if vector.schema != SCHEMA:
-            raise CheckpointError(f"{name} schema", SCHEMA, vector.schema)
+            raise CheckpointError(f"{name} schema", str(SCHEMA), vector.schema)
         return vector
 
 
@@ -141,8 +140,8 @@ def write(folder: Path, made: list[tuple[Vector, dict[str, torch.Tensor]]]) -> i
         for data, suffix in zip(both, ("json", "safetensors"), strict=True):
             files.write(folder / f"{vector.name}.{suffix}", data)
             size += len(data)
-        sums = (hashlib.sha256(data).hexdigest() for data in both)
-        entries[vector.name] = asdict(Entry(*sums, vector.invariant, vector.bug_class))
+        first, second = (hashlib.sha256(data).hexdigest() for data in both)
+        entries[vector.name] = asdict(Entry(first, second, vector.invariant, vector.bug_class))
     index = {"schema": SCHEMA, "kvcondense": kvcondense.__version__, "vectors": entries}
     whole = json.dumps(index, indent=1, sort_keys=True) + "\n"
     files.write(folder / "index.json", whole)
@@ -155,7 +154,7 @@ def index(folder: Path) -> dict[str, Entry]:
     content = files.read_text(folder / "index.json", "an index of test vectors", _MAX_JSON, "")
     data = typed(parsed(content, "index.json"), dict[str, Any], "index.json")
     if data.get("schema") != SCHEMA:
-        raise CheckpointError("index.json schema", SCHEMA, data.get("schema"))
+        raise CheckpointError("index.json schema", str(SCHEMA), data.get("schema"))
     found = typed(data.get("vectors"), dict[str, Entry], "index.json vectors")
     for name in found:
         if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):

@@ -2,9 +2,9 @@
 
 README = """# Test vectors of kvcondense
 
-DeepSeek-V4 compresses its KV cache: every r tokens become one row. These vectors check an implementation of that, in any
-language. `NAME.json` says what is to be done, `NAME.safetensors` what must come out, `index.json` lists them with the
-sha256 of both files and the class of bugs that each catches.
+DeepSeek-V4 compresses its KV cache: every r tokens become one row. These vectors check an implementation of that, in
+any language. `NAME.json` says what is to be done, `NAME.safetensors` what must come out. `index.json` lists them with
+the sha256 of both files and the class of bugs that each catches.
 
 For each vector you do what the JSON says and write `OUT/NAME.safetensors` with
 
