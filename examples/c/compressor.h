@@ -152,12 +152,13 @@ static inline int64_t *kvc_tag(const kvc_compressor *c, int64_t slot, int64_t po
 
 /* Whether a slot is one, and holds every row that a request at this position goes on from. */
 static inline const char *kvc_continues(kvc_compressor *c, int64_t slot, int64_t position) {
-  if (slot < 0 || slot >= c->s.num_slots) return kvc_wrong(c, "state_slots: expected a slot below", c->s.num_slots, slot);
+  if (slot < 0 || slot >= c->s.num_slots)
+    return kvc_wrong(c, "state_slots: expected a slot below", c->s.num_slots, slot);
   if (position < 0 || position > c->s.max_positions)
     return kvc_wrong(c, "start_positions: expected a position up to", c->s.max_positions, position);
   for (int64_t p = kvc_live_start(c, position); p < position; p++)
     if (*kvc_tag(c, slot, p) != p)
-      return kvc_wrong(c, "start_positions: expected a position that the state goes on at; it lacks position", p, position);
+      return kvc_wrong(c, "start_positions: expected one that the state goes on at, which lacks position", p, position);
   return NULL;
 }
 
@@ -185,8 +186,8 @@ static inline const char *kvc_check_windows(kvc_compressor *c, const kvc_batch *
     if (c->s.rope_dim && w * r >= c->s.table_rows)
       return kvc_wrong(c, "cos: expected rows of every position; the last one is", c->s.table_rows - 1, w * r);
     int64_t page = w / c->s.page_rows;
-    if (b->block_table && page >= b->pages) return kvc_wrong(c, "block_table: expected more pages than", page, b->pages);
     if (b->block_table) {
+      if (page >= b->pages) return kvc_wrong(c, "block_table: expected more pages than", page, b->pages);
       int64_t entry = b->block_table[q * b->pages + page];
       if (entry < 0 || entry >= c->s.num_pages)
         return kvc_wrong(c, "block_table: expected a page from 0, below", c->s.num_pages, entry);
@@ -213,7 +214,8 @@ static inline const char *kvc_check(kvc_compressor *c, const kvc_batch *b) {
     const char *wrong;
     if (!kvc_active(b, q)) continue;
     if ((wrong = kvc_continues(c, slot, start))) return wrong;
-    if (c->seen[slot] == c->steps) return kvc_wrong(c, "state_slots: expected every slot once, below", c->s.num_slots, slot);
+    if (c->seen[slot] == c->steps)
+      return kvc_wrong(c, "state_slots: expected every slot once, below", c->s.num_slots, slot);
     c->seen[slot] = c->steps;
     most = count < c->s.max_draft ? count : c->s.max_draft;
     if (b->draft_rows[q] < 0 || b->draft_rows[q] > most)

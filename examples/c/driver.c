@@ -7,9 +7,11 @@
    file and put your calls where kvc_... stands. Written for little-endian machines, as safetensors are. */
 #include "compressor.h"
 
-static const char CAPABILITIES[] = "{\\\"specs\\\": [\\\"csa\\\", \\\"hca\\\", \\\"indexer\\\", \\\"fused\\\", \\\"r2\\\"], "
-                                   "\\\"max_draft\\\": 16, \\\"exports\\\": true, \\\"returns_state\\\": true, "
-                                   "\\\"refuses\\\": true, \\\"exact\\\": true}";
+/* What it does: JSON with single quotes, which are exchanged on the way. A line of specs is a compressor to ask for. */
+static const char CAPABILITIES[] =
+    "{'specs': ['csa', 'hca', 'indexer', 'fused', 'r2', 'r2 rounding=latent', 'csa head_dim=512 rope_dim=64', "
+    "'hca head_dim=512 rope_dim=64', 'indexer head_dim=128 rope_dim=64'], "
+    "'max_draft': 16, 'exports': true, 'returns_state': true, 'refuses': true, 'exact': true}";
 enum { DONE_HEADER = 1 << 12 };
 
 typedef struct {
@@ -100,7 +102,7 @@ static const void *tensor(const char *name, const char *dtype, int rank, int64_t
   int64_t got[2] = {1, 1}, at[2], bytes = strstr(dtype, "64") ? 8 : 4;
   if (entry && is(member(entry, "dtype"), dtype) && integers(member(entry, "shape"), rank, got) &&
       integers(member(entry, "data_offsets"), 2, at)) {
-    int fits = at[0] <= at[1] && at[1] <= in.size && (in.data + at[0] - in.bytes) % bytes == 0; /* aligned */
+    int fits = at[0] <= at[1] && at[1] <= in.size && (in.data + at[0] - in.bytes) % bytes == 0;
     fits = fits && (got[0] == 0 || got[1] <= in.size / bytes / got[0]) && got[0] * got[1] * bytes == at[1] - at[0];
     for (int i = 0; i < rank; i++) {
       if (shape[i] == -1) shape[i] = got[i];
@@ -124,7 +126,8 @@ static int64_t integer(const char *name) {
 /* Answers. A header is padded to a multiple of 8 bytes, so that what follows it is aligned. */
 static void put(const char *header, const void *data, int64_t size) {
   static const char spaces[] = "       ";
-  uint64_t length = strlen(header), pad = (8 - length % 8) % 8, lengths[2] = {8 + length + pad + (uint64_t)size, length + pad};
+  uint64_t length = strlen(header), pad = (8 - length % 8) % 8;
+  uint64_t lengths[] = {8 + length + pad + (uint64_t)size, length + pad};
   fwrite(lengths, sizeof lengths, 1, stdout);
   fwrite(header, 1, length, stdout);
   fwrite(spaces, 1, pad, stdout);
@@ -134,8 +137,9 @@ static void put(const char *header, const void *data, int64_t size) {
 
 static void done(void) { put("{\"__metadata__\": {\"kvcondense\": \"1\", \"kind\": \"done\"}}", "", 0); }
 
-static void done_with(const char *name, const char *dtype, int64_t rows, int64_t channels, const void *data, int64_t size) {
+static void done_with(const char *name, const char *dtype, int64_t rows, int64_t channels, const void *data) {
   char header[DONE_HEADER];
+  int64_t size = rows * channels * (dtype[0] == 'B' ? 2 : 4);
   snprintf(header, sizeof header,
            "{\"__metadata__\": {\"kvcondense\": \"1\", \"kind\": \"done\"}, \"%s\": "
            "{\"dtype\": \"%s\", \"shape\": [%lld, %lld], \"data_offsets\": [0, %lld]}}",
@@ -148,6 +152,18 @@ static void refuse(const char *text) {
   char header[DONE_HEADER];
   snprintf(header, sizeof header,
            "{\"__metadata__\": {\"kvcondense\": \"1\", \"kind\": \"error\", \"error\": \"%s\"}}", text);
+  put(header, "", 0);
+}
+
+static void hello(void) {
+  char header[DONE_HEADER], *to = header;
+  to += sprintf(header, "{\"__metadata__\": {\"kvcondense\": \"1\", \"kind\": \"done\", "
+                        "\"name\": \"the C example\", \"capabilities\": \"");
+  for (const char *from = CAPABILITIES; *from; from++) {
+    if (*from == '\'') *to++ = '\\';
+    *to++ = *from == '\'' ? '"' : *from;
+  }
+  strcpy(to, "\"}}");
   put(header, "", 0);
 }
 
@@ -166,8 +182,9 @@ static const char *init(void) {
   s.cosines = tensor("cos", "F32", 2, table);
   s.sines = tensor("sin", "F32", 2, table);
   s.table_rows = table[0];
-  s.rounding = is(metadata("rounding"), "fused") ? KVC_FUSED : is(metadata("rounding"), "latent") ? KVC_LATENT : KVC_REFERENCE;
-  if (s.rounding == KVC_REFERENCE && !is(metadata("rounding"), "reference")) fail("rounding", "reference, fused or latent");
+  const char *rounding = metadata("rounding");
+  s.rounding = is(rounding, "fused") ? KVC_FUSED : is(rounding, "latent") ? KVC_LATENT : KVC_REFERENCE;
+  if (s.rounding == KVC_REFERENCE && !is(rounding, "reference")) fail("rounding", "reference, fused or latent");
   if (!is(metadata("format"), "bf16")) fail("format", "bf16");
   if (failure[0]) return failure;
   s.eps = *eps;
@@ -179,7 +196,8 @@ static const char *init(void) {
 
 static const char *step(void) {
   int64_t scores[] = {-1, 2 * compressor.width}, starts = -1;
-  kvc_batch b = {.kv_score = tensor("kv_score", "F32", 2, scores), .query_start_loc = tensor("query_start_loc", "I64", 1, &starts)};
+  kvc_batch b = {.kv_score = tensor("kv_score", "F32", 2, scores)};
+  b.query_start_loc = tensor("query_start_loc", "I64", 1, &starts);
   b.tokens = scores[0], b.requests = starts - 1;
   if (starts < 1) fail("query_start_loc", "one entry more than there are requests");
   b.start_positions = vector("start_positions", "I64", b.requests);
@@ -203,7 +221,7 @@ static const char *rows(void) {
     if (!row) return free(found), "slots: expected rows of the cache";
     memcpy(found + i * d, row, (size_t)d * sizeof *found);
   }
-  done_with("rows", "BF16", count, d, found, count * d * (int64_t)sizeof *found);
+  done_with("rows", "BF16", count, d, found);
   free(found);
   return NULL;
 }
@@ -212,15 +230,15 @@ static const char *state(int load) {
   int64_t position = integer("position"), slot = integer("slot"), channels = 2 * compressor.width;
   if (position < 0 || position > compressor.s.max_positions) fail("position", "one of the sequence");
   if (failure[0]) return failure;
-  int64_t shape[] = {kvc_state_rows(&compressor, position), channels}, bytes = shape[0] * channels * (int64_t)sizeof(float);
+  int64_t shape[] = {kvc_state_rows(&compressor, position), channels};
   if (load) {
     const float *given = tensor("state", "F32", 2, shape);
     return failure[0] ? failure : kvc_put_state(&compressor, slot, position, given);
   }
-  float *found = kvc_memory(bytes, 1);
+  float *found = kvc_memory(shape[0] * channels, sizeof *found);
   if (!found) return "state: expected room for it, got too little memory";
   const char *wrong = kvc_get_state(&compressor, slot, position, found);
-  if (!wrong) done_with("state", "F32", shape[0], channels, found, bytes);
+  if (!wrong) done_with("state", "F32", shape[0], channels, found);
   free(found);
   return wrong;
 }
@@ -232,11 +250,7 @@ static void answer(void) {
   if (!is(metadata("kvcondense"), "1")) {
     wrong = "kvcondense: expected version 1 of the protocol";
   } else if (is(kind, "hello")) {
-    char header[DONE_HEADER];
-    snprintf(header, sizeof header,
-             "{\"__metadata__\": {\"kvcondense\": \"1\", \"kind\": \"done\", \"name\": \"the C example\", "
-             "\"capabilities\": \"%s\"}}", CAPABILITIES);
-    put(header, "", 0), says = 0;
+    hello(), says = 0;
   } else if (is(kind, "init")) {
     wrong = init();
   } else if (!ready) {
@@ -262,7 +276,7 @@ static void answer(void) {
 int main(void) {
   uint64_t size, header;
   while (fread(&size, sizeof size, 1, stdin) == 1) {
-    if (size < 8 || size > (uint64_t)1 << 31) return fprintf(stderr, "a message of %llu bytes\n", (unsigned long long)size), 1;
+    if (size < 8 || size > (uint64_t)1 << 31) return fprintf(stderr, "a length that none has\n"), 1;
     failure[0] = 0;
     in.bytes = malloc(size);
     if (!in.bytes || fread(in.bytes, 1, size, stdin) != size) return fprintf(stderr, "a message that breaks off\n"), 1;

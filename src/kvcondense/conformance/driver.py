@@ -119,7 +119,9 @@ def main() -> int:
         description="Serve an adapter over stdin and stdout, for kvcondense conformance --exec.",
         epilog='Example: kvcondense conformance --exec "python -m kvcondense.conformance.driver reference:ring"',
     )
-    parser.add_argument("adapter", help="module:factory, a module with a BACKEND, backend[:ring|paged|online], mutant:NAME")
+    parser.add_argument(
+        "adapter", help="module:factory, a module with a BACKEND, backend[:ring|paged|online], mutant:NAME"
+    )
     name = parser.parse_args().adapter
     # Whatever the adapter prints or reads is none of the kit's: the pipes move away from where it would look for them.
     source, target = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")

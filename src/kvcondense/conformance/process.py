@@ -99,7 +99,7 @@ class Process:
 
     def reject(self, request: str, error: KvCondenseError) -> GarbageError:
         """The error of an answer that is not one to ``request``: the process is not asked again."""
-        self.failure = GarbageError(request, f"{error.argument} with {error.expected}", error.got, error.hint)
+        self.failure = GarbageError(request, f"{error.argument} to be {error.expected}", error.got, error.hint)
         self.kill()
         return self.failure
 

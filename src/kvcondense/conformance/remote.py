@@ -18,7 +18,7 @@ from kvcondense.files.reading import clipped, parsed
 from kvcondense.files.schema import known, typed
 from kvcondense.layout.batch import RaggedBatch
 
-_WHAT = "--exec capabilities"
+_WHAT = "capabilities"
 _PATIENCE, _LEAST = 10, 1.0
 """After a hang: so many times the longest answer that came, and at least so many seconds."""
 
@@ -146,7 +146,7 @@ def exec_factory(command: str, timeout: float = 60.0) -> Factory:
         expected = f"{clipped(command)} to say hello ({error.expected})"
         raise KvCondenseError("--exec", expected, f"{error.kind}: {error.got}", error.hint) from error
     except KvCondenseError as error:
-        raise KvCondenseError("--exec", f"{error.argument} with {error.expected}", error.got, error.hint) from error
+        raise KvCondenseError("--exec", f"{error.argument} to be {error.expected}", error.got, error.hint) from error
     drivers.give_back(process)
     return lambda: RemoteAdapter(drivers, name, able)
 
