@@ -19,15 +19,16 @@ from kvcondense.files.schema import known, typed
 from kvcondense.layout.batch import RaggedBatch
 
 _WHAT = "capabilities"
-_PATIENCE, _LEAST = 10, 1.0
-"""After a hang: so many times the longest answer that came, and at least so many seconds."""
+_PATIENCE, _LEAST, _RATE = 10, 1.0, 1 << 24
+"""After a hang: so many times the longest answer that came, at least so many seconds, and one for so many bytes."""
 
 
 class Drivers:
     """Processes of one command. Who is healthy is used again: adapters are many, alive at once are a few."""
 
     def __init__(self, command: str, timeout: float) -> None:
-        self.command, self.timeout, self._slowest = command, timeout, 0.0
+        self.command, self.timeout = command, timeout
+        self._slowest, self._hung = 0.0, False
         try:
             self._words = shlex.split(command)
         except ValueError as error:
@@ -55,11 +56,13 @@ class Drivers:
 
         One hang is enough to wait for: what made it is played often then, to make it smaller.
         """
+        seconds = self.timeout
+        if self._hung:
+            seconds = min(seconds, max(_LEAST, _PATIENCE * self._slowest) + len(message) / _RATE)
         try:
-            answer = process.ask(request, message, self.timeout)
+            answer = process.ask(request, message, seconds)
         except RemoteError as error:
-            if error.kind == "hang":
-                self.timeout = min(self.timeout, max(_LEAST, _PATIENCE * self._slowest))
+            self._hung |= error.kind == "hang"
             raise
         self._slowest = max(self._slowest, process.slowest)
         try:
