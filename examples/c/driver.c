@@ -194,6 +194,7 @@ static const char *init(void) {
   return kvc_init(&compressor, &s);
 }
 
+/* --8<-- [start:step] */
 static const char *step(void) {
   int64_t scores[] = {-1, 2 * compressor.width}, starts = -1;
   kvc_batch b = {.kv_score = tensor("kv_score", "F32", 2, scores)};
@@ -209,6 +210,7 @@ static const char *step(void) {
   b.pages = table[1];
   return failure[0] ? failure : kvc_step(&compressor, &b);
 }
+/* --8<-- [end:step] */
 
 static const char *rows(void) {
   int64_t count = -1, d = compressor.s.head_dim;

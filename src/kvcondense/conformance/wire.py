@@ -166,6 +166,9 @@ def of_step(kv_score: torch.Tensor, batch: RaggedBatch) -> bytes:
     given = {name: t for name, t in rows.items() if t is not None}
     if len(given) != 1:
         raise KvCondenseError("slot_mapping", "slot_mapping or block_table", "neither")
+    tokens = kv_score.shape[0]
+    if (mapping := given.get("slot_mapping")) is not None:  # a batch may have another number of spare tokens
+        given["slot_mapping"] = torch.cat([mapping, mapping.new_full((tokens,), -1)])[:tokens]
     return pack("step", {"kv_score": kv_score.float(), **{name: getattr(batch, name) for name in _STEP}, **given})
 
 
