@@ -18,6 +18,7 @@ from kvcondense.files.reading import clipped
 _PIECE = 1 << 16
 _GRACE = 2.0
 """Seconds that a process has to end by itself, once its stdin has ended."""
+_PIECES = 64
 _LINES, _LINE_BYTES = 5, 400
 """Of what it wrote to stderr, as much as an error shows."""
 
@@ -203,8 +204,9 @@ class Process:
             how = "the end of stdout, and a process that goes on"
         else:
             how = f"exit status {status}" if status >= 0 else _signal(-status)
-        while self._heard():
-            pass
+        for _ in range(_PIECES):  # what is left in the pipe; others may go on to write
+            if not self._heard():
+                break
         lines = b"".join(self._said).decode(errors="replace").split("\n")
         said = [line.strip()[:_LINE_BYTES] for line in lines if line.strip()][-_LINES:]
         return f"{how}; stderr: {' / '.join(said)}" if said else how
@@ -239,11 +241,10 @@ def _end(popen: subprocess.Popen[bytes], owner: int) -> None:
 
 
 def _kill(popen: subprocess.Popen[bytes]) -> None:
-    """The whole session, as long as the number is surely its own; then wait for it, so that no zombie is left."""
-    if popen.returncode is None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(popen.pid, signal.SIGKILL)
-        popen.wait()
+    """It and whatever it has started, which may outlive it by now; then wait for it, so that no zombie is left."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(popen.pid, signal.SIGKILL)
+    popen.wait()
     for file in (popen.stdin, popen.stdout, popen.stderr):
         with contextlib.suppress(OSError):
             assert file is not None

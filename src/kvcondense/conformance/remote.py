@@ -21,6 +21,10 @@ from kvcondense.layout.batch import RaggedBatch
 _WHAT = "capabilities"
 _PATIENCE, _LEAST, _RATE = 10, 1.0, 1 << 24
 """After a hang: so many times the longest answer that came, at least so many seconds, and one for so many bytes."""
+_Types = tuple[torch.dtype, ...]
+_Wanted = tuple[tuple[int | None, ...], _Types]
+_PLAIN: _Types = (torch.bfloat16, torch.float32)
+_BYTES: _Types = (torch.uint8,)
 
 
 class Drivers:
@@ -72,9 +76,6 @@ class Drivers:
             raise process.reject(request, error) from error
 
 
-_Wanted = tuple[tuple[int | None, ...], tuple[torch.dtype, ...]]
-
-
 class RemoteAdapter(Engine):
     """Speaks the protocol with a process that it has for itself, from ``init`` on until it is gone."""
 
@@ -97,10 +98,9 @@ class RemoteAdapter(Engine):
     def rows(self, slots: torch.Tensor) -> torch.Tensor:
         """What the process has there."""
         form, d = self.setup.format, self.setup.spec.head_dim
-        if form.plain is not None:
-            row, types = d, (torch.bfloat16, torch.float32)
-        else:
-            row, types = sum(n * dtype.itemsize for _, dtype, n in parts(form, d)), (torch.uint8,)
+        row, types = d, _PLAIN
+        if form.plain is None:
+            row, types = sum(n * dtype.itemsize for _, dtype, n in parts(form, d)), _BYTES
         wanted = {"rows": ((slots.shape[0], row), types)}
         return self._ask("rows", wire.pack("rows", {"slots": slots}), wanted)["rows"]
 

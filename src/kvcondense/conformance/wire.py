@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -139,7 +140,7 @@ def of_setup(setup: Setup) -> bytes:
 def to_setup(message: Message) -> Setup:
     """The other way around."""
     flags = {name: bool(message.integer(name)) for name in ("overlap", "rotate")}
-    dims = {name: message.integer(name) for name in ("ratio", "head_dim", "rope_dim")}
+    dims: dict[str, Any] = {name: message.integer(name) for name in ("ratio", "head_dim", "rope_dim")}
     rounding, form = message.text("rounding"), message.text("format")
     require_known("rounding", rounding, [r.value for r in Rounding])
     require_known("format", form, FORMATS)
