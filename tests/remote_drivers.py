@@ -37,6 +37,8 @@ def say(data):
 
 @fault
 def hang():
+    sys.stderr.write("waiting for a lock\n")
+    sys.stderr.flush()
     time.sleep(1000)
 
 

@@ -215,7 +215,7 @@ def test_a_mutant_is_found_as_in_process(name, spec, invariant):
 
 
 TOLD = {
-    ("hang", "step"): ("hang in step", "an answer within 0.2 s, got nothing"),
+    ("hang", "step"): ("hang in step", "an answer within 0.2 s, got nothing; stderr: waiting for a lock"),
     ("endless", "step"): ("hang in step", "of 1073741832 bytes"),
     ("segv", "step"): ("crash in step", "signal SIGSEGV; stderr: about to fall"),
     ("leaves", "init"): ("crash in init", "exit status 3; stderr: "),

@@ -136,7 +136,8 @@ class Process:
             while rest or size < 0 or len(got) < size:
                 ready = waiting.select(max(0.0, deadline - time.monotonic()))
                 if not ready or time.monotonic() > deadline:
-                    raise HangError(request, f"an answer within {seconds:g} s", self._so_far(rest, got, size))
+                    came = self._so_far(rest, got, size) + self._last_words()
+                    raise HangError(request, f"an answer within {seconds:.3g} s", came)
                 for key, _ in ready:
                     if key.fileobj is self._in:
                         rest = self._written(rest)
@@ -197,19 +198,23 @@ class Process:
         return piece
 
     def _ended(self, deadline: float) -> str:
-        """How it ended, and its last words."""
+        """How."""
         try:
             status = self._popen.wait(max(0.1, min(_GRACE, deadline - time.monotonic())))
         except subprocess.TimeoutExpired:
             how = "the end of stdout, and a process that goes on"
         else:
             how = f"exit status {status}" if status >= 0 else _signal(-status)
-        for _ in range(_PIECES):  # what is left in the pipe; others may go on to write
+        return how + self._last_words()
+
+    def _last_words(self) -> str:
+        """Of stderr."""
+        for _ in range(_PIECES):  # what is left in the pipe; somebody may go on to write
             if not self._heard():
                 break
         lines = b"".join(self._said).decode(errors="replace").split("\n")
         said = [line.strip()[:_LINE_BYTES] for line in lines if line.strip()][-_LINES:]
-        return f"{how}; stderr: {' / '.join(said)}" if said else how
+        return f"; stderr: {' / '.join(said)}" if said else ""
 
 
 def start(words: list[str], command: str) -> Process:
