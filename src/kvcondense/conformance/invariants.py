@@ -70,7 +70,8 @@ class Raised(str):
         """Of what was caught."""
         found = cls(f"{type(error).__name__}: {error}")
         last = traceback.extract_tb(error.__traceback__)[-1]
-        found.place = f"{type(error).__name__} at {last.filename}:{last.lineno}"
+        where = f"{type(error).__name__} at {last.filename}:{last.lineno}"
+        found.place = str(getattr(error, "place", where))  # of another process, the line here says nothing
         return found
 
 
