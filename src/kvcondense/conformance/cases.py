@@ -163,6 +163,8 @@ def shrink(case: Case, fails: Callable[[Case], bool], budget: int = 150) -> Case
 
 def _smaller(case: Case) -> Iterator[Case]:
     """Simpler cases: without a request, without an operation, with fewer tokens, drafts and padding."""
+    if case.first or case.far:
+        yield replace(case, first=0, far=False)
     for q in range(case.requests if case.requests > 1 else 0):
         if any(op.kind == "fork" and q in (op.q, op.to) for op in case.ops):
             continue

@@ -236,13 +236,13 @@ def _stored(make: Factory) -> str | None:
     return next((f for f in found if f is not None), None)
 
 
-_golden = _each(against_golden)
+judged_by_golden = _each(against_golden)
 _SPLIT = ("exact", "chunks")
 _BOTH = ("exact", "chunks", "ragged")
 
 INVARIANTS: tuple[Invariant, ...] = (
     Invariant("I6 emission", "row c is written when its last position arrives", histories.emission, _emitted),
-    Invariant("I9 numerics", "rows are the reference's, but for bf16 flips", histories.numerics, _golden),
+    Invariant("I9 numerics", "rows are the reference's, but for bf16 flips", histories.numerics, judged_by_golden),
     Invariant("I9 codes", "rows that are certain have the format's bytes", histories.codes, against_codes),
     Invariant("I9 bytes", "every byte of every cache format", needs=("formats",), special=_stored),
     Invariant("I1 composition", "any split gives the same rows and state", histories.composition, whole, ("exact",)),
@@ -252,8 +252,8 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant("I4 inertness", "spare tokens of NaN do nothing", histories.inertness, whole, (*_SPLIT, "spare")),
     Invariant("I4 inert request", "state slot -1 does nothing", histories.inert, whole, (*_BOTH, "inert")),
     Invariant("I4 slot -1", "it writes nothing", histories.unmapped, whole, (*_SPLIT, "unmapped")),
-    Invariant("I7 position", "rows rotate at c r, up to 2^20", histories.positions, _golden, ("chunks",)),
-    Invariant("I7 address", "rows beyond element 2^31 are not lost", histories.addresses, _golden),
+    Invariant("I7 position", "rows rotate at c r, up to 2^20", histories.positions, judged_by_golden, ("chunks",)),
+    Invariant("I7 address", "rows beyond element 2^31 are not lost", histories.addresses, judged_by_golden),
     Invariant("I8 portability", "moved and forked requests go on", histories.moves, whole, (*_BOTH, "exports")),
     Invariant(
         "I8 fork",

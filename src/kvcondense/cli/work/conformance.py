@@ -17,10 +17,20 @@ from kvcondense.cli.paths import require_folder
 from kvcondense.cli.work import junit, page, summary
 from kvcondense.cli.work.adapters import adapter_of
 from kvcondense.cli.work.summary import Cause
+from kvcondense.conformance import histories
 from kvcondense.conformance.adapter import Factory
 from kvcondense.conformance.cases import Case
 from kvcondense.conformance.coverage import Coverage, unasked
-from kvcondense.conformance.invariants import INVARIANTS, Outcome, check, first_failure, play, whole
+from kvcondense.conformance.invariants import (
+    INVARIANTS,
+    Invariant,
+    Outcome,
+    check,
+    first_failure,
+    judged_by_golden,
+    play,
+    whole,
+)
 from kvcondense.conformance.mutants import MUTANTS
 from kvcondense.conformance.own import load_factory
 from kvcondense.conformance.soak import soak
@@ -129,6 +139,7 @@ def _invariants(tried: Tried, rounds: int, junit_file: Path | None) -> tuple[boo
     outcomes: list[Outcome] = []
     causes: list[Cause] = []
     visited = Coverage()
+    wrong_rows = ""
     raised: dict[str, str] = {}  # an error of the adapter's own is one finding, whatever was asked when it came up
     for invariant in INVARIANTS:
         o = check(invariant, tried.make, seed=tried.seed, rounds=rounds, known=raised)
@@ -139,9 +150,12 @@ def _invariants(tried: Tried, rounds: int, junit_file: Path | None) -> tuple[boo
         output.say(f"{word}  {o.invariant:<22} {o.skipped or counts}  {'' if o.skipped else o.promise}".rstrip())
         if o.raised in raised:
             output.say(f"      the error of {raised[o.raised]} again ({o.raised})")
+        elif wrong_rows and o.case is not None and _elsewhere(invariant) and not (o.case.first or o.case.far):
+            output.say(f"      the wrong rows of {wrong_rows} again: they need no far position")
         elif not o.passed:
             raised |= {o.raised: o.invariant} if o.raised else {}
             causes.append(tried.explain(o.detail, o.case, o.invariant))
+            wrong_rows = wrong_rows or (o.invariant if invariant.judge is judged_by_golden else "")
     for line in summary.visits(visited):
         output.say(line)
     left = [*unasked(able), "I11 (graph capture needs a GPU), I13 (gradients)"]
@@ -155,6 +169,11 @@ def _invariants(tried: Tried, rounds: int, junit_file: Path | None) -> tuple[boo
         output.say(f"summary written to {file}")
     report = {"adapter": tried.typed, "seed": tried.seed, "invariants": [_plain(o) for o in outcomes]}
     return not causes, {**report, "visited": visited.told(), "not_asked": left}
+
+
+def _elsewhere(invariant: Invariant) -> bool:
+    """Whether it asks what another one asks, too, but far out."""
+    return invariant.cases in (histories.positions, histories.addresses)
 
 
 def _plain(o: Outcome) -> dict[str, Any]:
