@@ -124,7 +124,7 @@ BROKEN = {
             )
         ],
     ),
-    "I7 address": ("csa", [("c->cache[at * d + i] =", "c->cache[(at * d & 0x7fffffff) + i] =")]),
+    "I7 address": ("csa", [("bf16[at * d + i] =", "bf16[(at * d & 0x7fffffff) + i] =")]),
     "I12 fail closed": (  # refused, but the state is gone
         "csa",
         [(BEGIN, BEGIN.replace("if", "for (int64_t i = 0; wrong && i < c->s.num_slots; i++) kvc_forget(c, i);\n  if"))],

@@ -27,7 +27,7 @@ Inputs come from integers modulo 2^32. Value i of stream s with the vector's see
 
 Stream 0 is the norm's weight: 1 + value / 4 for each channel. Stream 1 is the ape [r, N]: value / 2 * scale. Token t of
 stream s is value * scale at i = t * 2N .. t * 2N + 2N - 1: N channels of kv, then N of scores (without ape). N is
-head_dim, twice that if windows overlap.
+head_dim, twice that if windows overlap. All of this in fp32, to which scale is rounded.
 
 What each entry of the JSON means is told in the documentation of kvcondense, page "Test vectors".
 """
