@@ -41,8 +41,8 @@ class Op:
     each request's windows, from page first_page on, for who addresses rows so; absent where slot_mapping says something
     else.
     ``refuse``: a step that must be refused, and change nothing; ``why`` says what is wrong with it.
-    ``begin``: a request without history begins at ``position`` (a window boundary) in ``slot``: what its first row reads
-    of the window before has no weight, as if its scores were minus infinity.
+    ``begin``: a request without history begins at ``position`` (a window boundary) in ``slot``: what its first row
+    reads of the window before has no weight, as if its scores were minus infinity.
     ``copy``: the state of the request at ``position`` goes from state slot ``slot`` to ``to``, which goes on with it.
     ``reset``: ``slot`` is to be cleaned, or filled with anything: it gets a new owner.
     """
