@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from kvcondense import files
 from kvcondense.cli.output import Output
 from kvcondense.cli.paths import require_folder
 from kvcondense.cli.work import junit, page, summary
+from kvcondense.cli.work.adapters import adapter_of
 from kvcondense.cli.work.summary import Cause
 from kvcondense.conformance.adapter import Factory
 from kvcondense.conformance.cases import Case
@@ -23,7 +23,6 @@ from kvcondense.conformance.coverage import Coverage, unasked
 from kvcondense.conformance.invariants import INVARIANTS, Outcome, check, first_failure, play, whole
 from kvcondense.conformance.mutants import MUTANTS
 from kvcondense.conformance.own import load_factory
-from kvcondense.conformance.remote import exec_factory
 from kvcondense.conformance.soak import soak
 from kvcondense.errors import CheckpointError, KvCondenseError, UnsupportedError
 
@@ -53,7 +52,7 @@ def run(
     if mutants:
         passed, report = _mutants(output, seed)
     else:
-        tried = Tried(output, *_adapter(adapter, command, timeout), seed, folder)
+        tried = Tried(output, *adapter_of(adapter, command, timeout), seed, folder)
         if replay is not None:
             passed, report = _replay(tried, replay)
         elif soak_minutes is not None:
@@ -65,15 +64,6 @@ def run(
         output.say(f"written to {report_file}")
     output.finish(report)
     return passed
-
-
-def _adapter(adapter: str, command: str | None, timeout: float) -> tuple[str, Factory]:
-    """How it is typed, and what makes it; one that cannot work is an error before anything runs."""
-    if command is not None:
-        return f"--exec {shlex.quote(command)}", exec_factory(command, timeout)
-    make = load_factory(adapter)
-    make()
-    return f"--adapter {adapter}", make
 
 
 @dataclass
@@ -182,18 +172,18 @@ def _plain(o: Outcome) -> dict[str, Any]:
 
 
 def _mutants(output: Output, seed: int) -> tuple[bool, dict[str, Any]]:
-    output.say(f"{'wrong compressor':<24} {'caught by':<22} what is wrong with it")
+    output.say(f"{'wrong compressor':<26} {'caught by':<22} what is wrong with it")
     caught: dict[str, str | None] = {}
     for name, mutant in MUTANTS.items():
         outcome = first_failure(load_factory(f"mutant:{name}"), seed=seed)
         caught[name] = outcome and outcome.invariant
-        output.say(f"{name:<24} {caught[name] or 'SURVIVED':<22} {mutant.bug}")
+        output.say(f"{name:<26} {caught[name] or 'SURVIVED':<22} {mutant.bug}")
     wrongly = {}
     for name in CORRECT:
         outcome = first_failure(load_factory(name), seed=seed)
         wrongly[name] = outcome and outcome.detail
         output.say(
-            f"{name:<24} {'WRONGLY CAUGHT' if outcome else 'passes':<22} {outcome.detail if outcome else ''}".rstrip()
+            f"{name:<26} {'WRONGLY CAUGHT' if outcome else 'passes':<22} {outcome.detail if outcome else ''}".rstrip()
         )
     alive = [n for n, by in caught.items() if by is None]
     output.say(f"{len(caught) - len(alive)} of {len(caught)} caught")

@@ -13,7 +13,7 @@ from kvcondense.conformance.adapter import Capabilities
 from kvcondense.conformance.cases import Case
 from kvcondense.conformance.compressors import SMALL, compressor
 from kvcondense.conformance.histories import step
-from kvcondense.conformance.invariants import INVARIANTS, Invariant
+from kvcondense.conformance.invariants import INVARIANTS, Invariant, unwritten
 from kvcondense.conformance.judge import MIN_EQUAL, quantisation, reference_rows
 from kvcondense.conformance.mutants import mutant
 from kvcondense.conformance.play import raw
@@ -23,7 +23,7 @@ from kvcondense.formats import FORMATS, CacheFormat
 from kvcondense.golden.compare import bounds_of_rows
 from kvcondense.golden.run import golden_bytes
 from kvcondense.layout.batch import RaggedBatch
-from kvcondense.spec import Rounding
+from kvcondense.spec import CompressorSpec, Rounding
 
 Made = tuple[Vector, dict[str, torch.Tensor]]
 
@@ -77,6 +77,7 @@ def _of_case(invariant: Invariant, case: Case, number: int) -> Made:
     script = Script(case, twins=again)
     vector = _vector(f"{invariant.name} {case.spec} {number}", invariant.name, invariant.promise, script)
     vector.needs = [need for need in invariant.needs if need not in ("formats", "returns_state")]
+    vector.needs += [f"compressor {case.spec}"]
     vector.needs += ["begins"] * bool(case.first) + ["huge_cache"] * case.far
     vector.repeat = _REPEAT if invariant.name == "I10 determinism" else 1
     return vector, _expect(script, vector)
@@ -192,20 +193,22 @@ def _refusals(words: str) -> Made:
     script = Script(Case(words, 1, (step(9), step(spec.window), step(spec.ratio)), seed=_SEED), twins=True)
     name, promise = "I12 fail closed", "bad metadata raises before any write"
     vector = _vector(f"{name} {words}", name, promise, script)
-    vector.needs = ["refuses", "exact", "chunks"]
+    vector.needs = ["refuses", "exact", "chunks", f"compressor {words}"]
     good, rest = vector.ops[1], vector.ops[1:]
-    vector.ops = [vector.ops[0], *_wrongs(good, vector, spec.window), *rest]
+    vector.ops = [vector.ops[0], *_wrongs(good, vector, spec), *rest]
     return vector, _expect(script, vector)
 
 
-def _wrongs(good: Op, vector: Vector, window: int) -> Iterator[Op]:
+def _wrongs(good: Op, vector: Vector, spec: CompressorSpec) -> Iterator[Op]:
     assert good.slot_mapping is not None
     assert good.start_positions is not None
     assert good.query_start_loc is not None
     beyond = [vector.num_pages * vector.page_rows if s >= 0 else -1 for s in good.slot_mapping]
     far = [(1 << 40) if s >= 0 else -1 for s in good.slot_mapping]
+    position = unwritten(spec, good.start_positions[0])
+    assert position is not None
     changes: dict[str, dict[str, list[int]]] = {
-        "a position that nobody wrote up to": {"start_positions": [good.start_positions[0] + window + 5]},
+        "a position that nobody wrote up to": {"start_positions": [position]},
         "a state slot beyond the last one": {"state_slots": [vector.num_slots]},
         "more drafts than tokens": {"draft_rows": [good.query_start_loc[-1] + 1]},
         "a cache row beyond the last one": {"slot_mapping": beyond},
