@@ -55,7 +55,7 @@ static inline int json_number(json_reader *r) {
 
 static inline int json_string(json_reader *r) {
   for (r->at++; *r->at != '"'; r->at++) {
-    if ((unsigned char)*r->at < ' ') return 0; /* the 0 at the end, too */
+    if ((signed char)*r->at < ' ') return 0; /* what is not ASCII, and the 0 at the end, too */
     if (*r->at != '\\') continue;
     if (!*++r->at || !strchr("\"\\/bfnrtu", *r->at)) return 0;
     if (*r->at != 'u') continue;

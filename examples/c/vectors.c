@@ -11,8 +11,10 @@
 #include "compressor.h"
 #include "safetensors.h"
 
-static const char *const ABLE[] = {"ragged", "chunks",   "exact", "exports", "max_draft",  "begins",      "spare",
-                                   "inert",  "unmapped", "refuses", "huge_cache", "format bf16", "format fp32"};
+static const char *const ABLE[] = {
+    "exact", "chunks", "ragged", "max_draft", "inert", "spare", "unmapped", "exports", "begins", "huge_cache",
+    "refuses", "format bf16", "format fp32", "compressor csa", "compressor hca", "compressor indexer",
+    "compressor fused", "compressor r2"};
 enum { REFUSED = 1, NO_VECTOR = 2, UNABLE = 3, MOST_TOKENS = 1 << 16, MOST_POSITIONS = 1 << 22, MOST_REPEATS = 64 };
 #define MOST ((int64_t)1 << 28) /* bytes of anything */
 #define ANY ((int64_t)1 << 62)
@@ -25,7 +27,7 @@ static int64_t patterns;
 static uint32_t seed;
 static float scale;
 
-static void stop(int status, const char *what, const char *why) {
+static _Noreturn void stop(int status, const char *what, const char *why) {
   fprintf(stderr, "%s%s%s\n", what, *why ? ": " : "", why);
   exit(status);
 }
@@ -43,6 +45,8 @@ static const char *const STEP[] = {"\"op", "Lpieces", "Iquery_start_loc", "Istar
 static const char *const BEGIN[] = {"\"op", "islot", "iposition", NULL};
 static const char *const COPY[] = {"\"op", "islot", "ito", "iposition", NULL};
 static const char *const RESET[] = {"\"op", "islot", NULL};
+static const struct { const char *name; const char *const *entries; } OPS[] = {
+    {"step", STEP}, {"refuse", STEP}, {"begin", BEGIN}, {"copy", COPY}, {"reset", RESET}};
 
 static int is_a(char kind, const json *v) {
   static const char lists[] = "SILi[{", inside[] = "\"iI";
@@ -70,6 +74,18 @@ static void check_entries(const json *object, const char *const *entries, const 
     found += v != NULL;
   }
   if (found != members) stop(NO_VECTOR, what, "an entry that is none");
+}
+
+static void check_vector(void) {
+  check_entries(vector, ENTRIES, "vector");
+  check_entries(json_get(vector, "compressor"), COMPRESSOR, "compressor");
+  const json *ops = json_get(vector, "ops");
+  for (const json *op = ops + 1; op < ops + ops->size; op += op->size) {
+    size_t i = 0;
+    while (i < 5 && !json_is(json_get(op, "op"), OPS[i].name)) i++;
+    if (i == 5) stop(NO_VECTOR, "op", "none of step, refuse, begin, copy, reset");
+    check_entries(op, OPS[i].entries, OPS[i].name);
+  }
 }
 
 static int64_t integer(const json *object, const char *key, int64_t low, int64_t high) {
@@ -149,7 +165,6 @@ static void read_angles(kvc_setup *s) {
 
 static kvc_setup read_setup(void) {
   const json *c = json_get(vector, "compressor"), *rounding = json_get(c, "rounding");
-  check_entries(c, COMPRESSOR, "compressor");
   kvc_setup s = {.ratio = integer(c, "ratio", 1, 4096), .head_dim = integer(c, "head_dim", 1, 4096),
                  .rope_dim = integer(c, "rope_dim", 0, 4096), .overlap = truth(c, "overlap"),
                  .rotate = truth(c, "rotate"), .eps = number(c, "eps"),
@@ -242,11 +257,7 @@ static const char *copy(int64_t from, int64_t to, int64_t position) {
 /* What a compressor says of an op; NULL if it did it. */
 static const char *run(const json *op) {
   const json *kind = json_get(op, "op");
-  if (json_is(kind, "step") || json_is(kind, "refuse")) return check_entries(op, STEP, "a step"), step(op);
-  if (json_is(kind, "begin")) check_entries(op, BEGIN, "begin");
-  else if (json_is(kind, "copy")) check_entries(op, COPY, "copy");
-  else if (json_is(kind, "reset")) check_entries(op, RESET, "reset");
-  else stop(NO_VECTOR, "op", "none of step, refuse, begin, copy, reset");
+  if (json_is(kind, "step") || json_is(kind, "refuse")) return step(op);
   int64_t slot = integer(op, "slot", 0, ANY);
   if (json_is(kind, "reset")) return kvc_reset(&compressor, &slot, 1);
   int64_t position = integer(op, "position", 0, MOST_POSITIONS);
@@ -270,7 +281,7 @@ int main(int count, char **words) {
   char *text = (char *)read_file(words[1], 4 << 20, &size), beside[4100];
   vector = json_parse(text, size, words[1]);
   if (!vector || vector->kind != '{') stop(NO_VECTOR, failure[0] ? failure : "expected an object", "");
-  check_entries(vector, ENTRIES, "vector");
+  check_vector();
   integer(vector, "schema", 1, 1);
   for (const json *n = json_get(vector, "needs"), *v = n + 1; v < n + n->size; v++) {
     size_t i = 0;
