@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import alterations
 from kvcondense import KvCondenseError
@@ -139,6 +140,26 @@ def test_a_wrong_program_is_caught_by_a_vector_of_its_class(name, folder, tmp_pa
         if status != DONE or wrong(vector, expected, schema.tensors(tmp_path / "out.safetensors")):
             caught.setdefault(vector.bug_class, []).append(vector.name)
     assert bug_class in caught, caught
+
+
+def test_a_cache_that_no_memory_holds_is_a_need(program, folder, tmp_path):
+    limited = tmp_path / "limited"
+    limited.write_text(f'#!/bin/sh\nulimit -v 2000000\nexec "{program}" "$@"\n')
+    limited.chmod(0o755)
+    status, said = run(limited, folder[0] / "I7-address-csa-0.json", tmp_path / "out.safetensors")
+    assert status == UNABLE
+    assert said.startswith("needs huge_cache: init: expected room for state and cache")
+
+
+def test_outputs_of_other_shapes_are_told(folder, program, tmp_path):
+    vector, expected = next(pair for pair in folder[1] if pair[0].invariant == "I12 fail closed")
+    run(program, folder[0] / f"{vector.name}.json", tmp_path / "out.safetensors")
+    got = schema.tensors(tmp_path / "out.safetensors")
+    assert wrong(vector, expected, got) == []
+    for name, t in got.items():
+        for other in (t[:-1], torch.cat([t, t]), t.flatten()[:3], t[..., :0]):
+            assert wrong(vector, expected, {**got, name: other}), (name, other.shape)
+        assert wrong(vector, expected, {k: v for k, v in got.items() if k != name})
 
 
 def altered(chance, data, kind, others):

@@ -19,8 +19,8 @@ enum { REFUSED = 1, NO_VECTOR = 2, UNABLE = 3, MOST_TOKENS = 1 << 16, MOST_POSIT
 #define MOST ((int64_t)1 << 28) /* bytes of anything */
 #define ANY ((int64_t)1 << 62)
 
-static json *vector;      /* the whole file */
-static tensors given;     /* the file beside it */
+static json *vector;  /* the whole file */
+static tensors given; /* the file beside it */
 static kvc_compressor compressor;
 static const int8_t *pattern; /* [patterns, d], or NULL */
 static int64_t patterns;
@@ -49,15 +49,15 @@ static const struct { const char *name; const char *const *entries; } OPS[] = {
     {"step", STEP}, {"refuse", STEP}, {"begin", BEGIN}, {"copy", COPY}, {"reset", RESET}};
 
 static int is_a(char kind, const json *v) {
-  static const char lists[] = "SILi[{", inside[] = "\"iI";
+  static const char lists[] = "SIL[", inside[] = "\"iI{";
   int64_t whole;
+  if (kind == '"' || kind == '{') return v->kind == kind;
   if (kind == 'b') return v->kind == 't' || v->kind == 'f';
   if (kind == 'i') return json_int(v, -ANY, ANY, &whole);
   if (kind == 'n' || kind == '?') return v->kind == 0 || (kind == '?' && v->kind == 'n');
-  if (!strchr(lists, kind) || kind == '{') return v->kind == kind;
   if (v->kind != '[') return 0;
   for (const json *e = v + 1; e < v + v->size; e += e->size)
-    if (!is_a(kind == '[' ? '{' : inside[strchr(lists, kind) - lists], e)) return 0;
+    if (!is_a(inside[strchr(lists, kind) - lists], e)) return 0;
   return 1;
 }
 

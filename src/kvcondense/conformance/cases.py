@@ -52,6 +52,7 @@ class Case:
 
     spec: the compressor, a line as ``compressors.compressor`` reads it. first: position of their first token (a window
     boundary). scale: of kv and scores. far: their cache pages lie beyond element 2^31, the last page among them.
+    pattern: tokens and weights of ``patterns``, so that the bytes of first rows are certain.
     """
 
     spec: str
@@ -61,6 +62,7 @@ class Case:
     scale: float = 1.0
     first: int = 0
     far: bool = False
+    pattern: bool = False
 
     @property
     def compressor(self) -> Compressor:
@@ -103,7 +105,9 @@ class Case:
         except KvCondenseError as error:
             raise CheckpointError("case spec", error.expected, error.got) from error
         right = good(self.requests, 1, 1024) and good(self.seed, 0, 1 << 62)
-        right = right and good(self.first, 0, _MAX_INT) and isinstance(self.far, bool)
+        right = (
+            right and good(self.first, 0, _MAX_INT) and isinstance(self.far, bool) and isinstance(self.pattern, bool)
+        )
         right = right and isinstance(self.scale, (int, float)) and 0 < self.scale < 1e6
         for op in self.ops:
             right = right and op.kind in ("step", "recycle", "move", "fork") and op.junk in JUNK

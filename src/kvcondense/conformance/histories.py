@@ -176,3 +176,13 @@ def forks(rng: random.Random, able: Capabilities) -> Iterator[Case]:
         before = step(s.window + rng.randrange(s.ratio), 1)
         ops = (before, verify, Op("fork", to=1), both, verify, step(s.ratio, s.window))
         yield Case(spec, 2, ops, rng.randrange(1 << 30))
+
+
+def codes(rng: random.Random, able: Capabilities) -> Iterator[Case]:
+    """First windows of rows that every rounding leaves alone, in quantised caches. After a Hadamard none is certain."""
+    for spec in able.specs:
+        what = compressor(spec)
+        if what.format.plain is None and not what.spec.rotate:
+            n = 6 if able.ragged else 1
+            for _ in range(6 // n):
+                yield Case(spec, n, (step(*(what.spec.ratio,) * n),), rng.randrange(1 << 30), pattern=True)

@@ -14,14 +14,13 @@ from kvcondense.conformance.cases import Case
 from kvcondense.conformance.compressors import SMALL, compressor
 from kvcondense.conformance.histories import step
 from kvcondense.conformance.invariants import INVARIANTS, Invariant, unwritten
-from kvcondense.conformance.judge import MIN_EQUAL, quantisation, reference_rows
+from kvcondense.conformance.judge import MIN_EQUAL, certain_cache, quantisation, reference_rows
 from kvcondense.conformance.mutants import mutant
 from kvcondense.conformance.play import raw
 from kvcondense.conformance.script import Begin, Copy, Reset, Script, Step
 from kvcondense.conformance.vectors.schema import JUNK, Op, Vector
 from kvcondense.formats import FORMATS, CacheFormat
 from kvcondense.golden.compare import bounds_of_rows
-from kvcondense.golden.run import golden_bytes
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.spec import CompressorSpec, Rounding
 
@@ -220,53 +219,20 @@ def _wrongs(good: Op, vector: Vector, spec: CompressorSpec) -> Iterator[Op]:
 
 
 def _of_format(form: CacheFormat) -> Made:
-    """Rows that every rounding leaves alone, so that a cache's bytes are certain: first windows, all tokens alike.
-
-    A row of small integers whose squares have mean 1, times a norm's weight of few bits: pooling tokens that are alike,
-    the norm (eps moves it by less than half a bf16 step), and RoPE at position 0 change nothing.
-    """
+    """Rows that are certain, in every page of a cache: ``rows`` and ``pages`` have its bytes, untouched ones too."""
     d = form.head_dim or 64
-    name = "indexer" if d == 128 else "csa"
-    rope = f"rope_dim={form.rope_dim or 16}"
-    rows = max(3, form.tile)
-    words = f"{name} head_dim={d} {rope} rotate=false has_ape=false format={form.name} page_rows={rows}"
-    spec = compressor(words).spec
-    rng = random.Random(f"{form.name} {_SEED}")
-    patterns = torch.stack([_pattern(d, share, rng) for share in (0, 1, 2, 3, 1, 2)])
-    weight = _weight(d, rng)
-    requests = patterns.shape[0]
-    script = Script(Case(words, requests, (step(*[spec.ratio] * requests),), seed=_SEED))
+    sizes = f"head_dim={d} rope_dim={form.rope_dim or 16} page_rows={max(3, form.tile)}"
+    words = f"{'indexer' if d == 128 else 'csa'} {sizes} rotate=false has_ape=false format={form.name}"
+    n, ratio = 6, compressor(words).spec.ratio
+    script = Script(Case(words, n, (step(*(ratio,) * n),), seed=_SEED, pattern=True))
+    assert script.patterns is not None
     vector = _vector(f"I9 bytes {form.name}", "I9 bytes", "every byte of every cache format", script)
     vector.needs, vector.pattern, vector.exact = ["ragged", f"format {form.name}"], True, True
     vector.tensor_scale = stored.TENSOR_SCALE if form.tensor_scale else None
-    slots = [int(script.frame.slots(q, torch.tensor([0]))) for q in script.live]
-    cache = stored.new_cache(form, d, vector.num_pages, rows)
-    written = {slot: patterns[i].float() * weight for i, slot in enumerate(slots)}
-    data = golden_bytes(cache, written)
-    sizes = [t.numel() * t.element_size() for t in cache.memory]
-    for t, part in zip(cache.memory, data.split(sizes), strict=True):
-        t.flatten().view(torch.uint8).copy_(part)
-    every = torch.arange(vector.num_pages * rows)
+    every, cache = torch.arange(vector.num_pages * vector.page_rows), certain_cache(script)
     vector.read = every.tolist()
-    expected = {"rows": raw(stored.stored(cache, every)), "pattern": patterns, "norm": weight}
+    inputs = {"pattern": script.patterns, "norm": script.setup.weights.norm}
     at = torch.zeros(1, dtype=torch.int64)
     cos, sin = script.setup.rope.rows(at)
-    return vector, {**expected, "pages": cache.data.clone(), "positions": at, "cos": cos, "sin": sin}
-
-
-def _pattern(d: int, share: int, rng: random.Random) -> torch.Tensor:
-    """d small integers, shuffled, whose squares have mean 1: int8."""
-    ones, twos, fours = ((d, 0, 0), (d // 2, d // 8, 0), (0, d // 4, 0), (0, 0, d // 16))[share]
-    values = [1] * ones + [2] * twos + [4] * fours
-    values += [0] * (d - len(values))
-    rng.shuffle(values)
-    return torch.tensor([v * rng.choice((-1, 1)) for v in values], dtype=torch.int8)
-
-
-def _weight(d: int, rng: random.Random) -> torch.Tensor:
-    """Weights of the norm of 3, 4 or 8 bits (ties of FP4, of FP8, of neither), over 24 powers of two."""
-    found = []
-    for c in range(d):
-        bits = rng.choice((2, 3, 7))
-        found.append((1 + rng.randrange(1 << bits) / (1 << bits)) * 2.0 ** (2 - 24 * c // d - rng.randrange(3)))
-    return torch.tensor(found)
+    rows = {"rows": raw(stored.stored(cache, every)), "pages": cache.data}
+    return vector, {**inputs, **rows, "positions": at, "cos": cos, "sin": sin}

@@ -16,6 +16,7 @@ For each vector you do what the JSON says and write `OUT/NAME.safetensors` with
 
 Then `kvcondense vectors check DIR --against OUT` compares. Rows pass if |rows - expected| <= bound, element by element;
 rows that `equal` names in pairs must be equal to the bit; untouched bytes are 0xA5 (fill the cache with it before).
+`positions` are where the windows begin that these rows are of, `cos` and `sin` RoPE's angles there.
 
 Inputs come from integers modulo 2^32. Value i of stream s with the vector's seed k:
 
