@@ -59,6 +59,7 @@ static inline int json_string(json_reader *r) {
     if (*r->at != '\\') continue;
     if (!*++r->at || !strchr("\"\\/bfnrtu", *r->at)) return 0;
     if (*r->at != 'u') continue;
+    if ((r->at[1] == 'd' || r->at[1] == 'D') && r->at[2] >= '8') return 0; /* half a character beyond 16 bits */
     for (int i = 0; i < 4; i++)
       if (!*++r->at || !strchr("0123456789abcdefABCDEF", *r->at)) return 0;
   }
