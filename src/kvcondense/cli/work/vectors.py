@@ -130,8 +130,13 @@ def _against(vector: Vector, expected: Tensors, path: Path, without: Collection[
 
 
 def _mutants(output: Output, folder: Path) -> bool:
-    entries = schema.index(folder)
-    vectors = [schema.read(folder, name, entry) for name, entry in entries.items()]
+    by_invariant: dict[str, int] = {}
+    numbered = []
+    for name, entry in schema.index(folder).items():
+        by_invariant[entry.invariant] = number = by_invariant.get(entry.invariant, -1) + 1
+        numbered.append((number, schema.read(folder, name, entry)))
+    # One of each invariant, then the next of each: what is wrong shows early.
+    vectors = [vector for _, vector in sorted(numbered, key=lambda pair: pair[0])]
     caught: dict[str, str | None] = {}
     output.say(f"{'wrong compressor':<26} {'caught by vector':<36} {'class':<22} what is wrong with it")
     for name, mutant in MUTANTS.items():
