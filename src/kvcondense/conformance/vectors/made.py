@@ -53,7 +53,8 @@ _SAFE = str.maketrans({" ": "-", "=": "-", "!": "", ",": ""})
 def vectors() -> Iterator[Made]:
     """All of them, with what must come out: ``expected`` and ``bound`` fp32 [n, head_dim], or ``rows``, bytes.
 
-    ``positions``, ``cos`` and ``sin`` [n, rope_dim / 2] are beside them, for who has no table of angles.
+    ``positions`` [n] of the windows that are read, ``cos`` and ``sin`` [n, rope_dim / 2] are beside them, for who has
+    no table of angles.
     """
     able = Capabilities(specs=SMALL)
     for invariant in INVARIANTS:
@@ -162,6 +163,8 @@ def _step(op: Step, script: Script) -> Op:
         state_slots=batch.state_slots.tolist(),
         slot_mapping=slot_mapping(batch, spec.ratio, script.setup.page_rows),
     )
+    assert found.slot_mapping is not None
+    found.slot_mapping += [-1] * (sum(p.count for p in op.pieces) - len(found.slot_mapping))  # of nobody's tokens
     if batch.block_table is not None:
         found.first_page = script.case.first // spec.ratio // script.setup.page_rows
         found.block_table = batch.block_table[:, found.first_page :].tolist()
@@ -229,4 +232,7 @@ def _of_format(form: CacheFormat) -> Made:
     every, cache = torch.arange(vector.num_pages * vector.page_rows), certain_cache(script)
     vector.read = every.tolist()
     inputs = {"pattern": script.patterns, "norm": script.setup.weights.norm}
-    return vector, {**inputs, "rows": raw(stored.stored(cache, every)), "pages": cache.data}
+    at = torch.zeros(1, dtype=torch.int64)
+    cos, sin = script.setup.rope.rows(at)
+    rows = {"rows": raw(stored.stored(cache, every)), "pages": cache.data}
+    return vector, {**inputs, **rows, "positions": at, "cos": cos, "sin": sin}
