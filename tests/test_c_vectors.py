@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
     """All vectors: where they are, and what is in there."""
     found = tmp_path_factory.mktemp("vectors")
     vectors = list(made.vectors())
-    schema.write(found, vectors)
+    schema.write(found, vectors, "a test")
     return found, vectors
 
 
@@ -251,7 +251,7 @@ ENTRIES = {
 @pytest.mark.parametrize("what", ENTRIES)
 def test_what_is_no_vector_is_refused(what, program, tmp_path):
     vector, expected = next(iter(made.vectors()))
-    schema.write(tmp_path, [(vector, expected)])
+    schema.write(tmp_path, [(vector, expected)], "a test")
     data = json.loads(vector.to_json())
     path = tmp_path / f"{vector.name}.json"
     assert run(program, path, tmp_path / "out.safetensors")[0] == DONE

@@ -76,9 +76,13 @@ class Case:
     @property
     def size(self) -> int:
         """How much there is to read: what shrinking makes smaller."""
-        return sum(
-            1 + sum(op.counts) + 4 * len(op.counts) + op.drafts + op.padding + op.accepted + op.inert + op.unmapped
-            for op in self.ops
+        return (
+            (self.first > 0)
+            + self.far
+            + sum(
+                1 + sum(op.counts) + 4 * len(op.counts) + op.drafts + op.padding + op.accepted + op.inert + op.unmapped
+                for op in self.ops
+            )
         )
 
     def to_json(self) -> str:

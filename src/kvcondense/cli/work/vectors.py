@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import kvcondense
 from kvcondense.cli.output import Output
 from kvcondense.cli.paths import require_folder
 from kvcondense.cli.work.adapters import adapter_of
@@ -63,7 +64,7 @@ def _write(output: Output, folder: Path) -> None:
             raise UnsupportedError("DIR", "an empty folder, or one of test vectors", folder)
         old = list(schema.index(folder))
     vectors = list(made.vectors())
-    size = schema.write(folder, vectors)
+    size = schema.write(folder, vectors, f"kvcondense {kvcondense.__version__}")
     for name in {*old} - {vector.name for vector, _ in vectors}:
         for suffix in ("json", "safetensors"):
             (folder / f"{name}.{suffix}").unlink(missing_ok=True)

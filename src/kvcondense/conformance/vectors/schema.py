@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 
-import kvcondense
 from kvcondense import files
 from kvcondense.conformance.vectors import text
 from kvcondense.errors import CheckpointError
@@ -133,7 +133,7 @@ class Entry:
     bug_class: str
 
 
-def write(folder: Path, made: list[tuple[Vector, dict[str, torch.Tensor]]]) -> int:
+def write(folder: Path, made: list[tuple[Vector, dict[str, torch.Tensor]]], made_by: str) -> int:
     """Write the vectors, an index with checksums and a README into ``folder``; bytes written."""
     from safetensors.torch import save
 
@@ -146,11 +146,12 @@ def write(folder: Path, made: list[tuple[Vector, dict[str, torch.Tensor]]]) -> i
             size += len(data)
         first, second = (hashlib.sha256(data).hexdigest() for data in both)
         entries[vector.name] = asdict(Entry(first, second, vector.invariant, vector.bug_class))
-    index = {"schema": SCHEMA, "kvcondense": kvcondense.__version__, "vectors": entries}
+    index = {"schema": SCHEMA, "made_by": made_by, "vectors": entries}
     whole = json.dumps(index, indent=1, sort_keys=True) + "\n"
     files.write(folder / "index.json", whole)
-    files.write(folder / "README.md", text.README)
-    return size + len(whole) + len(text.README.encode())
+    told = f"{text.README}\n## Entries of a vector\n\n{inspect.getdoc(Vector)}\n\n## Ops\n\n{inspect.getdoc(Op)}\n"
+    files.write(folder / "README.md", told)
+    return size + len(whole) + len(told.encode())
 
 
 def index(folder: Path) -> dict[str, Entry]:

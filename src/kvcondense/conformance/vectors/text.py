@@ -30,5 +30,5 @@ Stream 0 is the norm's weight: 1 + value / 4 for each channel. Stream 1 is the a
 stream s is value * scale at i = t * 2N .. t * 2N + 2N - 1: N channels of kv, then N of scores (without ape). N is
 head_dim, twice that if windows overlap. All of this in fp32, to which scale is rounded.
 
-What each entry of the JSON means is told in the documentation of kvcondense, page "Test vectors".
+What each entry of the JSON means is told below, and with examples in the documentation of kvcondense.
 """
