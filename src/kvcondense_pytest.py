@@ -1,5 +1,7 @@
 """pytest plugin: ``pytest --kvcondense-adapter module:factory`` adds one test for each invariant of the kit.
 
+``--kvcondense-exec COMMAND`` does so for a program in any language.
+
 It lives beside the package so that a pytest run that does not ask for it imports neither kvcondense nor torch.
 """
 
@@ -11,11 +13,12 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Two options, in a group of their own."""
+    """Options in a group of their own."""
     group = parser.getgroup("kvcondense", "kvcondense conformance kit")
     group.addoption(
         "--kvcondense-adapter", metavar="MODULE:FACTORY", help="run the conformance kit on this compressor adapter"
     )
+    group.addoption("--kvcondense-exec", metavar="COMMAND", help="run it on a program that answers the kit's messages")
     group.addoption("--kvcondense-seed", type=int, default=0, help="seed of the generated histories")
 
 

@@ -136,7 +136,7 @@ class Case:
         steps = [op for op in self.ops if op.kind == "step"]
         tokens = 1 + sum(sum(op.counts) + op.padding + op.inert for op in steps)
         taken = tokens * (self.requests + len(self.ops) - len(steps))
-        rows = max(taken, self.max_draft * (2 * self.requests + 3), self.requests * spec.window)
+        rows = max(taken, (self.max_draft + spec.window) * (2 * self.requests + 3))
         rope = (self.first + tokens) * max(spec.rope_dim, 2) * 4
         table = self.requests * (self.first + tokens) // spec.ratio // what.page_rows * _ENTRY
         cache = (taken // spec.ratio // what.page_rows + self.requests) * what.page_bytes

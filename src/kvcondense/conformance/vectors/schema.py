@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kvcondense import files
-from kvcondense.conformance.vectors import text
+from kvcondense.conformance.vectors import bounds, text
 from kvcondense.errors import CheckpointError
 from kvcondense.files.reading import parsed
 from kvcondense.files.schema import known, typed
@@ -120,6 +120,7 @@ class Vector:
         vector = typed(data, cls, name)
         if vector.schema != SCHEMA:
             raise CheckpointError(f"{name} schema", str(SCHEMA), vector.schema)
+        bounds.check(vector, name)
         return vector
 
 
