@@ -24,13 +24,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
     """Add the kit's tests behind whatever else was collected."""
-    name = config.getoption("--kvcondense-adapter")
-    if not name:
+    name, command = config.getoption("--kvcondense-adapter"), config.getoption("--kvcondense-exec")
+    if not (name or command):
         return
     from kvcondense.conformance.invariants import INVARIANTS
     from kvcondense.conformance.own import load_factory
+    from kvcondense.conformance.remote import exec_factory
 
-    make, seed = load_factory(name), config.getoption("--kvcondense-seed")
+    make, seed = exec_factory(command) if command else load_factory(name), config.getoption("--kvcondense-seed")
     for invariant in INVARIANTS:
         items.append(
             InvariantItem.from_parent(

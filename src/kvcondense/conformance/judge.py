@@ -101,7 +101,9 @@ def _beyond(
 
 
 def against_codes(player: Player) -> str | None:
-    """Compare first rows of patterns with the golden encoder's bytes: every one is certain."""
+    """Compare first rows of patterns with the golden encoder's bytes: every one is certain. Of others none is."""
+    if player.script.patterns is None:
+        return None
     wanted = certain_cache(player.script)
     for request, slot in certain_slots(player.script).items():
         at = torch.tensor([slot])
