@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     from kvcondense.conformance.own import load_factory
     from kvcondense.conformance.remote import exec_factory
 
-    make, seed = exec_factory(command) if command else load_factory(name), config.getoption("--kvcondense-seed")
+    make, seed = exec_factory(command) if command else load_factory(str(name)), config.getoption("--kvcondense-seed")
     for invariant in INVARIANTS:
         items.append(
             InvariantItem.from_parent(
