@@ -211,7 +211,8 @@ WRITERS = {
     "plan": ("--json", "--plot"),
     "explain": ("--json", "--trace", "--page", "--tour"),
     "bench --list": ("--json", "--plot", "--report"),
-    "conformance": ("--json", "--report", "--case-file"),
+    "conformance": ("--json", "--report", "--folder"),
+    "vectors mutants model": ("--json",),
     COMPRESS: ("--out",),
     "convert cache.st --format fp32": ("--out",),
     "tune": ("--json", "--out"),
@@ -250,7 +251,12 @@ OUTPUTS = [
     ("plan --model model/config.json --context 64 --json model/config.json", 2, "--json ¦ --model reads"),
     ("bench --from {baseline} --json {baseline}", 2, "--json ¦ --from reads"),
     ("explain --trace a.x --page a.x", 2, "--page ¦ --trace writes"),
-    ("conformance --replay case.json --case-file case.json", 2, "--case-file ¦ --replay reads"),
+    ("conformance --replay case.json --junit case.xml", 2, "--junit ¦ --replay"),
+    ("conformance --folder list.json", 2, "--folder ¦ list.json, which is a file"),
+    ("vectors write list.json", 2, "FOLDER ¦ list.json, which is a file"),
+    ("vectors write model", 2, "FOLDER ¦ an empty folder, or one of test vectors ¦ model"),
+    ("vectors check model --against model", 2, "index.json"),
+    ("vectors play model --adapter reference", 2, "--out ¦ none"),
 ]  # fmt: skip
 
 MISSING = [  # package, line, words

@@ -36,8 +36,8 @@ HERE = Path(__file__).parent
 def test_every_invariant_holds_for_our_backends(invariant, backend, kind):
     outcome = check(invariant, load_factory(f"{backend}:{kind}"))
     assert outcome.passed, (outcome.detail, outcome.case)
-    assert not outcome.skipped
-    assert outcome.played > 0
+    assert bool(outcome.skipped) == (invariant.name == "I9 codes"), "which needs a quantised cache: test_kit_geometry"
+    assert outcome.played > 0 or outcome.skipped
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -238,8 +238,9 @@ def test_a_failing_soak_leaves_a_case_that_can_be_replayed(tmp_path):
 def test_the_command_reports(tmp_path):
     report = tmp_path / "j"
     text = invoke("--json", report)
-    assert [line[:4] for line in text.splitlines()[: len(INVARIANTS)]] == ["PASS"] * len(INVARIANTS)
-    assert [i["passed"] for i in json.loads(report.read_text())["invariants"]] == [True] * len(INVARIANTS)
+    told = ["SKIP" if i.name == "I9 codes" else "PASS" for i in INVARIANTS]
+    assert [line[:4] for line in text.splitlines()[: len(INVARIANTS)]] == told
+    assert [i["passed"] for i in json.loads(report.read_text())["invariants"]] == [{"PASS": True}.get(t) for t in told]
     folder = tmp_path / "found"
     text = invoke("--adapter", "mutant:ape-shifted", "--folder", folder, status=1)
     assert "channel 0" in text
@@ -267,7 +268,7 @@ class Broken(BackendAdapter):
 
 
 def test_an_adapters_own_error_is_one_cause(monkeypatch, tmp_path):
-    monkeypatch.setattr("kvcondense.cli.work.conformance.load_factory", lambda _: lambda: Broken())
+    monkeypatch.setattr("kvcondense.cli.work.adapters.load_factory", lambda _: lambda: Broken())
     text = invoke("--folder", tmp_path / "found", "--json", tmp_path / "j", status=1)
     found = [i for i in json.loads((tmp_path / "j").read_text())["invariants"] if i["passed"] is False]
     assert len(found) > 3
@@ -289,7 +290,7 @@ def test_junit_says_what_the_command_says(monkeypatch, tmp_path):
                 raise ValueError("<b>]]>&\x00\ufffe") from None
 
     monkeypatch.setattr(
-        "kvcondense.cli.work.conformance.load_factory", lambda _: lambda: Odd(capabilities=Odd.capabilities)
+        "kvcondense.cli.work.adapters.load_factory", lambda _: lambda: Odd(capabilities=Odd.capabilities)
     )
     invoke("--folder", tmp_path / "c", "--json", tmp_path / "j", "--junit", tmp_path / "j.xml", status=1)
     asked = json.loads((tmp_path / "j").read_text())["invariants"]
@@ -333,7 +334,7 @@ def run_pytest(folder, *words):
 
 def test_the_pytest_plugin(tmp_path):
     result = run_pytest(tmp_path, "--kvcondense-adapter", "reference:online")
-    assert f"{len(INVARIANTS)} passed" in result.stdout, result.stdout + result.stderr
+    assert f"{len(INVARIANTS) - 1} passed, 1 skipped" in result.stdout, result.stdout + result.stderr
     result = run_pytest(tmp_path, "--kvcondense-adapter", "mutant:emission-twice", "-x")
     assert result.returncode == 1
     assert "I6 emission" in result.stdout

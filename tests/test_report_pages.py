@@ -103,10 +103,10 @@ def adapter_page(tmp_path, word, monkeypatch):
             del step
             raise ValueError(word)
 
-    monkeypatch.setattr(work, "load_factory", lambda _: lambda: BackendAdapter(Evil()))
+    monkeypatch.setattr("kvcondense.cli.work.adapters.load_factory", lambda _: lambda: BackendAdapter(Evil()))
     monkeypatch.setattr(work, "INVARIANTS", work.INVARIANTS[:2])
     made = tmp_path / "conformance.html"
-    case = ("--case-file", tmp_path / "case.json")
+    case = ("--folder", tmp_path / "found")
     run("conformance", "--adapter", word, *case, "--rounds", 1, "--report", made, status=1)
     return made
 

@@ -124,7 +124,7 @@ def test_help_says_examples_exit_statuses_and_options(name):
 
 
 def test_every_path_is_known_as_read_or_written():
-    known = {*paths.WRITTEN, *paths.READ, *paths.FOLDERS}
+    known = {*paths.WRITTEN, *paths.READ, *paths.FOLDERS, *paths.PLACES}
     for name, declared in COMMANDS.items():
         for parameter in inspect.signature(declared, eval_str=True).parameters.values():
             if "Path" in str(parameter.annotation):

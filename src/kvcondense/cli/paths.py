@@ -40,6 +40,8 @@ WRITTEN = {
 }
 READ = ("hidden", "source", "replay", "from_file")
 FOLDERS = ("checkpoint",)
+PLACES = ("folder", "outputs", "against")
+"""Folders that their commands look at themselves: ``require_folder``."""
 
 
 def check(options: Mapping[str, Any], typed: Mapping[str, str]) -> None:

@@ -19,7 +19,7 @@ def vectors(
     action: Annotated[
         str, typer.Argument(metavar="ACTION", help="write, play, check or mutants.", **one_of(names.VECTOR_ACTIONS))
     ],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the vectors.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the vectors.")],
     against: Annotated[
         Path | None, typer.Option(metavar="OUT", help="check: folder with what an implementation returned.")
     ] = None,

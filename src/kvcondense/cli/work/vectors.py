@@ -44,7 +44,7 @@ def run(
     if action == "write":
         return _write(output, folder)
     if not folder.is_dir():
-        raise UnsupportedError("DIR", "a folder that vectors write made", f"{folder} (no such folder)")
+        raise UnsupportedError("FOLDER", "a folder that vectors write made", f"{folder} (no such folder)")
     if action == "mutants":
         return _mutants(output, folder)
     if action == "play":
@@ -57,11 +57,11 @@ def run(
 
 
 def _write(output: Output, folder: Path) -> None:
-    require_folder("DIR", folder)
+    require_folder("FOLDER", folder)
     old = []
     if folder.exists() and any(folder.iterdir()):
         if not (folder / "index.json").is_file():
-            raise UnsupportedError("DIR", "an empty folder, or one of test vectors", folder)
+            raise UnsupportedError("FOLDER", "an empty folder, or one of test vectors", folder)
         old = list(schema.index(folder))
     vectors = list(made.vectors())
     size = schema.write(folder, vectors, f"kvcondense {kvcondense.__version__}")
