@@ -72,12 +72,8 @@ class Atom(Engine):
         spec, weights, count = self.setup.spec, self.setup.weights, int(batch.query_start_loc[-1])
         if not count:
             return
-        plan = self.plan(
-            batch.lengths.int().numpy(),
-            (batch.start_positions + batch.lengths).int().numpy(),
-            [(spec.ratio, spec.overlap)],
-            plan_buffers={spec.ratio: {"compress": _Plan(count), "write": _Plan(count)}},
-        )[spec.ratio]
+        plan = self._plan(batch, count, spec.ratio, spec.overlap)
+        saved = self._plan(batch, count, *self.saved()).write_plan_gpu
         kv, score = kv_score.split([spec.width, spec.width], dim=1)
         shape = {"ratio": spec.ratio, "overlap": spec.overlap, "state_slot_mapping": batch.state_slots.int()}
         self.pool(
@@ -86,7 +82,19 @@ class Atom(Engine):
             block_tables=batch.block_table.int(), k_per_block=self.setup.page_rows, head_dim=spec.head_dim,
             rope_head_dim=spec.rope_dim, **self._cache(), **shape,
         )  # fmt: skip
-        self.save(kv, score, weights.ape, self.kv, self.score, write_plan=plan.write_plan_gpu, **shape)
+        self.save(kv, score, weights.ape, self.kv, self.score, write_plan=saved, **shape)
+
+    def saved(self) -> tuple[int, bool]:
+        """(ratio, overlap) of the plan that says what is saved: the last window of a step."""
+        return self.setup.spec.ratio, self.setup.spec.overlap
+
+    def _plan(self, batch: RaggedBatch, count: int, ratio: int, overlap: bool) -> Any:
+        return self.plan(
+            batch.lengths.int().numpy(),
+            (batch.start_positions + batch.lengths).int().numpy(),
+            [(ratio, overlap)],
+            plan_buffers={ratio: {"compress": _Plan(count), "write": _Plan(count)}},
+        )[ratio]
 
     def _cache(self) -> dict[str, Any]:
         """bf16 rows, or tiles of codes and the scales behind them in each page."""
@@ -121,4 +129,11 @@ class Atom16(Atom):
     capabilities = replace(Atom.capabilities, max_draft=16, returns_state=False)
 
 
-make, make16 = Atom, Atom16
+class AtomWider(Atom16):
+    """What would repair it: a plan as of a window that is longer by the drafts says what is saved."""
+
+    def saved(self) -> tuple[int, bool]:
+        return self.setup.spec.window + self.setup.max_draft, False
+
+
+make, make16, make_wider = Atom, Atom16, AtomWider
