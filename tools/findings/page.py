@@ -81,6 +81,8 @@ def _section(about: Implementation, found: Record) -> str:
             parts.append("The smallest history that was found:\n")
             parts.append(f"```json\n{_case(invariant['case'])}\n```\n")
     parts += [_widths(width) for width in found["widths"]]
+    if found["chunks"]:
+        parts.append(_filled(_chunks(found["chunks"])))
     if found["wrong"]:
         parts.append(_filled(_seen(found["wrong"])))
     if about.meaning and _failed(found):
@@ -120,6 +122,14 @@ def _widths(width: Record) -> str:
     return "\n".join((_filled(told), f"```json\n{_case(width['case'])}\n```\n", _filled(_sentence(width["detail"]))))
 
 
+def _chunks(chunks: list[Record]) -> str:
+    """What became of a prompt's chunks."""
+    failed = {tuple(c["lengths"]): c["detail"] for c in chunks if c["detail"]}
+    every = dict.fromkeys(tuple(c["lengths"]) for c in chunks)
+    told = (f"{' + '.join(map(str, lengths))} ({failed.get(lengths, 'pass')})" for lengths in every)
+    return f"A prompt in chunks as its engine makes them, every compressor: {', '.join(told)}."
+
+
 def _seen(wrong: list[Record]) -> str:
     """What became of errors on purpose."""
     told = [f"{w['what']} ({'seen' if w['seen'] else 'NOT seen'} by {w['invariant']})" for w in wrong]
@@ -134,7 +144,7 @@ def _tail(report: Record, versions: Record) -> str:
     )
     return f"""## Run it again
 
-```sh
+```text
 {COMMAND}
 ```
 
@@ -142,7 +152,7 @@ PEERS is a folder with one folder for each engine, as `examples/foreign/peers.py
 files that it needs. The results are in `benchmarks/baselines/findings.json`, with the first digits of every file's
 SHA-256. To play a history from this page, write it into a file:
 
-```sh
+```text
 export KVCONDENSE_PEERS=PEERS PYTHONPATH=examples/foreign
 kvcondense conformance --adapter atom_adapter:make16 --replay case.json
 ```

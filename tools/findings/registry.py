@@ -11,8 +11,9 @@ class Implementation:
 
     adapter: as ``kvcondense conformance --adapter`` takes it. folder and files: in the folder of --peers; of an
     installed package there are none. only: the invariants that are asked, all if there are none. widths: compressors
-    whose verify steps are also tried width by width. fails: what is known to fail. note: what a reader must know of the
-    declaration. meaning: of what fails.
+    whose verify steps are also tried width by width. chunks: lengths of a prompt's chunks, asked beside the kit's,
+    of every compressor. fails: what is known to fail. note: what a reader must know of the declaration. meaning: of
+    what fails.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Implementation:
     source: str = ""
     only: tuple[str, ...] = ()
     widths: tuple[str, ...] = ()
+    chunks: tuple[tuple[int, ...], ...] = ()
     fails: tuple[str, ...] = ()
     note: str = ""
     meaning: tuple[str, ...] = ()
@@ -75,6 +77,7 @@ IMPLEMENTATIONS = (
         note="States as they are deployed: of each 256 positions the last window + drafts. Its engine begins chunks of "
         "a prompt at multiples of 256 and gives a verify step drafts + 1 tokens at most; a step of the kit that is "
         "neither is played as such verify steps. What its kernels would do with other chunks was not asked.",
+        chunks=((256, 300), (256, 256, 9, 1), (512, 77, 5), (256, 8, 248, 60)),
     ),
     Implementation(
         "ATOM, up to 7 drafts", "atom_adapter:make", "ROCm/ATOM ffdf3bb5", _INTERPRETER, "ATOM", _ATOM_FILES,
@@ -88,7 +91,8 @@ IMPLEMENTATIONS = (
         only=("I2 rollback", "I8 fork"),
         widths=("csa head_dim=512 rope_dim=64 page_rows=64",),
         fails=("I2 rollback", "I8 fork"),
-        note="The same as above, asked for wider verify steps. Its ring has room for them. Rows alone are compared.",
+        note="The same as above, asked for wider verify steps. Its ring has room for them. Rows alone are compared. "
+        "States are NaN before they are written: nan in a row is a state row that was not saved.",
         meaning=_PLAN,
     ),
     Implementation(
@@ -117,7 +121,7 @@ IMPLEMENTATIONS = (
 )  # fmt: skip
 
 NOT_RUN = (
-    ("SGLang 0.5.23", "CUDA kernels compiled on the spot, and Triton around them: needs a GPU"),
+    ("SGLang 0.5.23", "CUDA kernels, compiled on the spot: needs a GPU"),
     ("FlashInfer 0.7.2", "its compressors of ratio 1 and 2 are CUDA: needs a GPU"),
     ("cudnn-frontend 1.32", "CuTe-DSL kernels of SM100 and later: needs a GPU"),
     ("vLLM 0.33.0, CuTe-DSL and ROCm's tiles", "need a GPU"),

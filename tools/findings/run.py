@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CASTS = "casts"
 """In the place of an implementation's name: the interpreter's casts."""
 _VERSIONS = ("kvcondense", "torch", "triton", "numpy", "ml_dtypes")
+_KINDS = {"invariant": "invariants", "width": "widths", "chunks": "chunks", "wrong": "wrong"}
 Record = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -43,7 +44,7 @@ def gathered(lines: list[Record]) -> Record:
     """The lines of one process: what it said of itself, its invariants, its widths, and why it ended early."""
     about = next((line for line in lines if line["kind"] == "about"), {})
     found: Record = {key: value for key, value in about.items() if key != "kind"}
-    for kind, name in (("invariant", "invariants"), ("width", "widths"), ("wrong", "wrong")):
+    for kind, name in _KINDS.items():
         found[name] = [{k: v for k, v in line.items() if k != "kind"} for line in lines if line["kind"] == kind]
     why = [line["why"] for line in lines if line["kind"] == "error"]
     return {**found, "error": why[0] if why else ""}
@@ -57,6 +58,7 @@ def unexpected(chosen: list[Implementation], report: Record) -> list[str]:
         if result["error"]:
             found.append(f"{about.name}: {result['error']}")
         found += [f"{about.name}: {w['what']} was not seen" for w in result["wrong"] if not w["seen"]]
+        found += [f"{about.name}: chunks of {c['lengths']}: {c['detail']}" for c in result["chunks"] if c["detail"]]
         failed = tuple(i["name"] for i in result["invariants"] if i["detail"])
         if failed != about.fails:
             found.append(
@@ -111,6 +113,8 @@ def _told(line: Record) -> str:
         return f"{line['name']}: {status} {line['skipped'] or line['detail']}".rstrip()
     if line["kind"] == "wrong":
         return f"{line['what']}: {'seen' if line['seen'] else 'NOT SEEN'}"
+    if line["kind"] == "chunks":
+        return f"{line['spec'].split()[0]} in chunks of {line['lengths']}: {line['detail'] or 'pass'}"
     if line["kind"] == "width":
         return f"verify steps of {line['spec']}: fail with drafts {line['fails'] or 'never'}"
     return line.get("why") or line["kind"]

@@ -28,7 +28,9 @@ def work(about: Implementation) -> None:
 
     from kvcondense.conformance import invariants
     from kvcondense.conformance.adapter import Capabilities
+    from kvcondense.conformance.cases import Case
     from kvcondense.conformance.coverage import unasked
+    from kvcondense.conformance.histories import step
     from kvcondense.conformance.own import load_factory
 
     torch.set_num_threads(1)
@@ -62,6 +64,11 @@ def work(about: Implementation) -> None:
         )
     for spec in about.widths:
         _widths(spec, make)
+    for lengths in about.chunks:
+        for spec in able.specs:
+            case = Case(spec, 1, tuple(step(n) for n in lengths))
+            detail, _ = invariants.play(case, make, invariants.whole)
+            say(kind="chunks", lengths=lengths, spec=spec, detail=str(detail or ""))
     if not about.only:
         for what, invariant, spoilt in (
             ("the norm's weights, a channel further", "I9 numerics", _norm_rolled),
