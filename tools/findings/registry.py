@@ -45,8 +45,9 @@ _PLAN = (
     "`make_compress_plans` in compress_plan.py lets `update_compressor_states` save the last 8 rows of a step for "
     "ratio 4 (`write_starts = max(0, context_lens - K)`), whatever was drafted. After a step of 9 tokens whose 8 "
     "drafts are rejected, the row of the accepted token is not in the ring, and windows that need it pool what lies in "
-    "its place. The ring itself is long enough: K + drafts. By the same line ratio 128 keeps 128 rows. A plan that "
-    "keeps K + drafts rows repairs it, as the next section shows.",
+    "its place. So does any longer step whose last tokens are rejected, as in the smallest histories; an engine's "
+    "steps with drafts have no more than drafts + 1 tokens. The ring itself is long enough: K + drafts. By the same "
+    "line ratio 128 keeps 128 rows. A plan that keeps K + drafts rows repairs it, as the next section shows.",
     "**Class:** a rollback needs rows that the step did not keep. **Reach** (read, not run): atom/config.py allows 4 "
     "drafts for MTP, which is safe; for a DSpark draft model inside V4 it allows as many as the sliding window has "
     "positions, 128.",
