@@ -1,5 +1,7 @@
 """pytest plugin: ``pytest --kvcondense-adapter module:factory`` adds one test for each invariant of the kit.
 
+``--kvcondense-exec COMMAND`` does so for a program in any language.
+
 It lives beside the package so that a pytest run that does not ask for it imports neither kvcondense nor torch.
 """
 
@@ -11,23 +13,25 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Two options, in a group of their own."""
+    """Options in a group of their own."""
     group = parser.getgroup("kvcondense", "kvcondense conformance kit")
     group.addoption(
         "--kvcondense-adapter", metavar="MODULE:FACTORY", help="run the conformance kit on this compressor adapter"
     )
+    group.addoption("--kvcondense-exec", metavar="COMMAND", help="run it on a program that answers the kit's messages")
     group.addoption("--kvcondense-seed", type=int, default=0, help="seed of the generated histories")
 
 
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
     """Add the kit's tests behind whatever else was collected."""
-    name = config.getoption("--kvcondense-adapter")
-    if not name:
+    name, command = config.getoption("--kvcondense-adapter"), config.getoption("--kvcondense-exec")
+    if not (name or command):
         return
     from kvcondense.conformance.invariants import INVARIANTS
     from kvcondense.conformance.own import load_factory
+    from kvcondense.conformance.remote import exec_factory
 
-    make, seed = load_factory(name), config.getoption("--kvcondense-seed")
+    make, seed = exec_factory(command) if command else load_factory(str(name)), config.getoption("--kvcondense-seed")
     for invariant in INVARIANTS:
         items.append(
             InvariantItem.from_parent(

@@ -33,7 +33,10 @@ class Cases(Reader):
         )  # fmt: skip
         one = Case("csa", 2, ops, seed=3, first=4, scale=2.0)
         far = Case("hca", 1, (Op("step", (2,)),), first=128 * 100, far=True)
-        return [c.to_json().encode() for c in (one, replace(one, spec="r2", first=0), far)]
+        sized = Case(
+            "csa head_dim=512 rope_dim=64 format=fp8_model1 page_rows=16", 1, (Op("step", (5,)),), pattern=True
+        )
+        return [c.to_json().encode() for c in (one, replace(one, spec="r2", first=0), far, sized)]
 
     def alter(self, chance, which):
         return self.json(chance, which), False

@@ -20,12 +20,14 @@ import torch
 import foreign_files as files
 import foreign_requests as requests
 import foreign_texts as texts
+import foreign_vectors as vectors
 from kvcondense.errors import IntegrityWarning, KvCondenseError
 
 READERS = (
     files.Config, files.Weights, files.Index, files.Gguf, files.Hidden, requests.Caches, requests.OldCaches,
     requests.Resumed, requests.Snapshots, requests.OldSnapshots, requests.Bundles, requests.UncheckedBundles,
     requests.RecoveredBundles, texts.Cases, texts.Records, texts.Tuned, texts.Kept,
+    vectors.Vectors, vectors.VectorIndex, vectors.VectorOutputs,
 )  # fmt: skip
 MOST_BYTES = 256 << 20
 """How much larger the process may become while one input is read."""

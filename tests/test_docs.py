@@ -4,11 +4,13 @@
 """
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from browser import Watched, chromium
+from kvcondense.conformance.vectors.schema import Entry, Op, Vector
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -46,6 +48,14 @@ def test_every_picture_is_made_by_a_command_on_its_page(page):
 def test_tests_that_a_page_names_exist(page):
     for file, name in re.findall(r"`(?:([\w/]+\.py)::)?(test_\w+)`", page.read_text()):
         assert f"\ndef {name}(" in (ROOT / "tests" / (file or "test_engines.py")).read_text(), f"{file}::{name}"
+
+
+def test_every_entry_of_a_test_vector_is_on_its_page():
+    text = (ROOT / "docs" / "vectors.md").read_text()
+    for schema in (Vector, Op, Entry):
+        _, table = text.split(f"| field of `{schema.__name__}` |")
+        cells = [row.split("|")[1] for row in table.split("\n\n")[0].splitlines()[2:]]
+        assert sorted(re.findall(r"`(\w+)`", "".join(cells))) == sorted(f.name for f in fields(schema))
 
 
 def test_pages_are_on_the_map():

@@ -1,4 +1,4 @@
-/* A KV compressor of DeepSeek-V4 in C11: plain loops in fp32, token after token, rows in bf16.
+/* A KV compressor of DeepSeek-V4 in C11: plain loops in fp32, token after token, rows in bf16 or fp32.
 
    It is written to be read, and to be right under any split of a sequence into steps. What it computes, per request:
    every token leaves a state row [kv | score + ape] in a ring, at its position modulo the ring's length. The token that
@@ -6,7 +6,7 @@
    pooled row is normed, rotated at position w r, and written to the cache.
 
    kvc_init, kvc_step, kvc_get_state, kvc_put_state and kvc_reset return NULL, or a text that says what is wrong. Then
-   nothing has been written. Nothing here knows where the numbers come from: see driver.c. */
+   nothing has been written. Nothing here knows where the numbers come from: see driver.c and vectors.c. */
 #ifndef KVC_COMPRESSOR_H
 #define KVC_COMPRESSOR_H
 
@@ -31,6 +31,7 @@ typedef struct {
   int64_t rope_dim; /* the last channels, rotated in pairs (2i, 2i + 1) */
   int64_t overlap;  /* channels [0, d) count while a token is in the window before, [d, 2d) in its own */
   int64_t rotate;   /* Hadamard rotation after RoPE */
+  int64_t fp32;     /* elements of the cache are fp32, not bf16 */
   double eps;
   kvc_rounding rounding;
   int64_t num_slots, max_draft, num_pages, page_rows, max_positions;
@@ -52,10 +53,11 @@ typedef struct {
 typedef struct {
   kvc_setup s;
   int64_t width, window, ring; /* N; tokens that a row reads; state rows of a slot */
+  int64_t row_bytes;           /* of the cache */
   float *state;                /* [num_slots, ring, 2N] */
   int64_t *tags;               /* [num_slots, ring]: the position that a state row holds, or -1 */
   int64_t *seen, steps;        /* [num_slots]: the last step that named the slot */
-  uint16_t *cache;             /* [num_pages * page_rows, d] */
+  void *cache;                 /* [num_pages * page_rows, d] */
   float *scratch;              /* [3, d] */
   char error[200];
 } kvc_compressor;
@@ -125,13 +127,14 @@ static inline const char *kvc_init(kvc_compressor *c, const kvc_setup *setup) {
   c->tags = kvc_memory(kvc_times(s.num_slots, c->ring), sizeof *c->tags);
   c->seen = kvc_memory(s.num_slots, sizeof *c->seen);
   c->scratch = kvc_memory(3 * s.head_dim, sizeof *c->scratch);
-  int64_t elements = kvc_times(kvc_times(s.num_pages, s.page_rows), s.head_dim); /* far beyond 2^31 in a large cache */
-  c->cache = kvc_memory(elements, sizeof *c->cache);
+  int64_t rows = kvc_times(s.num_pages, s.page_rows); /* elements are far beyond 2^31 in a large cache */
+  c->row_bytes = s.head_dim * (s.fp32 ? 4 : 2);
+  c->cache = kvc_memory(rows, c->row_bytes);
   if (!c->state || !c->tags || !c->seen || !c->scratch || !c->cache) {
     kvc_free(c);
     return "init: expected room for state and cache, got too little memory";
   }
-  if (elements < KVC_FILLED / 2) memset(c->cache, KVC_CANARY, (size_t)elements * sizeof *c->cache);
+  if (rows < KVC_FILLED / c->row_bytes) memset(c->cache, KVC_CANARY, (size_t)(rows * c->row_bytes));
   for (int64_t slot = 0; slot < s.num_slots; slot++) c->seen[slot] = 0, kvc_forget(c, slot);
   return NULL;
 }
@@ -302,7 +305,11 @@ static inline void kvc_take(kvc_compressor *c, const kvc_batch *b, int64_t q, in
   if (at < 0) return;
   kvc_pool(c, slot, position / r * r, c->scratch);
   kvc_finish(c, position / r * r, c->scratch);
-  for (int64_t i = 0; i < d; i++) c->cache[at * d + i] = kvc_to_bf16(c->scratch[i]);
+  float *fp32 = c->cache;
+  uint16_t *bf16 = c->cache;
+  for (int64_t i = 0; i < d; i++)
+    if (c->s.fp32) fp32[at * d + i] = c->scratch[i];
+    else bf16[at * d + i] = kvc_to_bf16(c->scratch[i]);
 }
 
 /* One step of all requests. */
@@ -354,8 +361,9 @@ static inline const char *kvc_reset(kvc_compressor *c, const int64_t *slots, int
 }
 
 /* Row of the cache [d]; NULL if there is no such row. */
-static inline const uint16_t *kvc_cache_row(const kvc_compressor *c, int64_t row) {
-  return row < 0 || row >= c->s.num_pages * c->s.page_rows ? NULL : c->cache + row * c->s.head_dim;
+static inline const void *kvc_cache_row(const kvc_compressor *c, int64_t row) {
+  int64_t rows = c->s.num_pages * c->s.page_rows;
+  return row < 0 || row >= rows ? NULL : (const unsigned char *)c->cache + row * c->row_bytes;
 }
 
 #endif

@@ -1,4 +1,4 @@
-"""The command: verify, conformance, compress, convert, bundle, plan, explain, bench, tune, aot, warm, info.
+"""The command: verify, conformance, vectors, compress, convert, bundle, plan, explain, bench, tune, aot, warm, info.
 
 Modules here say what can be typed and import no torch; those in ``work`` do it.
 """
@@ -13,7 +13,21 @@ from typing import Annotated
 import typer
 
 import kvcondense
-from kvcondense.cli import aot, bench, bundle, compress, conformance, convert, explain, info, plan, tune, verify, warm
+from kvcondense.cli import (
+    aot,
+    bench,
+    bundle,
+    compress,
+    conformance,
+    convert,
+    explain,
+    info,
+    plan,
+    tune,
+    vectors,
+    verify,
+    warm,
+)
 from kvcondense.cli.command import add
 
 app = typer.Typer(
@@ -42,6 +56,7 @@ def top(
 
 add(app, verify.verify, verify.EXAMPLE, verify.FAILS)
 add(app, conformance.conformance, conformance.EXAMPLE, conformance.FAILS)
+add(app, vectors.vectors, vectors.EXAMPLE, vectors.FAILS)
 add(app, compress.compress, compress.EXAMPLE)
 add(app, convert.convert, convert.EXAMPLE)
 add(app, bundle.bundle, bundle.EXAMPLE, bundle.FAILS)

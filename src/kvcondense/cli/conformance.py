@@ -7,30 +7,18 @@ from typing import Annotated
 
 import typer
 
-from kvcondense.cli import names
 from kvcondense.cli.output import JsonFile, Quiet
 from kvcondense.cli.paths import ReportFile
-from kvcondense.cli.values import Seed, completer, positive, whole
+from kvcondense.cli.values import AdapterName, ExecCommand, Seed, Timeout, positive, whole
 
 EXAMPLE = "Example: kvcondense conformance --adapter kvcondense.backends.reference --soak 2"
 FAILS = "an invariant is broken, or a mutant survives"
 
 
 def conformance(
-    adapter: Annotated[
-        str,
-        typer.Option(
-            help="module:factory, a module with a BACKEND, cpu or reference[:ring|paged|online], or mutant:NAME.",
-            autocompletion=completer(names.ADAPTERS),
-        ),
-    ] = "reference",
-    command: Annotated[
-        str | None,
-        typer.Option("--exec", metavar="COMMAND", help="The adapter is this program, in any language (see the docs)."),
-    ] = None,
-    timeout: Annotated[
-        float, typer.Option(help="Seconds that the program of --exec may take to answer.", **positive("SECONDS"))
-    ] = 60.0,
+    adapter: AdapterName = "reference",
+    command: ExecCommand = None,
+    timeout: Timeout = 60.0,
     mutants: Annotated[bool, typer.Option("--mutants", help="Check that every wrong compressor is caught.")] = False,
     soak_minutes: Annotated[
         float | None,

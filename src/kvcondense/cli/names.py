@@ -25,6 +25,12 @@ ROUNDINGS = ("reference", "fused", "latent")
 STATES = ("ring", "online")
 ACTIONS = ("info", "check", "cut")
 """Of bundles."""
+VECTOR_ACTIONS = ("write", "play", "check", "mutants")
+NEEDS = (
+    "exact", "chunks", "ragged", "max_draft", "inert", "spare", "unmapped", "exports", "begins", "huge_cache",
+    "refuses", "format", *FORMATS, "csa", "hca", "indexer", "fused", "r2",
+)  # fmt: skip
+"""What a test vector may need."""
 WARM_STATES = ("ring", "paged", "online")
 ADAPTER_STATES = ("ring", "paged", "online")
 MUTANTS = (

@@ -146,5 +146,19 @@ Verify = Annotated[
 Strict = Annotated[
     bool, typer.Option("--strict/--saturate", help="Refuse values that the format cannot hold, or saturate them.")
 ]
+AdapterName = Annotated[
+    str,
+    typer.Option(
+        help="module:factory, a module with a BACKEND, cpu or reference[:ring|paged|online], or mutant:NAME.",
+        autocompletion=completer(names.ADAPTERS),
+    ),
+]
+ExecCommand = Annotated[
+    str | None,
+    typer.Option("--exec", metavar="COMMAND", help="The adapter is this program, in any language (see the docs)."),
+]
+Timeout = Annotated[
+    float, typer.Option(help="Seconds that the program of --exec may take to answer.", **positive("SECONDS"))
+]
 Seed = Annotated[int, typer.Option(help="Seed of the random numbers.", **whole(0, (1 << 32) - 1))]
 Jobs = Annotated[int | None, typer.Option(help="Processes that compile. Default: one per processor.", **whole(1, 4096))]

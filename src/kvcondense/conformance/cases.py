@@ -52,6 +52,7 @@ class Case:
 
     spec: the compressor, a line as ``compressors.compressor`` reads it. first: position of their first token (a window
     boundary). scale: of kv and scores. far: their cache pages lie beyond element 2^31, the last page among them.
+    pattern: tokens and weights of ``patterns``, so that the bytes of first rows are certain.
     """
 
     spec: str
@@ -61,6 +62,7 @@ class Case:
     scale: float = 1.0
     first: int = 0
     far: bool = False
+    pattern: bool = False
 
     @property
     def compressor(self) -> Compressor:
@@ -74,9 +76,13 @@ class Case:
     @property
     def size(self) -> int:
         """How much there is to read: what shrinking makes smaller."""
-        return sum(
-            1 + sum(op.counts) + 4 * len(op.counts) + op.drafts + op.padding + op.accepted + op.inert + op.unmapped
-            for op in self.ops
+        return (
+            (self.first > 0)
+            + self.far
+            + sum(
+                1 + sum(op.counts) + 4 * len(op.counts) + op.drafts + op.padding + op.accepted + op.inert + op.unmapped
+                for op in self.ops
+            )
         )
 
     def to_json(self) -> str:
@@ -103,7 +109,9 @@ class Case:
         except KvCondenseError as error:
             raise CheckpointError("case spec", error.expected, error.got) from error
         right = good(self.requests, 1, 1024) and good(self.seed, 0, 1 << 62)
-        right = right and good(self.first, 0, _MAX_INT) and isinstance(self.far, bool)
+        right = (
+            right and good(self.first, 0, _MAX_INT) and isinstance(self.far, bool) and isinstance(self.pattern, bool)
+        )
         right = right and isinstance(self.scale, (int, float)) and 0 < self.scale < 1e6
         for op in self.ops:
             right = right and op.kind in ("step", "recycle", "move", "fork") and op.junk in JUNK
@@ -128,7 +136,7 @@ class Case:
         steps = [op for op in self.ops if op.kind == "step"]
         tokens = 1 + sum(sum(op.counts) + op.padding + op.inert for op in steps)
         taken = tokens * (self.requests + len(self.ops) - len(steps))
-        rows = max(taken, self.max_draft * (2 * self.requests + 3), self.requests * spec.window)
+        rows = max(taken, (self.max_draft + spec.window) * (2 * self.requests + 3))
         rope = (self.first + tokens) * max(spec.rope_dim, 2) * 4
         table = self.requests * (self.first + tokens) // spec.ratio // what.page_rows * _ENTRY
         cache = (taken // spec.ratio // what.page_rows + self.requests) * what.page_bytes
@@ -159,6 +167,8 @@ def shrink(case: Case, fails: Callable[[Case], bool], budget: int = 150) -> Case
 
 def _smaller(case: Case) -> Iterator[Case]:
     """Simpler cases: without a request, without an operation, with fewer tokens, drafts and padding."""
+    if case.first or case.far:
+        yield replace(case, first=0, far=False)
     for q in range(case.requests if case.requests > 1 else 0):
         if any(op.kind == "fork" and q in (op.q, op.to) for op in case.ops):
             continue

@@ -80,17 +80,32 @@ def rollback(rng: random.Random, able: Capabilities) -> Iterator[Case]:
     behind shows now.
     """
     for spec in able.specs:
-        s = compressor(spec).spec
-        every, junk = widths(s, able.max_draft), itertools.cycle(("nan", "1e4", "inf"))
-        rng.shuffle(every)
-        ops = [step(2 * s.window - s.ratio // 2 + rng.randrange(s.ratio))]
-        # A step with one sure token moves a request by one: each width from all phases, or all phases by any width.
-        each = s.ratio if s.ratio <= _PHASES else max(_PHASES, -(-s.ratio // len(every)))
-        for drafts in every:
-            ops += [step(drafts + 1, drafts=drafts, junk=next(junk)) for _ in range(each)]
-            ops.append(step(drafts + 1, drafts=drafts, junk=next(junk), accepted=rng.randrange(drafts + 1)))
-        ops += [step(every[-1], drafts=every[-1]), *[step(1)] * 3, step(s.window + 1), step(s.ratio)]
+        ops = _verified(compressor(spec).spec, rng, able.max_draft)
         yield Case(spec, 1, tuple(ops), rng.randrange(1 << 30))
+
+
+def _verified(spec: CompressorSpec, rng: random.Random, most: int) -> list[Op]:
+    """One request: a prefill, verify steps of all widths from all phases, then the truth."""
+    every, junk = widths(spec, most), itertools.cycle(("nan", "1e4", "inf"))
+    rng.shuffle(every)
+    at = 2 * spec.window - spec.ratio // 2 + rng.randrange(spec.ratio)
+    ops, phases = [step(at)], set(range(spec.ratio))
+
+    def verify(drafts: int, accepted: int = 0) -> None:
+        nonlocal at
+        phases.discard(at % spec.ratio)
+        at += 1 + accepted
+        ops.append(step(drafts + 1, drafts=drafts, junk=next(junk), accepted=accepted))
+
+    for drafts in every:  # one sure token moves a request by one, from phase to phase
+        for _ in range(min(spec.ratio, _PHASES)):
+            verify(drafts)
+        verify(drafts, rng.randrange(drafts + 1))
+    for drafts in itertools.cycle(every):
+        if not phases:
+            break
+        verify(drafts)
+    return [*ops, step(every[-1], drafts=every[-1]), *[step(1)] * 3, step(spec.window + 1), step(spec.ratio)]
 
 
 def isolation(rng: random.Random, able: Capabilities) -> Iterator[Case]:
@@ -176,3 +191,13 @@ def forks(rng: random.Random, able: Capabilities) -> Iterator[Case]:
         before = step(s.window + rng.randrange(s.ratio), 1)
         ops = (before, verify, Op("fork", to=1), both, verify, step(s.ratio, s.window))
         yield Case(spec, 2, ops, rng.randrange(1 << 30))
+
+
+def codes(rng: random.Random, able: Capabilities) -> Iterator[Case]:
+    """First windows of rows that every rounding leaves alone, in quantised caches. After a Hadamard none is certain."""
+    for spec in able.specs:
+        what = compressor(spec)
+        if what.format.plain is None and not what.spec.rotate:
+            n = 6 if able.ragged else 1
+            for _ in range(6 // n):
+                yield Case(spec, n, (step(*(what.spec.ratio,) * n),), rng.randrange(1 << 30), pattern=True)

@@ -7,11 +7,14 @@ from dataclasses import replace
 import torch
 
 from kvcondense.conformance import stored
+from kvcondense.conformance.generator import TOKENS
 from kvcondense.conformance.play import Player, at, begin, raw
 from kvcondense.conformance.script import Request, Script
 from kvcondense.formats import CacheFormat
 from kvcondense.golden.compare import Comparator, Quantisation, ratio_allclose, row_bounds
 from kvcondense.golden.decode import DecodeCompressor, sylvester
+from kvcondense.golden.run import golden_bytes
+from kvcondense.layout.cache import PagedCache
 from kvcondense.numerics import ulp_distance
 from kvcondense.spec import Rounding
 
@@ -95,6 +98,36 @@ def _beyond(
         f"{_name(player, request, row)}, channel {found.first}: {told}, beyond the bounds in {found.count} of "
         f"{actual.shape[1]} channels and {len(failed)} of {len(rows)} rows"
     )
+
+
+def against_codes(player: Player) -> str | None:
+    """Compare first rows of patterns with the golden encoder's bytes: every one is certain. Of others none is."""
+    if player.script.patterns is None:
+        return None
+    wanted = certain_cache(player.script)
+    for request, slot in certain_slots(player.script).items():
+        at = torch.tensor([slot])
+        actual, expected = player.rows(at), stored.stored(wanted, at)
+        if not torch.equal(raw(actual), raw(expected)):
+            return _first_wrong(player, request, actual, expected, torch.ones(1, dtype=torch.bool))
+    return player.guard()
+
+
+def certain_slots(script: Script) -> dict[Request, int]:
+    """Where the first row of each request lies that has one."""
+    finished = [request for request in script.live if 0 in script.own_rows(request)]
+    return {request: int(script.frame.slots(request, torch.tensor([0]))) for request in finished}
+
+
+def certain_cache(script: Script) -> PagedCache:
+    """The whole cache of a script of patterns, as the golden encoder writes it."""
+    assert script.patterns is not None
+    cache, norm = script.setup.new_cache(), script.setup.weights.norm
+    rows = {slot: script.patterns[q.parts[0][0] - TOKENS].float() for q, slot in certain_slots(script).items()}
+    data = golden_bytes(cache, {slot: row * norm for slot, row in rows.items()})
+    for t, part in zip(cache.memory, data.split([t.numel() * t.element_size() for t in cache.memory]), strict=True):
+        t.flatten().view(torch.uint8).copy_(part)
+    return cache
 
 
 def against_itself(player: Player, request: Request) -> str | None:

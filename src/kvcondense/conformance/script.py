@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from kvcondense.conformance import generator
+from kvcondense.conformance import generator, patterns
 from kvcondense.conformance.adapter import Setup
 from kvcondense.conformance.cases import JUNK, Case, Op
 from kvcondense.conformance.compressors import Compressor
@@ -140,6 +140,7 @@ class Script:
         if case.far:  # the first rows of the first request lie in the cache's last page
             pages.sort(reverse=True)
         self._pages = torch.tensor(pages)
+        self.patterns = patterns.rows(spec.head_dim, case.seed, generations) if case.pattern else None
         slots = 2 * n + 3 + n * twins
         self._slots = self.rng.sample(range(slots), slots)
         if any(op.inert for op in case.ops):  # what -1 is where it is clamped
@@ -162,6 +163,9 @@ class Script:
         for p in pieces:
             if p.junk:
                 found.append(torch.full((p.count, width), JUNK[p.junk] or 0.0))
+            elif self.patterns is not None:
+                kv = self.patterns[p.stream - generator.TOKENS].float().repeat(self.spec.halves)
+                found.append(torch.cat([kv, torch.zeros(width - kv.shape[0])]).expand(p.count, width))
             else:
                 values = generator.values(self.case.seed, p.stream, p.first * width, p.count * width)
                 found.append((values * self.case.scale).view(p.count, width))
@@ -278,8 +282,10 @@ def _with_inert(batch: RaggedBatch, count: int) -> RaggedBatch:
 
 
 def make_weights(case: Case) -> CompressorWeights:
-    """Weight of the norm 1 + value / 4, ape value / 2 times the case's scale."""
+    """Weight of the norm 1 + value / 4, ape value / 2 times the case's scale; of patterns, their own, and no ape."""
     spec = case.compressor.spec
     norm = 1 + generator.values(case.seed, generator.NORM, 0, spec.head_dim) / 4
     ape = generator.values(case.seed, generator.APE, 0, spec.ratio * spec.width) / 2 * case.scale
+    if case.pattern:
+        norm, ape = patterns.weight(spec.head_dim, case.seed), torch.zeros_like(ape)
     return CompressorWeights(norm=norm, ape=ape.view(spec.ratio, spec.width) if spec.has_ape else None)

@@ -42,9 +42,10 @@ def soak(
 ) -> Soaked:
     """Play random histories of 8 requests for so many minutes; at least one.
 
-    Each mixes chunks of awkward lengths, drafts of junk that are rejected, spare tokens, recycled and poisoned slots,
-    requests moved to other slots and forks; then every request's rows and state must equal, bit for bit, those of the
-    same implementation fed that request alone in one call, and no other byte may have changed.
+    Each mixes chunks of awkward lengths, drafts of junk that are rejected, spare tokens, requests and rows of nobody,
+    recycled and poisoned slots, requests moved to other slots and forks; then every request's rows and state must
+    equal, bit for bit, those of the same implementation fed that request alone in one call, and no other byte may have
+    changed.
     """
     able, rng = make().capabilities, random.Random(f"soak {seed}")
     begun = time.perf_counter()
@@ -82,7 +83,9 @@ def history(rng: random.Random, able: Capabilities) -> Case:
             op = Op("step", (1,) * n) if ops else Op("step", (compressor(spec).spec.window + rng.randrange(9),) * n)
         padding = rng.randrange(4) if able.spare and able.chunks else 0
         order = tuple(rng.sample(range(n), n)) if able.ragged else ()
-        ops.append(replace(op, padding=padding, order=order))
+        inert = rng.randrange(1, 9) if able.inert and able.ragged and able.chunks and rng.random() < 0.1 else 0
+        unmapped = able.unmapped and able.chunks and rng.random() < 0.1
+        ops.append(replace(op, padding=padding, order=order, inert=inert, unmapped=unmapped))
         roll = rng.random()
         if roll < 0.05 and able.recycles and able.chunks:
             ops.append(Op("recycle", q=rng.randrange(n), junk=rng.choice(("", "nan"))))

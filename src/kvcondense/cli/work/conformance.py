@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -16,14 +15,24 @@ from kvcondense import files
 from kvcondense.cli.output import Output
 from kvcondense.cli.paths import require_folder
 from kvcondense.cli.work import junit, page, summary
+from kvcondense.cli.work.adapters import adapter_of
 from kvcondense.cli.work.summary import Cause
+from kvcondense.conformance import histories
 from kvcondense.conformance.adapter import Factory
 from kvcondense.conformance.cases import Case
 from kvcondense.conformance.coverage import Coverage, unasked
-from kvcondense.conformance.invariants import INVARIANTS, Outcome, check, first_failure, play, whole
+from kvcondense.conformance.invariants import (
+    INVARIANTS,
+    Invariant,
+    Outcome,
+    check,
+    first_failure,
+    judged_by_golden,
+    play,
+    whole,
+)
 from kvcondense.conformance.mutants import MUTANTS
 from kvcondense.conformance.own import load_factory
-from kvcondense.conformance.remote import exec_factory
 from kvcondense.conformance.soak import soak
 from kvcondense.errors import CheckpointError, KvCondenseError, UnsupportedError
 
@@ -53,7 +62,7 @@ def run(
     if mutants:
         passed, report = _mutants(output, seed)
     else:
-        tried = Tried(output, *_adapter(adapter, command, timeout), seed, folder)
+        tried = Tried(output, *adapter_of(adapter, command, timeout), seed, folder)
         if replay is not None:
             passed, report = _replay(tried, replay)
         elif soak_minutes is not None:
@@ -65,15 +74,6 @@ def run(
         output.say(f"written to {report_file}")
     output.finish(report)
     return passed
-
-
-def _adapter(adapter: str, command: str | None, timeout: float) -> tuple[str, Factory]:
-    """How it is typed, and what makes it; one that cannot work is an error before anything runs."""
-    if command is not None:
-        return f"--exec {shlex.quote(command)}", exec_factory(command, timeout)
-    make = load_factory(adapter)
-    make()
-    return f"--adapter {adapter}", make
 
 
 @dataclass
@@ -139,6 +139,7 @@ def _invariants(tried: Tried, rounds: int, junit_file: Path | None) -> tuple[boo
     outcomes: list[Outcome] = []
     causes: list[Cause] = []
     visited = Coverage()
+    wrong_rows = ""
     raised: dict[str, str] = {}  # an error of the adapter's own is one finding, whatever was asked when it came up
     for invariant in INVARIANTS:
         o = check(invariant, tried.make, seed=tried.seed, rounds=rounds, known=raised)
@@ -149,9 +150,12 @@ def _invariants(tried: Tried, rounds: int, junit_file: Path | None) -> tuple[boo
         output.say(f"{word}  {o.invariant:<22} {o.skipped or counts}  {'' if o.skipped else o.promise}".rstrip())
         if o.raised in raised:
             output.say(f"      the error of {raised[o.raised]} again ({o.raised})")
+        elif wrong_rows and o.case is not None and _elsewhere(invariant) and not (o.case.first or o.case.far):
+            output.say(f"      the wrong rows of {wrong_rows} again: they need no far position")
         elif not o.passed:
             raised |= {o.raised: o.invariant} if o.raised else {}
             causes.append(tried.explain(o.detail, o.case, o.invariant))
+            wrong_rows = wrong_rows or (o.invariant if invariant.judge is judged_by_golden else "")
     for line in summary.visits(visited):
         output.say(line)
     left = [*unasked(able), "I11 (graph capture needs a GPU), I13 (gradients)"]
@@ -165,6 +169,11 @@ def _invariants(tried: Tried, rounds: int, junit_file: Path | None) -> tuple[boo
         output.say(f"summary written to {file}")
     report = {"adapter": tried.typed, "seed": tried.seed, "invariants": [_plain(o) for o in outcomes]}
     return not causes, {**report, "visited": visited.told(), "not_asked": left}
+
+
+def _elsewhere(invariant: Invariant) -> bool:
+    """Whether it asks what another one asks, too, but far out."""
+    return invariant.cases in (histories.positions, histories.addresses)
 
 
 def _plain(o: Outcome) -> dict[str, Any]:
@@ -182,18 +191,18 @@ def _plain(o: Outcome) -> dict[str, Any]:
 
 
 def _mutants(output: Output, seed: int) -> tuple[bool, dict[str, Any]]:
-    output.say(f"{'wrong compressor':<24} {'caught by':<22} what is wrong with it")
+    output.say(f"{'wrong compressor':<26} {'caught by':<22} what is wrong with it")
     caught: dict[str, str | None] = {}
     for name, mutant in MUTANTS.items():
         outcome = first_failure(load_factory(f"mutant:{name}"), seed=seed)
         caught[name] = outcome and outcome.invariant
-        output.say(f"{name:<24} {caught[name] or 'SURVIVED':<22} {mutant.bug}")
+        output.say(f"{name:<26} {caught[name] or 'SURVIVED':<22} {mutant.bug}")
     wrongly = {}
     for name in CORRECT:
         outcome = first_failure(load_factory(name), seed=seed)
         wrongly[name] = outcome and outcome.detail
         output.say(
-            f"{name:<24} {'WRONGLY CAUGHT' if outcome else 'passes':<22} {outcome.detail if outcome else ''}".rstrip()
+            f"{name:<26} {'WRONGLY CAUGHT' if outcome else 'passes':<22} {outcome.detail if outcome else ''}".rstrip()
         )
     alive = [n for n, by in caught.items() if by is None]
     output.say(f"{len(caught) - len(alive)} of {len(caught)} caught")

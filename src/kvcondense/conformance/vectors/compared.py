@@ -28,7 +28,8 @@ def wrong(vector: Vector, expected: Tensors, got: Tensors, without: Collection[s
 def _wrong(vector: Vector, expected: Tensors, got: Tensors, without: Collection[str]) -> Iterator[str]:
     count = len(vector.read)
     yield _shape("rows", got, (vector.repeat * count, None))
-    yield _shape("untouched", got, (len(vector.untouched), None))
+    misshapen = _shape("untouched", got, (len(vector.untouched), None))
+    yield misshapen
     rows = got.get("rows")
     if rows is None or rows.dim() != 2 or rows.shape[0] != vector.repeat * count:
         return
@@ -44,8 +45,8 @@ def _wrong(vector: Vector, expected: Tensors, got: Tensors, without: Collection[
         yield _equal_share(vector, first, expected)
         if "exact" not in without:
             yield _pairs(vector, raw(first))
-    if vector.untouched:
-        spoilt = (got["untouched"] != stored.CANARY).flatten(1).any(1).nonzero()[:, 0] if "untouched" in got else ()
+    if vector.untouched and not misshapen:
+        spoilt = (got["untouched"] != stored.CANARY).any(1).nonzero()[:, 0]
         for i in spoilt[:1]:
             yield f"cache slot {vector.untouched[int(i)]} was written, which belongs to no finished window"
     refusals = [op.why for op in vector.ops if op.op == "refuse"]
@@ -60,7 +61,7 @@ def _shape(name: str, got: Tensors, shape: tuple[int, int | None]) -> str:
     t = got.get(name)
     if t is None:
         return f"{name} is missing" if shape[0] else ""
-    if t.dim() != 2 or t.shape[0] != shape[0]:
+    if t.dim() != 2 or t.shape[0] != shape[0] or (shape[0] and not t.shape[1]):
         return f"{name}: [{shape[0]}, ...] expected, got {list(t.shape)}"
     return ""
 

@@ -13,17 +13,16 @@ from kvcondense.conformance.adapter import Capabilities
 from kvcondense.conformance.cases import Case
 from kvcondense.conformance.compressors import SMALL, compressor
 from kvcondense.conformance.histories import step
-from kvcondense.conformance.invariants import INVARIANTS, Invariant
-from kvcondense.conformance.judge import MIN_EQUAL, quantisation, reference_rows
+from kvcondense.conformance.invariants import INVARIANTS, Invariant, unwritten
+from kvcondense.conformance.judge import MIN_EQUAL, certain_cache, quantisation, reference_rows
 from kvcondense.conformance.mutants import mutant
 from kvcondense.conformance.play import raw
 from kvcondense.conformance.script import Begin, Copy, Reset, Script, Step
 from kvcondense.conformance.vectors.schema import JUNK, Op, Vector
 from kvcondense.formats import FORMATS, CacheFormat
 from kvcondense.golden.compare import bounds_of_rows
-from kvcondense.golden.run import golden_bytes
 from kvcondense.layout.batch import RaggedBatch
-from kvcondense.spec import Rounding
+from kvcondense.spec import CompressorSpec, Rounding
 
 Made = tuple[Vector, dict[str, torch.Tensor]]
 
@@ -54,7 +53,8 @@ _SAFE = str.maketrans({" ": "-", "=": "-", "!": "", ",": ""})
 def vectors() -> Iterator[Made]:
     """All of them, with what must come out: ``expected`` and ``bound`` fp32 [n, head_dim], or ``rows``, bytes.
 
-    ``positions``, ``cos`` and ``sin`` [n, rope_dim / 2] are beside them, for who has no table of angles.
+    ``positions`` [n] of the windows that are read, ``cos`` and ``sin`` [n, rope_dim / 2] are beside them, for who has
+    no table of angles.
     """
     able = Capabilities(specs=SMALL)
     for invariant in INVARIANTS:
@@ -76,6 +76,7 @@ def _of_case(invariant: Invariant, case: Case, number: int) -> Made:
     script = Script(case, twins=again)
     vector = _vector(f"{invariant.name} {case.spec} {number}", invariant.name, invariant.promise, script)
     vector.needs = [need for need in invariant.needs if need not in ("formats", "returns_state")]
+    vector.needs += [f"compressor {case.spec}"]
     vector.needs += ["begins"] * bool(case.first) + ["huge_cache"] * case.far
     vector.repeat = _REPEAT if invariant.name == "I10 determinism" else 1
     return vector, _expect(script, vector)
@@ -162,6 +163,8 @@ def _step(op: Step, script: Script) -> Op:
         state_slots=batch.state_slots.tolist(),
         slot_mapping=slot_mapping(batch, spec.ratio, script.setup.page_rows),
     )
+    assert found.slot_mapping is not None
+    found.slot_mapping += [-1] * (sum(p.count for p in op.pieces) - len(found.slot_mapping))  # of nobody's tokens
     if batch.block_table is not None:
         found.first_page = script.case.first // spec.ratio // script.setup.page_rows
         found.block_table = batch.block_table[:, found.first_page :].tolist()
@@ -189,20 +192,22 @@ def _refusals(words: str) -> Made:
     script = Script(Case(words, 1, (step(9), step(spec.window), step(spec.ratio)), seed=_SEED), twins=True)
     name, promise = "I12 fail closed", "bad metadata raises before any write"
     vector = _vector(f"{name} {words}", name, promise, script)
-    vector.needs = ["refuses", "exact", "chunks"]
+    vector.needs = ["refuses", "exact", "chunks", f"compressor {words}"]
     good, rest = vector.ops[1], vector.ops[1:]
-    vector.ops = [vector.ops[0], *_wrongs(good, vector, spec.window), *rest]
+    vector.ops = [vector.ops[0], *_wrongs(good, vector, spec), *rest]
     return vector, _expect(script, vector)
 
 
-def _wrongs(good: Op, vector: Vector, window: int) -> Iterator[Op]:
+def _wrongs(good: Op, vector: Vector, spec: CompressorSpec) -> Iterator[Op]:
     assert good.slot_mapping is not None
     assert good.start_positions is not None
     assert good.query_start_loc is not None
     beyond = [vector.num_pages * vector.page_rows if s >= 0 else -1 for s in good.slot_mapping]
     far = [(1 << 40) if s >= 0 else -1 for s in good.slot_mapping]
+    position = unwritten(spec, good.start_positions[0])
+    assert position is not None
     changes: dict[str, dict[str, list[int]]] = {
-        "a position that nobody wrote up to": {"start_positions": [good.start_positions[0] + window + 5]},
+        "a position that nobody wrote up to": {"start_positions": [position]},
         "a state slot beyond the last one": {"state_slots": [vector.num_slots]},
         "more drafts than tokens": {"draft_rows": [good.query_start_loc[-1] + 1]},
         "a cache row beyond the last one": {"slot_mapping": beyond},
@@ -214,51 +219,20 @@ def _wrongs(good: Op, vector: Vector, window: int) -> Iterator[Op]:
 
 
 def _of_format(form: CacheFormat) -> Made:
-    """Rows that every rounding leaves alone, so that a cache's bytes are certain: first windows, all tokens alike.
-
-    A row of small integers whose squares have mean 1, times a norm's weight of few bits: pooling tokens that are alike,
-    the norm (eps moves it by less than half a bf16 step), and RoPE at position 0 change nothing.
-    """
+    """Rows that are certain, in every page of a cache: ``rows`` and ``pages`` have its bytes, untouched ones too."""
     d = form.head_dim or 64
-    name = "indexer" if d == 128 else "csa"
-    rope = f"rope_dim={form.rope_dim or 16}"
-    rows = max(3, form.tile)
-    words = f"{name} head_dim={d} {rope} rotate=false has_ape=false format={form.name} page_rows={rows}"
-    spec = compressor(words).spec
-    rng = random.Random(f"{form.name} {_SEED}")
-    patterns = torch.stack([_pattern(d, share, rng) for share in (0, 1, 2, 3, 1, 2)])
-    weight = _weight(d, rng)
-    requests = patterns.shape[0]
-    script = Script(Case(words, requests, (step(*[spec.ratio] * requests),), seed=_SEED))
+    sizes = f"head_dim={d} rope_dim={form.rope_dim or 16} page_rows={max(3, form.tile)}"
+    words = f"{'indexer' if d == 128 else 'csa'} {sizes} rotate=false has_ape=false format={form.name}"
+    n, ratio = 6, compressor(words).spec.ratio
+    script = Script(Case(words, n, (step(*(ratio,) * n),), seed=_SEED, pattern=True))
+    assert script.patterns is not None
     vector = _vector(f"I9 bytes {form.name}", "I9 bytes", "every byte of every cache format", script)
     vector.needs, vector.pattern, vector.exact = ["ragged", f"format {form.name}"], True, True
     vector.tensor_scale = stored.TENSOR_SCALE if form.tensor_scale else None
-    slots = [int(script.frame.slots(q, torch.tensor([0]))) for q in script.live]
-    cache = stored.new_cache(form, d, vector.num_pages, rows)
-    written = {slot: patterns[i].float() * weight for i, slot in enumerate(slots)}
-    data = golden_bytes(cache, written)
-    sizes = [t.numel() * t.element_size() for t in cache.memory]
-    for t, part in zip(cache.memory, data.split(sizes), strict=True):
-        t.flatten().view(torch.uint8).copy_(part)
-    every = torch.arange(vector.num_pages * rows)
+    every, cache = torch.arange(vector.num_pages * vector.page_rows), certain_cache(script)
     vector.read = every.tolist()
-    expected = {"rows": raw(stored.stored(cache, every)), "pattern": patterns, "norm": weight}
-    return vector, {**expected, "pages": cache.data.clone()}
-
-
-def _pattern(d: int, share: int, rng: random.Random) -> torch.Tensor:
-    """d small integers, shuffled, whose squares have mean 1: int8."""
-    ones, twos, fours = ((d, 0, 0), (d // 2, d // 8, 0), (0, d // 4, 0), (0, 0, d // 16))[share]
-    values = [1] * ones + [2] * twos + [4] * fours
-    values += [0] * (d - len(values))
-    rng.shuffle(values)
-    return torch.tensor([v * rng.choice((-1, 1)) for v in values], dtype=torch.int8)
-
-
-def _weight(d: int, rng: random.Random) -> torch.Tensor:
-    """Weights of the norm of 3, 4 or 8 bits (ties of FP4, of FP8, of neither), over 24 powers of two."""
-    found = []
-    for c in range(d):
-        bits = rng.choice((2, 3, 7))
-        found.append((1 + rng.randrange(1 << bits) / (1 << bits)) * 2.0 ** (2 - 24 * c // d - rng.randrange(3)))
-    return torch.tensor(found)
+    inputs = {"pattern": script.patterns, "norm": script.setup.weights.norm}
+    at = torch.zeros(1, dtype=torch.int64)
+    cos, sin = script.setup.rope.rows(at)
+    rows = {"rows": raw(stored.stored(cache, every)), "pages": cache.data}
+    return vector, {**inputs, **rows, "positions": at, "cos": cos, "sin": sin}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,9 +14,8 @@ from typing import Any
 
 import torch
 
-import kvcondense
 from kvcondense import files
-from kvcondense.conformance.vectors import text
+from kvcondense.conformance.vectors import bounds, text
 from kvcondense.errors import CheckpointError
 from kvcondense.files.reading import parsed
 from kvcondense.files.schema import known, typed
@@ -37,10 +37,12 @@ class Op:
     tokens from token ``first`` of the stream on; else every channel is NaN (1), infinity (2), 1e4 (3)). Request q owns
     tokens query_start_loc[q] .. query_start_loc[q + 1] - 1, its first one at start_positions[q], the last draft_rows[q]
     may be rejected, its state is at state_slots[q] (-1: nobody's, nothing may happen). Later tokens belong to nobody.
-    slot_mapping [T]: the cache row of the window that ends with a token, or -1. block_table: pages of each request's
-    windows, from page first_page on, for who addresses rows so; absent where slot_mapping says something else.
+    slot_mapping [T], for all tokens: the cache row of the window that ends with a token, or -1. block_table: pages of
+    each request's windows, from page first_page on, for who addresses rows so; absent where slot_mapping says something
+    else.
     ``refuse``: a step that must be refused, and change nothing; ``why`` says what is wrong with it.
-    ``begin``: a request without history begins at ``position`` (a window boundary) in ``slot``.
+    ``begin``: a request without history begins at ``position`` (a window boundary) in ``slot``: what its first row
+    reads of the window before has no weight, as if its scores were minus infinity.
     ``copy``: the state of the request at ``position`` goes from state slot ``slot`` to ``to``, which goes on with it.
     ``reset``: ``slot`` is to be cleaned, or filled with anything: it gets a new owner.
     """
@@ -66,7 +68,8 @@ class Vector:
 
     needs: what an implementation must be able to do. compressor: the fields of ``CompressorSpec``; format, page_rows,
     num_pages: the cache, full of bytes 0xA5 before anything is done; num_slots, max_draft, max_positions: the state.
-    seed, scale: of the generator; tokens are its values times scale, ape half of that, the norm's weight 1 + value / 4.
+    seed, scale: of the generator; tokens are its values times scale (in fp32, which scale is rounded to), ape half of
+    that, the norm's weight 1 + value / 4.
     pattern: tokens of stream 2 + q are all row q of tensor ``pattern`` [R, head_dim], for kv in both halves if windows
     overlap, with scores 0; the norm's weight is tensor ``norm``. ops: in order, ``repeat`` times from the start. read:
     cache slots to return as ``rows``. equal: pairs of them that must be equal to the bit. min_equal: share of elements
@@ -117,6 +120,7 @@ class Vector:
         vector = typed(data, cls, name)
         if vector.schema != SCHEMA:
             raise CheckpointError(f"{name} schema", str(SCHEMA), vector.schema)
+        bounds.check(vector, name)
         return vector
 
 
@@ -130,7 +134,7 @@ class Entry:
     bug_class: str
 
 
-def write(folder: Path, made: list[tuple[Vector, dict[str, torch.Tensor]]]) -> int:
+def write(folder: Path, made: list[tuple[Vector, dict[str, torch.Tensor]]], made_by: str) -> int:
     """Write the vectors, an index with checksums and a README into ``folder``; bytes written."""
     from safetensors.torch import save
 
@@ -143,11 +147,12 @@ def write(folder: Path, made: list[tuple[Vector, dict[str, torch.Tensor]]]) -> i
             size += len(data)
         first, second = (hashlib.sha256(data).hexdigest() for data in both)
         entries[vector.name] = asdict(Entry(first, second, vector.invariant, vector.bug_class))
-    index = {"schema": SCHEMA, "kvcondense": kvcondense.__version__, "vectors": entries}
+    index = {"schema": SCHEMA, "made_by": made_by, "vectors": entries}
     whole = json.dumps(index, indent=1, sort_keys=True) + "\n"
     files.write(folder / "index.json", whole)
-    files.write(folder / "README.md", text.README)
-    return size + len(whole) + len(text.README.encode())
+    told = f"{text.README}\n## Entries of a vector\n\n{inspect.getdoc(Vector)}\n\n## Ops\n\n{inspect.getdoc(Op)}\n"
+    files.write(folder / "README.md", told)
+    return size + len(whole) + len(told.encode())
 
 
 def index(folder: Path) -> dict[str, Entry]:

@@ -16,6 +16,7 @@ For each vector you do what the JSON says and write `OUT/NAME.safetensors` with
 
 Then `kvcondense vectors check DIR --against OUT` compares. Rows pass if |rows - expected| <= bound, element by element;
 rows that `equal` names in pairs must be equal to the bit; untouched bytes are 0xA5 (fill the cache with it before).
+`positions` are where the windows begin that these rows are of, `cos` and `sin` RoPE's angles there.
 
 Inputs come from integers modulo 2^32. Value i of stream s with the vector's seed k:
 
@@ -27,7 +28,7 @@ Inputs come from integers modulo 2^32. Value i of stream s with the vector's see
 
 Stream 0 is the norm's weight: 1 + value / 4 for each channel. Stream 1 is the ape [r, N]: value / 2 * scale. Token t of
 stream s is value * scale at i = t * 2N .. t * 2N + 2N - 1: N channels of kv, then N of scores (without ape). N is
-head_dim, twice that if windows overlap.
+head_dim, twice that if windows overlap. All of this in fp32, to which scale is rounded.
 
-What each entry of the JSON means is told in the documentation of kvcondense, page "Test vectors".
+What each entry of the JSON means is told below, and with examples in the documentation of kvcondense.
 """
