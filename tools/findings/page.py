@@ -25,7 +25,7 @@ def _head(report: Record) -> str:
     foreign = [about for about in IMPLEMENTATIONS if not about.ours]
     engines = list(dict.fromkeys(about.name.split(",")[0] for about in foreign))
     failed = [about.name for about in foreign if _failed(report["results"][about.name])]
-    count = _count(len(failed), "failure", ", ".join(failed))
+    count = _count(len(failed), "failing case", "; ".join(failed))
     intro = (
         f"The [conformance kit](conformance.md) was run on {len(engines)} engines' own compressors: "
         f"{', '.join(engines)}. It found {count}. "
