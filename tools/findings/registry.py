@@ -54,8 +54,8 @@ _PLAN = (
 )
 
 _ROW = (
-    "The indexer's kernel quantises the fp32 row. The format as DeepSeek, vLLM and RTP-LLM have it rounds a row to bf16 "
-    "first. A value that should be a tie, and that eps moves off it by 5e-7 of itself, gets the code beside. With an "
+    "The indexer's kernel quantises the fp32 row. The format as vLLM and RTP-LLM have it rounds a row to bf16 first. "
+    "A value that should be a tie, and that eps moves off it by 5e-7 of itself, gets the code beside. With an "
     "eps of 1e-30 the same rows have the format's bytes (tried by hand).",
     "**Class:** a rounding that is left out. One code off in a few channels, by one step: rows stay within the bounds "
     "of I9 numerics. What it costs: such keys are not equal, byte for byte, to those of an engine that rounds.",
