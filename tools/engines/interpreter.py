@@ -1,6 +1,7 @@
 """Triton's interpreter with the casts of a GPU: fp32 to bf16 and e4m3 to nearest even, and FP4 without PTX.
 
-The interpreter cuts bits off where hardware rounds, so no foreign kernel can be judged by it as it is.
+The interpreter cuts bits off where hardware rounds, so no foreign kernel can be judged by it as it is. It also takes a
+comparison of two numbers for a number, once it is spread over a block, and then refuses it as a mask.
 """
 
 from __future__ import annotations
@@ -20,11 +21,19 @@ _NARROW = {tl.bfloat16: (ml_dtypes.bfloat16, np.uint16), tl.float8e4nv: (ml_dtyp
 
 
 _BEFORE = interpreter._convert_float
+_SPLAT_BEFORE = interpreter.InterpreterBuilder.create_splat
 
 
 def correct(on: bool = True) -> None:
-    """Exchange the interpreter's conversion of floats, or put its own back."""
+    """Exchange the interpreter's conversion of floats and its spreading of comparisons, or put its own back."""
     interpreter._convert_float = _convert if on else _BEFORE
+    setattr(interpreter.InterpreterBuilder, "create_splat", _splat if on else _SPLAT_BEFORE)  # noqa: B010
+
+
+def _splat(builder: Any, target: Any, value: Any) -> Any:
+    if value.data.dtype == np.bool_ and not isinstance(value.dtype, tl.block_type):
+        value = interpreter.TensorHandle(value.data, tl.int1)
+    return _SPLAT_BEFORE(builder, target, value)
 
 
 def _convert(values: Any, source: Any, target: Any, mode: Any) -> Any:

@@ -66,17 +66,17 @@ def load(package: Path) -> Files:
     """The files in ``package``, vLLM's own folder; its ``__init__`` files do not run."""
     interpreter.correct()
     platform = SimpleNamespace(is_rocm=lambda: False, is_cuda=lambda: False)
-    _stand_in("vllm.platforms", current_platform=platform)
-    _stand_in("vllm.triton_utils", tl=language, triton=triton)
-    _stand_in("vllm.utils.math_utils", next_power_of_2=triton.next_power_of_2, round_up=lambda x, y: -(-x // y) * y)
-    _stand_in("vllm.utils.import_utils", has_cutedsl=lambda: False)
-    _stand_in("vllm.utils.deep_gemm", mqa_logits_use_mx_scales=lambda: False)
-    _stand_in("vllm.model_executor.warmup.jit_warmup", kernel_launcher=launcher)
+    stand_in("vllm.platforms", current_platform=platform)
+    stand_in("vllm.triton_utils", tl=language, triton=triton)
+    stand_in("vllm.utils.math_utils", next_power_of_2=triton.next_power_of_2, round_up=lambda x, y: -(-x // y) * y)
+    stand_in("vllm.utils.import_utils", has_cutedsl=lambda: False)
+    stand_in("vllm.utils.deep_gemm", mqa_logits_use_mx_scales=lambda: False)
+    stand_in("vllm.model_executor.warmup.jit_warmup", kernel_launcher=launcher)
     helper = "vllm.model_executor.warmup.jit_warmup_triton_helper"
-    _stand_in(helper, LaunchSpec=tuple, TritonWarmupTensor=object, VllmTritonJitKernel=JitKernel)
+    stand_in(helper, LaunchSpec=tuple, TritonWarmupTensor=object, VllmTritonJitKernel=JitKernel)
     for name in ("vllm.v1.attention.ops", _V4, _V41):
         sys.modules.pop(name, None)
-        _stand_in(name).__path__ = [str(package.joinpath(*name.split(".")[1:]))]
+        stand_in(name).__path__ = [str(package.joinpath(*name.split(".")[1:]))]
     save = importlib.import_module(f"{_V4}.save_partial_states")
     fused = importlib.import_module(f"{_V4}.fused_compress_quant_cache")
     latent = importlib.import_module(f"{_V41}.fused_compress_quant_cache")
@@ -91,11 +91,11 @@ def load(package: Path) -> Files:
     )
 
 
-def _stand_in(name: str, **values: Any) -> ModuleType:
+def stand_in(name: str, **values: Any) -> ModuleType:
     """A module of that name, and the packages above it."""
     above = name.rpartition(".")[0]
     if above and above not in sys.modules:
-        _stand_in(above)
+        stand_in(above)
     if name not in sys.modules:
         sys.modules[name] = ModuleType(name)
         sys.modules[name].__path__ = []
