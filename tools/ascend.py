@@ -32,8 +32,8 @@ from triton.runtime import JITFunction
 
 from kvcondense.backends import triton as backend
 from kvcondense.backends.triton import tuning
-from kvcondense.conformance.own import KINDS, load_factory
 from kvcondense.conformance.invariants import INVARIANTS, check
+from kvcondense.conformance.own import KINDS, load_factory
 from kvcondense.formats import FORMATS
 from kvcondense.golden import calibrated
 from kvcondense.golden.inputs import GoldenCase, make_inputs

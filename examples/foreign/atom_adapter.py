@@ -42,6 +42,7 @@ class Atom(Engine):
             f"indexer {INDEXER} format=fp8_indexer_pow2_16x16 page_rows=64",
         ),
         max_draft=7,
+        mixed=False,
         inert=False,
         unmapped=False,
         refuses=False,

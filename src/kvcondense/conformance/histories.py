@@ -80,8 +80,17 @@ def rollback(rng: random.Random, able: Capabilities) -> Iterator[Case]:
     behind shows now.
     """
     for spec in able.specs:
-        ops = _verified(compressor(spec).spec, rng, able.max_draft)
-        yield Case(spec, 1, tuple(ops), rng.randrange(1 << 30))
+        s, most = compressor(spec).spec, able.max_draft
+        yield Case(spec, 1, tuple(_verified(s, rng, most)), rng.randrange(1 << 30))
+        if able.mixed:
+            chunk = step(2 * s.window + rng.randrange(s.ratio), drafts=min(2, most), junk="nan")
+            ops = (chunk, step(s.ratio), step(s.window + most, drafts=most, junk="1e4"), step(1), step(s.window + 1))
+            yield Case(spec, 1, ops, rng.randrange(1 << 30))
+
+
+def fair(case: Case, able: Capabilities) -> bool:
+    """Whether drafts end chunks only if that is declared: what a history becomes when it is made smaller, too."""
+    return able.mixed or all(max(op.counts) <= op.drafts + 1 for op in case.ops if op.drafts)
 
 
 def _verified(spec: CompressorSpec, rng: random.Random, most: int) -> list[Op]:

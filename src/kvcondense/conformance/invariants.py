@@ -123,7 +123,7 @@ def check(
             if place and place in known:
                 return replace(outcome, played=played, detail=detail, raised=place)
             if detail is not None:
-                small = shrink(case, lambda c: play(c, make, judge)[0] is not None)
+                small = shrink(case, lambda c: histories.fair(c, able) and play(c, make, judge)[0] is not None)
                 detail = play(small, make, judge)[0] or detail
                 return replace(outcome, played=played, detail=detail, case=small, raised=place)
     if not played:

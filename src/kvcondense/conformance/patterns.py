@@ -1,8 +1,9 @@
 """Rows of a cache whose bytes are certain, whoever computes them: tokens and a norm's weight that no rounding changes.
 
 All tokens of a window are alike, so that pooling gives the token back; its small integers have squares of mean 1, so
-that the norm gives it back (eps moves it by less than half a step of bf16); the weight has at most 8 bits, and RoPE at
-position 0 changes nothing. The first row of a request is then integer times weight, to the bit.
+that the norm gives it back (eps is 1e-30: some kernels quantise the row before any rounding to bf16, where 1e-6 moves
+values off their ties); the weight has at most 8 bits, and RoPE at position 0 changes nothing. The first row of a
+request is then integer times weight, to the bit.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from kvcondense.conformance.adapter import Capabilities, Factory
 from kvcondense.conformance.cases import Case, Op, shrink
 from kvcondense.conformance.compressors import compressor
 from kvcondense.conformance.coverage import Coverage
-from kvcondense.conformance.histories import menu
+from kvcondense.conformance.histories import fair, menu
 from kvcondense.conformance.invariants import play, whole
 
 _REQUESTS, _STEPS = 8, 60
@@ -57,7 +57,7 @@ def soak(
         visited.add(seen)
         progress(histories, visited.request_steps, time.perf_counter() - begun)
         if detail is not None:
-            small = shrink(case, lambda c: play(c, make, whole)[0] is not None, budget=400)
+            small = shrink(case, lambda c: fair(c, able) and play(c, make, whole)[0] is not None, budget=400)
             detail = play(small, make, whole)[0] or detail
             return Soaked(histories, visited, time.perf_counter() - begun, detail, small)
     return Soaked(histories, visited, time.perf_counter() - begun)
