@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -51,7 +52,7 @@ def test_it_plays_vectors(driver, tmp_path):
     invoke("vectors", "write", tmp_path / "v")
     invoke("vectors", "play", tmp_path / "v", "--exec", driver, "--out", tmp_path / "o", "--without", "format")
     text = invoke("vectors", "check", tmp_path / "v", "--against", tmp_path / "o", "--without", "format")
-    assert "165 of 165 vectors are right, 35 are left out" in text
+    assert re.search(r"(\d{3}) of \1 vectors are right, 35 are left out", text)
 
 
 def test_pytest_has_a_test_for_each_invariant(driver, tmp_path):

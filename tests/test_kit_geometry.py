@@ -155,6 +155,19 @@ def test_verify_steps_begin_at_every_phase():
         )
 
 
+def test_a_history_stays_fair_when_it_is_made_smaller():
+    """Whoever says that drafts end verify steps alone is never shown a longer chunk with drafts."""
+    invariant = next(i for i in INVARIANTS if i.name == "I2 rollback")
+    for mixed in (True, False):
+        able = {"specs": ("csa",), "mixed": mixed}
+        cases = list(invariant.cases(random.Random(0), Capabilities(**able)))
+        assert len(cases) == 1 + mixed
+        assert all(histories.fair(case, Capabilities(**able)) for case in cases)
+        found = check(invariant, declaring(MUTANTS["eight-drafts-kept-for"], "csa", mixed=mixed))
+        assert histories.fair(found.case, Capabilities(**able))
+    assert not histories.fair(Case("csa", 1, (Op("step", (9,), drafts=2),)), Capabilities(mixed=False))
+
+
 def test_coverage_says_what_was_left_unasked():
     assert unasked(Capabilities()) == []
     left = unasked(Capabilities(specs=("csa",), exports=False, max_draft=0, spare=False))

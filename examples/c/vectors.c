@@ -12,7 +12,7 @@
 #include "safetensors.h"
 
 static const char *const ABLE[] = {
-    "exact", "chunks", "ragged", "max_draft", "inert", "spare", "unmapped", "exports", "begins", "huge_cache",
+    "exact", "chunks", "ragged", "max_draft", "mixed", "inert", "spare", "unmapped", "exports", "begins", "huge_cache",
     "refuses", "format bf16", "format fp32", "compressor csa", "compressor hca", "compressor indexer",
     "compressor fused", "compressor r2"};
 enum { REFUSED = 1, NO_VECTOR = 2, UNABLE = 3, MOST_TOKENS = 1 << 16, MOST_POSITIONS = 1 << 22, MOST_REPEATS = 64 };

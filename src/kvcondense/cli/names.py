@@ -27,7 +27,7 @@ ACTIONS = ("info", "check", "cut")
 """Of bundles."""
 VECTOR_ACTIONS = ("write", "play", "check", "mutants")
 NEEDS = (
-    "exact", "chunks", "ragged", "max_draft", "inert", "spare", "unmapped", "exports", "begins", "huge_cache",
+    "exact", "chunks", "ragged", "max_draft", "mixed", "inert", "spare", "unmapped", "exports", "begins", "huge_cache",
     "refuses", "format", *FORMATS, "csa", "hca", "indexer", "fused", "r2",
 )  # fmt: skip
 """What a test vector may need."""

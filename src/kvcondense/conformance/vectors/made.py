@@ -12,7 +12,7 @@ from kvcondense.conformance import stored
 from kvcondense.conformance.adapter import Capabilities
 from kvcondense.conformance.cases import Case
 from kvcondense.conformance.compressors import SMALL, compressor
-from kvcondense.conformance.histories import step
+from kvcondense.conformance.histories import fair, step
 from kvcondense.conformance.invariants import INVARIANTS, Invariant, unwritten
 from kvcondense.conformance.judge import MIN_EQUAL, certain_cache, quantisation, reference_rows
 from kvcondense.conformance.mutants import mutant
@@ -76,7 +76,7 @@ def _of_case(invariant: Invariant, case: Case, number: int) -> Made:
     script = Script(case, twins=again)
     vector = _vector(f"{invariant.name} {case.spec} {number}", invariant.name, invariant.promise, script)
     vector.needs = [need for need in invariant.needs if need not in ("formats", "returns_state")]
-    vector.needs += [f"compressor {case.spec}"]
+    vector.needs += [f"compressor {case.spec}"] + ["mixed"] * (not fair(case, Capabilities(mixed=False)))
     vector.needs += ["begins"] * bool(case.first) + ["huge_cache"] * case.far
     vector.repeat = _REPEAT if invariant.name == "I10 determinism" else 1
     return vector, _expect(script, vector)
