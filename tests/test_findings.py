@@ -114,7 +114,7 @@ def test_without_files_the_variable_or_the_package_is_named(name, monkeypatch, t
 
 def test_the_published_history_is_one_that_can_be_played(report):
     cases = [w["case"] for r in report["results"].values() for w in (*r["invariants"], *r["widths"]) if w.get("case")]
-    assert len(cases) == 4
+    assert len(cases) == 3
     for data in cases:
         assert Case.from_json(json.dumps(data)).ops
 
