@@ -152,6 +152,8 @@ def test_every_output_is_looked_at(folder, out):
         assert name in wrong(vector, expected, {k: v for k, v in got.items() if k != name})[0]
         assert name in wrong(vector, expected, {**got, name: got[name][1:]})[0]
     assert wrong(vector, expected, {**got, "rows": got["rows"].double()})
+    assert "untouched" in wrong(vector, expected, {**got, "untouched": got["untouched"][:, :1]})[0]
+    assert "untouched" in wrong(vector, expected, {**got, "untouched": got["untouched"].float()})[0]
     vector, expected, got = one(folder, out, "I12-fail-closed-r2")
     assert "was accepted" in wrong(vector, expected, {**got, "refused": got["refused"] * 0})[0]
     assert "refused" in wrong(vector, expected, {**got, "refused": got["refused"][1:]})[0]

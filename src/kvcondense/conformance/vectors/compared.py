@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 
@@ -27,8 +27,8 @@ def wrong(vector: Vector, expected: Tensors, got: Tensors, without: Collection[s
 
 def _wrong(vector: Vector, expected: Tensors, got: Tensors, without: Collection[str]) -> Iterator[str]:
     count = len(vector.read)
-    yield _shape("rows", got, (vector.repeat * count, None))
-    misshapen = _shape("untouched", got, (len(vector.untouched), None))
+    yield _shape("rows", got, vector.repeat * count)
+    misshapen = _shape("untouched", got, len(vector.untouched)) or _whole_rows(vector, got)
     yield misshapen
     rows = got.get("rows")
     if rows is None or rows.dim() != 2 or rows.shape[0] != vector.repeat * count:
@@ -37,9 +37,9 @@ def _wrong(vector: Vector, expected: Tensors, got: Tensors, without: Collection[
     if any(not torch.equal(raw(first), raw(other)) for other in others):
         yield f"another run of the {vector.repeat} gave other bytes"
     if vector.exact:
-        yield _bytes("rows", vector, raw(first), expected["rows"])
+        yield _bytes("rows", raw(first), expected["rows"], _of_row(vector))
         if "pages" in got:
-            yield _pages(vector, got["pages"], expected["pages"])
+            yield _bytes("pages", got["pages"], expected["pages"], _of_page(vector))
     else:
         yield _bounds(vector, first, expected)
         yield _equal_share(vector, first, expected)
@@ -57,12 +57,23 @@ def _wrong(vector: Vector, expected: Tensors, got: Tensors, without: Collection[
         yield from (f"{why} was accepted" for why, byte in zip(refusals, told, strict=False) if byte != 1)
 
 
-def _shape(name: str, got: Tensors, shape: tuple[int, int | None]) -> str:
+def _shape(name: str, got: Tensors, rows: int) -> str:
     t = got.get(name)
     if t is None:
-        return f"{name} is missing" if shape[0] else ""
-    if t.dim() != 2 or t.shape[0] != shape[0] or (shape[0] and not t.shape[1]):
-        return f"{name}: [{shape[0]}, ...] expected, got {list(t.shape)}"
+        return f"{name} is missing" if rows else ""
+    if t.dim() != 2 or t.shape[0] != rows or (rows and not t.shape[1]):
+        return f"{name}: [{rows}, ...] expected, got {list(t.shape)}"
+    return ""
+
+
+def _whole_rows(vector: Vector, got: Tensors) -> str:
+    """Untouched rows are all of their bytes."""
+    t, form, d = got.get("untouched"), get_format(vector.format), int(vector.compressor["head_dim"])
+    if t is None or not t.shape[0]:
+        return ""
+    sizes = {2 * d, 4 * d} if form.plain is not None else {form.row_bytes(d) + form.outside_bytes(d)}
+    if t.dtype != torch.uint8 or t.shape[1] not in sizes:
+        return f"untouched: uint8 [n, {' or '.join(map(str, sorted(sizes)))}] expected, got {t.dtype} {list(t.shape)}"
     return ""
 
 
@@ -97,26 +108,23 @@ def _pairs(vector: Vector, rows: torch.Tensor) -> str:
     return ""
 
 
-def _bytes(what: str, vector: Vector, rows: torch.Tensor, expected: torch.Tensor) -> str:
-    if rows.shape != expected.shape:
-        return f"{what}: {list(expected.shape)} bytes expected, got {list(rows.shape)}"
-    differ = (rows != expected).nonzero()
+def _bytes(what: str, got: torch.Tensor, expected: torch.Tensor, told: Callable[[int, int], str]) -> str:
+    """``told``: what lies at a row and a byte of it."""
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return f"{what}: uint8 {list(expected.shape)} expected, got {got.dtype} {list(got.shape)}"
+    differ = (got != expected).nonzero()
     if not differ.shape[0]:
         return ""
     row, byte = differ[0].tolist()
-    name = stored.name_byte(get_format(vector.format), int(vector.compressor["head_dim"]), byte)
-    pair = f"{int(rows[row, byte])} instead of {int(expected[row, byte])}"
-    return f"cache slot {vector.read[row]}, byte {byte} ({name}): {pair}; {differ.shape[0]} bytes in all"
+    pair = f"{int(got[row, byte])} instead of {int(expected[row, byte])}"
+    return f"{told(row, byte)}: {pair}; {differ.shape[0]} bytes in all"
 
 
-def _pages(vector: Vector, pages: torch.Tensor, expected: torch.Tensor) -> str:
-    if pages.shape != expected.shape:
-        return f"pages: {list(expected.shape)} expected, got {list(pages.shape)}"
-    differ = (pages != expected).nonzero()
-    if not differ.shape[0]:
-        return ""
-    page, byte = differ[0].tolist()
+def _of_row(vector: Vector) -> Callable[[int, int], str]:
     form, d = get_format(vector.format), int(vector.compressor["head_dim"])
-    name = form.name_byte(d, vector.page_rows, byte)
-    pair = f"{int(pages[page, byte])} instead of {int(expected[page, byte])}"
-    return f"page {page}, byte {byte} ({name}): {pair}; {differ.shape[0]} bytes in all"
+    return lambda row, byte: f"cache slot {vector.read[row]}, byte {byte} ({stored.name_byte(form, d, byte)})"
+
+
+def _of_page(vector: Vector) -> Callable[[int, int], str]:
+    form, d, rows = get_format(vector.format), int(vector.compressor["head_dim"]), vector.page_rows
+    return lambda page, byte: f"page {page}, byte {byte} ({form.name_byte(d, rows, byte)})"
