@@ -44,6 +44,12 @@ def test_quantised_caches_of_every_kind_pass(backend, invariant):
     assert bool(outcome.skipped) == (invariant.name == "I9 bytes")
 
 
+def test_bytes_that_are_certain_are_those_of_tritons_kernels_too():
+    outcome = check(next(i for i in INVARIANTS if i.name == "I9 codes"), declaring("triton", *QUANTISED[:4]))
+    assert outcome.passed, (outcome.detail, outcome.case)
+    assert outcome.played == 3, "one is rotated: nothing is certain behind a Hadamard"
+
+
 def test_real_sizes_pass():
     assert first_failure(declaring("cpu", *REAL)) is None
 
