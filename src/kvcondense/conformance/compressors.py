@@ -100,6 +100,8 @@ def compressor(words: str) -> Compressor:
 
 def require(names: tuple[str, ...]) -> None:
     """Raise unless every line is one of a compressor, and none is there twice."""
+    if not names:
+        raise KvCondenseError("specs", "a compressor at least", "none")
     for name in names:
         compressor(name)
     if len(set(names)) < len(names):

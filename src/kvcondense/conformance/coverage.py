@@ -18,7 +18,7 @@ _UNASKED = {
     "recycles": "slots that start over",
     "exports": "moved and forked requests",
     "refuses": "bad metadata",
-    "exact": "equal bits under any split",
+    "exact": "equal bits under any split, and what is judged by them: rollback, isolation, inertness, moves",
     "returns_state": "the state's bytes",
 }
 
@@ -88,6 +88,8 @@ def unasked(able: Capabilities) -> list[str]:
     """What a declaration keeps the kit from asking, a line each."""
     names: Mapping[str, bool] = {f.name: getattr(able, f.name) for f in fields(able) if f.name in _UNASKED}
     found = [_UNASKED[name] for name, value in names.items() if not value]
+    if able.ragged and not able.chunks:
+        found.append("several requests in a step (without chunks)")
     if not able.max_draft:
         found.append("drafts")
     elif not able.mixed:

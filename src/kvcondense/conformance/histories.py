@@ -65,7 +65,7 @@ def composition(rng: random.Random, able: Capabilities) -> Iterator[Case]:
         w, lengths = compressor(spec).spec.window, menu(spec, able)
         chunks = [[rng.choice(lengths) for _ in range(rng.randrange(3, 7))] for _ in range(4)]
         if able.chunk_lengths:
-            chunks += [[rng.randrange(1, w), n - 1, n, n + 1, 1] for n in able.chunk_lengths]
+            chunks += [[rng.randrange(1, max(w, 2)), n - 1, n, n + 1, 1] for n in able.chunk_lengths]
         if not able.chunks:
             chunks = [[w + rng.randrange(6), *[1] * 6] for _ in range(2)]
         for lengths in chunks:
@@ -86,11 +86,38 @@ def rollback(rng: random.Random, able: Capabilities) -> Iterator[Case]:
             chunk = step(2 * s.window + rng.randrange(s.ratio), drafts=min(2, most), junk="nan")
             ops = (chunk, step(s.ratio), step(s.window + most, drafts=most, junk="1e4"), step(1), step(s.window + 1))
             yield Case(spec, 1, ops, rng.randrange(1 << 30))
+        if able.ragged:
+            d = max(1, most - 1)
+            ops = (
+                step(s.window + 1, s.window + 3), step(d + 1, d + 1, drafts=d, junk="nan"),
+                step(2, d + 1, drafts=d, junk="1e4", order=(1, 0)), step(d + 1, 1, drafts=d, junk="inf"),
+                step(s.ratio, s.ratio), step(1, s.window),
+            )  # fmt: skip
+            yield Case(spec, 2, ops, rng.randrange(1 << 30))
 
 
 def fair(case: Case, able: Capabilities) -> bool:
-    """Whether drafts end chunks only if that is declared: what a history becomes when it is made smaller, too."""
-    return able.mixed or all(max(op.counts) <= op.drafts + 1 for op in case.ops if op.drafts)
+    """Whether a history asks for no more than is declared: what it becomes when it is made smaller, too."""
+    steps = [op for op in case.ops if op.kind == "step"]
+    if not able.mixed and any(max(op.counts) > op.drafts + 1 for op in steps if op.drafts):
+        return False
+    longest = max((sum(op.counts[q] for op in steps) for q in range(case.requests)), default=0)
+    if case.first + longest > able.max_positions:
+        return False
+    return able.chunks or _prefills_and_tokens(case)
+
+
+def _prefills_and_tokens(case: Case) -> bool:
+    """Whether every request has a first step of any length, and then single tokens."""
+    begun: set[int] = set()
+    for op in case.ops:
+        if op.kind == "recycle":
+            begun.discard(op.q)
+        for q, count in enumerate(op.counts):
+            if q in begun and count > 1:
+                return False
+            begun |= {q} if count else set()
+    return True
 
 
 def _verified(spec: CompressorSpec, rng: random.Random, most: int) -> list[Op]:
@@ -120,7 +147,7 @@ def _verified(spec: CompressorSpec, rng: random.Random, most: int) -> list[Op]:
 def isolation(rng: random.Random, able: Capabilities) -> Iterator[Case]:
     """Requests of unequal lengths, in another order at every step."""
     for spec in able.specs:
-        for n in (2, 4):
+        for n in (2, 4, 9):
             ops = []
             for _ in range(4):
                 counts = [rng.choice(menu(spec, able)[:7]) for _ in range(n)]
@@ -159,7 +186,8 @@ def recycled(rng: random.Random, able: Capabilities) -> Iterator[Case]:
     for spec in able.specs:
         r, w = compressor(spec).spec.ratio, compressor(spec).spec.window
         for length in (1, r - 1, r, r + 1, w, w + 1):
-            again = (Op("recycle"), step(length), step(w + 1)) if able.recycles else ()
+            after = (step(w + 1),) if able.chunks else (step(1),) * 3
+            again = (Op("recycle"), step(length), *after) if able.recycles else ()
             yield Case(spec, 1, (step(w + r - 1), *again), rng.randrange(1 << 30))
 
 

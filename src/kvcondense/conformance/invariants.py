@@ -61,15 +61,24 @@ class Outcome:
         return not self.detail
 
 
+def words(error: BaseException) -> str:
+    """What an error says, in a line that can be printed and written anywhere."""
+    try:
+        text = str(error)
+    except Exception:
+        return "an error that cannot say what it is"
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+
+
 class Raised(str):
     """An error that the adapter ran into, in a line; ``place``: which error, and the line of code that raised it."""
 
     place: str
 
     @classmethod
-    def of(cls, error: Exception) -> Raised:
+    def of(cls, error: BaseException) -> Raised:
         """Of what was caught."""
-        found = cls(f"{type(error).__name__}: {error}")
+        found = cls(f"{type(error).__name__}: {words(error)}")
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{type(error).__name__} at {last.filename}:{last.lineno}"
         found.place = str(getattr(error, "place", where))  # of another process, the line here says nothing
@@ -95,7 +104,7 @@ def _told(run: Callable[[Factory], str | None], make: Factory) -> str | None:
     """What ``run`` finds wrong; an error that the adapter runs into, whatever it is, is wrong too."""
     try:
         return run(make)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # an adapter that ends the program has not passed
         return Raised.of(error)
 
 
@@ -116,6 +125,8 @@ def check(
     judge, played = invariant.judge, 0
     for r in range(rounds):
         for case in invariant.cases(random.Random(f"{invariant.name} {seed} {r}"), able):
+            if not histories.fair(case, able):
+                continue
             detail, visited = play(case, make, judge)
             played += 1
             outcome.coverage.add(visited)
@@ -127,7 +138,7 @@ def check(
                 detail = play(small, make, judge)[0] or detail
                 return replace(outcome, played=played, detail=detail, case=small, raised=place)
     if not played:
-        return replace(outcome, skipped="no compressor that is declared has such histories")
+        return replace(outcome, skipped="nothing that is declared has such histories")
     return replace(outcome, played=played)
 
 
@@ -263,5 +274,10 @@ INVARIANTS: tuple[Invariant, ...] = (
         (*_BOTH, "exports", "max_draft"),
     ),
     Invariant("I10 determinism", "the same bytes on every run", histories.isolation, _deterministic, _BOTH[1:]),
-    Invariant("I12 fail closed", "bad metadata raises before any write", needs=("refuses",), special=_refusals),
+    Invariant(
+        "I12 fail closed",
+        "bad metadata raises before any write",
+        needs=("refuses", "ragged", "chunks"),
+        special=_refusals,
+    ),
 )

@@ -94,4 +94,7 @@ def history(rng: random.Random, able: Capabilities) -> Case:
         elif roll < 0.13 and able.exports and n > 1:
             q, to = rng.sample(range(n), 2)
             ops.append(Op("fork", q=q, to=to))
-    return Case(spec, n, tuple(ops), rng.randrange(1 << 30))
+    case = Case(spec, n, tuple(ops), rng.randrange(1 << 30))
+    while len(case.ops) > 1 and not fair(case, able):  # longer than positions go
+        case = replace(case, ops=case.ops[:-1])
+    return case

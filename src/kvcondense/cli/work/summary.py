@@ -53,7 +53,7 @@ def write(
         lines += ["", f"## {number}. {_text(cause.name)}", "", _text(cause.detail), ""]
         if cause.case is not None:
             lines += ["The smallest history found:", "", "```json", cause.case.to_json(), "```", ""]
-        lines += ["See it again:", "", "```sh", cause.again.replace("`", "'"), "```"]
+        lines += ["See it again:", "", "`````sh", cause.again, "`````"]
     lines += ["", "## All invariants", "", "| invariant | promise | result |", "|---|---|---|"]
     for o in outcomes:
         result = f"skipped: {o.skipped}" if o.skipped else "holds" if o.passed else "broken"

@@ -11,6 +11,7 @@ from kvcondense.cli.output import Output
 from kvcondense.cli.paths import require_folder
 from kvcondense.cli.work.adapters import adapter_of
 from kvcondense.conformance.adapter import Factory
+from kvcondense.conformance.invariants import words
 from kvcondense.conformance.mutants import MUTANTS
 from kvcondense.conformance.own import BackendAdapter
 from kvcondense.conformance.vectors import made, schema
@@ -79,6 +80,8 @@ def _asked(vector: Vector, without: Collection[str]) -> bool:
 
 def _play(output: Output, folder: Path, out: Path, make: Factory, without: Collection[str]) -> bool:
     require_folder("--out", out)
+    if out.exists() and out.samefile(folder):
+        raise UnsupportedError("--out", "another folder than that of the vectors", out)
     out.mkdir(exist_ok=True)
     index, played, failed = schema.index(folder), 0, 0
     for name, entry in output.track(index.items(), len(index), "vectors"):
@@ -88,9 +91,9 @@ def _play(output: Output, folder: Path, out: Path, make: Factory, without: Colle
         try:
             schema.save_outputs(out / f"{name}.safetensors", outputs(vector, expected, make))
             played += 1
-        except Exception as error:  # whatever an adapter raises: the vector has no output, and check says so
+        except (Exception, SystemExit) as error:  # whatever an adapter raises: there is no output, and check says so
             failed += 1
-            output.say(f"FAIL  {name}  {type(error).__name__}: {error}")
+            output.say(f"FAIL  {name}  {type(error).__name__}: {words(error)}")
     output.say(f"{played} of {len(index)} vectors played, {failed} failed; outputs in {out}")
     output.finish({"played": played, "failed": failed, "vectors": len(index)})
     return not failed

@@ -73,8 +73,8 @@ class Vector:
     pattern: tokens of stream 2 + q are all row q of tensor ``pattern`` [R, head_dim], for kv in both halves if windows
     overlap, with scores 0; the norm's weight is tensor ``norm``. ops: in order, ``repeat`` times from the start. read:
     cache slots to return as ``rows``. equal: pairs of them that must be equal to the bit. min_equal: share of elements
-    of ``rows`` that must equal the expected bf16 ones to the bit. untouched: slots that must still hold 0xA5. exact:
-    rows must equal the expected bytes.
+    of ``rows`` that must equal the expected bf16 ones to the bit; four may always differ. untouched: slots that must
+    still hold 0xA5. exact: rows must equal the expected bytes.
     """
 
     name: str
