@@ -167,7 +167,7 @@ def test_a_history_stays_fair_when_it_is_made_smaller():
     for mixed in (True, False):
         able = {"specs": ("csa",), "mixed": mixed}
         cases = list(invariant.cases(random.Random(0), Capabilities(**able)))
-        assert len(cases) == 1 + mixed
+        assert len(cases) == 2 + mixed
         assert all(histories.fair(case, Capabilities(**able)) for case in cases)
         found = check(invariant, declaring(MUTANTS["eight-drafts-kept-for"], "csa", mixed=mixed))
         assert histories.fair(found.case, Capabilities(**able))
