@@ -1,4 +1,4 @@
-"""Thirty thousand altered inputs into every reader, every flipped bit of small files, and readers that are caught."""
+"""Thirty-six thousand altered inputs into every reader, every flipped bit of small files, and readers that are caught."""
 
 import json
 import time
@@ -19,7 +19,7 @@ from kvcondense.errors import CheckpointError, IntegrityWarning, KvCondenseError
 from kvcondense.snapshot import load_live, save_live
 from machine import SPECS, Machine, tokens
 
-INPUTS = 30_000
+INPUTS = 36_000
 
 
 @pytest.fixture(autouse=True)

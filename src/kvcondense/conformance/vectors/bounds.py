@@ -54,6 +54,8 @@ def check(vector: Vector, name: str) -> None:
         if missing:
             refuse(f"ops[{i}] {missing[0]}", "it to be there", op.op)
         _pieces(op, f"{name} ops[{i}]")
+        if len({len(pages) for pages in op.block_table or ()}) > 1:
+            refuse(f"ops[{i}] block_table", "as many pages for each request", op.block_table)
     rows = vector.num_pages * vector.page_rows
     for entry, slots in (("read", vector.read), ("untouched", vector.untouched)):
         if any(not 0 <= slot < rows for slot in slots):
