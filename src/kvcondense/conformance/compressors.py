@@ -59,10 +59,10 @@ class Compressor:
         """Of one page, from the beginning of one to the beginning of the next."""
         return self.format.page_bytes(self.spec.head_dim, self.page_rows)
 
-    @property
-    def config(self) -> ModelConfig:
-        """A model with such heads: what a RoPE table is built from."""
-        return replace(CONFIG, head_dim=self.spec.head_dim, rope_dim=self.spec.rope_dim)
+
+def config_of(spec: CompressorSpec) -> ModelConfig:
+    """A model with such heads: what a RoPE table is built from."""
+    return replace(CONFIG, head_dim=spec.head_dim, rope_dim=spec.rope_dim)
 
 
 @functools.cache

@@ -95,10 +95,10 @@ def _beyond(
     player: Player, request: Request, actual: torch.Tensor, expected: torch.Tensor, bounds: Comparator
 ) -> str | None:
     """The first element beyond its bounds, in a sentence."""
+    if bounds(actual, expected).passed:  # bounds are of elements and of rows: all rows at once say the same
+        return None
     rows = [bounds(a[None], e[None]) for a, e in zip(actual, expected, strict=True)]
     failed = [i for i, c in enumerate(rows) if not c.passed]
-    if not failed:
-        return None
     row, found = failed[0], rows[failed[0]]
     if found.first is None:
         return f"{_name(player, request, row)}: {found.detail}"
@@ -112,7 +112,7 @@ def _beyond(
 
 def against_codes(player: Player) -> str | None:
     """Compare first rows of patterns with the golden encoder's bytes: every one is certain. Of others none is."""
-    if player.script.patterns is None:
+    if player.script.inputs.patterns is None:
         return None
     wanted = certain_cache(player.script)
     for request, slot in certain_slots(player.script).items():
@@ -131,9 +131,10 @@ def certain_slots(script: Script) -> dict[Request, int]:
 
 def certain_cache(script: Script) -> PagedCache:
     """The whole cache of a script of patterns, as the golden encoder writes it."""
-    assert script.patterns is not None
+    patterns = script.inputs.patterns
+    assert patterns is not None
     cache, norm = script.setup.new_cache(), script.setup.weights.norm
-    rows = {slot: script.patterns[q.parts[0][0] - TOKENS].float() for q, slot in certain_slots(script).items()}
+    rows = {slot: patterns[q.parts[0][0] - TOKENS].float() for q, slot in certain_slots(script).items()}
     data = golden_bytes(cache, {slot: row * norm for slot, row in rows.items()})
     for t, part in zip(cache.memory, data.split([t.numel() * t.element_size() for t in cache.memory]), strict=True):
         t.flatten().view(torch.uint8).copy_(part)
@@ -151,7 +152,7 @@ def against_itself(player: Player, request: Request) -> str | None:
     alone.init(alone_setup)
     twin = Request(request.parts, 1, torch.arange(frame.pages) + 1, player.case.first)
     if player.case.first:
-        begin(alone, alone_setup, frame, twin.slot, twin.done, twin.pages)
+        begin(alone, alone_setup, twin.slot, twin.done, twin.pages)
     tokens = player.script.tokens_of(request)
     alone.step(tokens, frame.batch([twin], [tokens.shape[0]], [0]))
     twin.done = request.done

@@ -7,9 +7,8 @@ import torch
 from kvcondense.conformance import stored
 from kvcondense.conformance.adapter import Adapter, Factory, Setup
 from kvcondense.conformance.cases import Case
-from kvcondense.conformance.compressors import Compressor
 from kvcondense.conformance.coverage import Coverage
-from kvcondense.conformance.script import Begin, Copy, Frame, Request, Reset, Script, Step
+from kvcondense.conformance.script import Begin, Copy, Request, Reset, Script, Step
 from kvcondense.errors import DtypeError
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.snapshot import import_live
@@ -40,7 +39,7 @@ class Player:
             if isinstance(op, Step):
                 self._step(op)
             elif isinstance(op, Begin):
-                begin(self.adapter, self.setup, self.frame, op.slot, op.position, op.pages)
+                begin(self.adapter, self.setup, op.slot, op.position, op.pages)
             elif isinstance(op, Copy):
                 self._copy(op)
             elif isinstance(op, Reset):
@@ -48,7 +47,7 @@ class Player:
 
     def _step(self, op: Step) -> None:
         batch = op.batch
-        self.adapter.step(self.script.tokens(op.pieces), batch)
+        self.adapter.step(self.script.inputs.tokens(op.pieces), batch)
         assert batch.state_slots is not None
         columns = (batch.state_slots, batch.start_positions, batch.lengths, batch.draft_rows)
         for slot, start, count, drafts in zip(*(t.tolist() for t in columns), strict=True):
@@ -101,7 +100,7 @@ def raw(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(torch.uint8).flatten(1)
 
 
-def begin(adapter: Adapter, setup: Setup, frame: Frame, slot: int, position: int, pages: torch.Tensor) -> None:
+def begin(adapter: Adapter, setup: Setup, slot: int, position: int, pages: torch.Tensor) -> None:
     """Let a request start at a window boundary, as the adapter can have it.
 
     With exports, its state is imported: the previous window's rows are (0, -FLT_MAX), weight 0. With offsets there is
@@ -111,17 +110,15 @@ def begin(adapter: Adapter, setup: Setup, frame: Frame, slot: int, position: int
     if able.exports:
         seed(adapter, setup, slot, position)
     elif not able.offsets:
-        _prefix(adapter, setup, frame.what, slot, position, None if able.unmapped else pages)
+        _prefix(adapter, setup, slot, position, None if able.unmapped else pages)
 
 
-def _prefix(
-    adapter: Adapter, setup: Setup, what: Compressor, slot: int, position: int, pages: torch.Tensor | None
-) -> None:
+def _prefix(adapter: Adapter, setup: Setup, slot: int, position: int, pages: torch.Tensor | None) -> None:
     """Tokens of zeros up to ``position``; their rows go nowhere, or over and over into the ``pages`` of the request."""
-    most, table = _PREFIX_CHUNK, None
+    most, table, page = _PREFIX_CHUNK, None, setup.page_rows * setup.spec.ratio
     if pages is not None:  # a row of its own for each row of a step
-        most = (pages.shape[0] - 1) * what.page_rows * what.spec.ratio
-        table = pages[torch.arange(position // what.spec.ratio // what.page_rows + 1) % pages.shape[0]][None]
+        most = (pages.shape[0] - 1) * page
+        table = pages[torch.arange(position // page + 1) % pages.shape[0]][None]
     for start in range(0, position, most):
         count = min(most, position - start)
         batch = RaggedBatch.build(

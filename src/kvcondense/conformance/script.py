@@ -12,23 +12,13 @@ import torch
 
 from kvcondense.conformance import generator, patterns
 from kvcondense.conformance.adapter import Setup
-from kvcondense.conformance.cases import JUNK, Case, Op
-from kvcondense.conformance.compressors import Compressor
+from kvcondense.conformance.cases import Case, Op
+from kvcondense.conformance.compressors import Compressor, config_of
+from kvcondense.conformance.inputs import Inputs, Piece
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.rope_table import RopeTable
-from kvcondense.weights import CompressorWeights
 
 _FAR_ELEMENTS = 1 << 31
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Tokens first .. first + count - 1 of a stream, or ``count`` tokens whose every channel is ``junk``."""
-
-    stream: int
-    first: int
-    count: int
-    junk: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,15 +131,18 @@ class Script:
         if case.far:  # the first rows of the first request lie in the cache's last page
             pages.sort(reverse=True)
         self._pages = torch.tensor(pages)
-        self.patterns = patterns.rows(spec.head_dim, case.seed, generations) if case.pattern else None
+        self.inputs = Inputs(spec, case.seed, case.scale)
+        if case.pattern:
+            rows, norm = patterns.rows(spec.head_dim, case.seed, generations), patterns.weight(spec.head_dim, case.seed)
+            self.inputs = Inputs(spec, case.seed, case.scale, rows, norm)
         slots = 2 * n + 3 + n * twins
         self._slots = self.rng.sample(range(slots), slots)
         if any(op.inert for op in case.ops):  # what -1 is where it is clamped
             self._slots.sort(key=lambda slot: slot == 0)
         positions = case.first + longest
-        rope = RopeTable.build(self.what.config, positions + 1)
+        rope = RopeTable.build(config_of(spec), positions + 1)
         self.setup = Setup(
-            spec, make_weights(case), rope, slots, case.max_draft, base + used, size, positions, self.what.format
+            spec, self.inputs.weights(), rope, slots, case.max_draft, base + used, size, positions, self.what.format
         )
         self.ops: list[Step | Begin | Copy | Reset] = []
         self.all: list[Request] = []
@@ -158,24 +151,10 @@ class Script:
             getattr(self, f"_{op.kind}")(op)
         self.twins = {q: self._twin(q) for q in self.live if twins and q.done > case.first}
 
-    def tokens(self, pieces: tuple[Piece, ...]) -> torch.Tensor:
-        """What pieces hold: [T, 2N] fp32."""
-        width, found = self.spec.projected, [torch.zeros(0, self.spec.projected)]
-        for p in pieces:
-            if p.junk:
-                found.append(torch.full((p.count, width), JUNK[p.junk] or 0.0))
-            elif self.patterns is not None:
-                kv = self.patterns[p.stream - generator.TOKENS].float().repeat(self.spec.halves)
-                found.append(torch.cat([kv, torch.zeros(width - kv.shape[0])]).expand(p.count, width))
-            else:
-                values = generator.values(self.case.seed, p.stream, p.first * width, p.count * width)
-                found.append((values * self.case.scale).view(p.count, width))
-        return torch.cat(found)
-
     def tokens_of(self, request: Request) -> torch.Tensor:
         """All committed tokens of a request, from the first position on."""
         first = self.case.first
-        return self.tokens(request.pieces(first, request.done - first, first))
+        return self.inputs.tokens(request.pieces(first, request.done - first, first))
 
     def own_rows(self, request: Request) -> torch.Tensor:
         """Rows that the request wrote and may read: window indices."""
@@ -280,13 +259,3 @@ def _with_inert(batch: RaggedBatch, count: int) -> RaggedBatch:
         block_table=last("block_table", 0),
         slot_mapping=None if mapping is None else torch.cat([mapping, torch.zeros(count, dtype=torch.int64)]),
     )
-
-
-def make_weights(case: Case) -> CompressorWeights:
-    """Weight of the norm 1 + value / 4, ape value / 2 times the case's scale; of patterns, their own, and no ape."""
-    spec = case.compressor.spec
-    norm = 1 + generator.values(case.seed, generator.NORM, 0, spec.head_dim) / 4
-    ape = generator.values(case.seed, generator.APE, 0, spec.ratio * spec.width) / 2 * case.scale
-    if case.pattern:
-        norm, ape = patterns.weight(spec.head_dim, case.seed), torch.zeros_like(ape)
-    return CompressorWeights(norm=norm, ape=ape.view(spec.ratio, spec.width) if spec.has_ape else None)

@@ -14,9 +14,8 @@ import torch
 
 from kvcondense.conformance.adapter import Setup
 from kvcondense.errors import CheckpointError, KvCondenseError, UnsupportedError, require_known
-from kvcondense.files.reading import clipped, parsed
-from kvcondense.files.schema import typed
-from kvcondense.files.tensors import told
+from kvcondense.files.reading import clipped
+from kvcondense.files.tensors import unpacked
 from kvcondense.formats import FORMATS
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.rope_table import RopeTable
@@ -98,16 +97,7 @@ def length(head: bytes, name: str) -> int:
 
 def unpack(body: bytes, name: str) -> Message:
     """The message of these bytes; raises CheckpointError, which begins with ``name``, for what is none."""
-    from safetensors.torch import load
-
-    size = int.from_bytes(body[:LENGTH_BYTES], "little")
-    if len(body) < LENGTH_BYTES or size > min(MAX_HEADER_BYTES, len(body) - LENGTH_BYTES):
-        wanted = f"a safetensors header of at most {MAX_HEADER_BYTES} bytes, and within the message"
-        raise CheckpointError(name, wanted, f"{size} bytes in a message of {len(body)}")
-    with told(name, "a safetensors file"):
-        header = parsed(body[LENGTH_BYTES : LENGTH_BYTES + size].decode(), f"{name} header")
-        tensors = load(body)
-    metadata = typed(header.get("__metadata__", {}), dict[str, str], f"{name} metadata")
+    metadata, tensors = unpacked(body, name, MAX_HEADER_BYTES, "message")
     if metadata.get(_VERSION_KEY) != VERSION:
         got = clipped(metadata.get(_VERSION_KEY, "nothing"))
         raise CheckpointError(f"{name} metadata {_VERSION_KEY}", f"version {VERSION} of the protocol", got)

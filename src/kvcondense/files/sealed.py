@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from kvcondense.errors import CheckpointError, IntegrityWarning
 from kvcondense.files.reading import clipped, parsed
 from kvcondense.files.schema import typed
 from kvcondense.files.tensors import TensorFile, told
+from kvcondense.files.tensors import unpacked as from_bytes
 from kvcondense.files.whole import replacing
 
 _KEY = "kvcondense"
@@ -110,18 +110,10 @@ def opened(path: Path, *, unsealed: tuple[int, ...] = (), verify: bool = True) -
 
 def unpacked(payload: bytes, name: str, *, unsealed: tuple[int, ...] = ()) -> Sealed:
     """The bytes of ``pack``; sizes are checked before anything is read. Raises CheckpointError for any others."""
-    from safetensors.torch import load
-
     if not isinstance(payload, bytes):
         raise CheckpointError(name, "bytes", type(payload).__name__)
-    size = struct.unpack("<Q", payload[:8])[0] if len(payload) >= 8 else 0
-    most = min(2 * MAX_HEADER_BYTES, len(payload) - 8)
-    if not 2 <= size <= most:
-        raise CheckpointError(name, f"a safetensors header of at most {2 * MAX_HEADER_BYTES} bytes", size)
-    with told(name, "safetensors"):
-        metadata = parsed(payload[8 : 8 + size].decode(), f"{name} header").get("__metadata__", {})
-        tensors = load(payload)
-    return Sealed(name, typed(metadata, dict[str, str], f"{name} header"), tensors, unsealed=unsealed)
+    metadata, tensors = from_bytes(payload, name, 2 * MAX_HEADER_BYTES, "payload")
+    return Sealed(name, metadata, tensors, unsealed=unsealed)
 
 
 def digest(tensor: torch.Tensor) -> str:

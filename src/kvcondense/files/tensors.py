@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from kvcondense.errors import CheckpointError
-from kvcondense.files.reading import clipped, require_file
+from kvcondense.files.reading import clipped, parsed, require_file
+from kvcondense.files.schema import typed
 
 MAX_HEADER_BYTES = 32 << 20
 """Of any file; safetensors itself would take 100 MB."""
@@ -68,6 +69,24 @@ class TensorFile:
             raise CheckpointError(name, f"to be in {self.path}", "a missing tensor")
         with told(f"{self.path} {name}"):
             yield
+
+
+def unpacked(data: bytes, name: str, most: int, whole: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors of the bytes of a safetensors file; the header's size is checked before anything is read.
+
+    Raises CheckpointError, which begins with ``name``, for what is none, or has a header of more than ``most`` bytes.
+    ``whole``: what the bytes are, to people.
+    """
+    from safetensors.torch import load
+
+    size = int.from_bytes(data[:8], "little") if len(data) >= 8 else 0
+    if not 2 <= size <= min(most, len(data) - 8):
+        got = f"{size} bytes in a {whole} of {len(data)}"
+        raise CheckpointError(name, f"a safetensors header of at most {most} bytes, and within the {whole}", got)
+    with told(name, "a safetensors file"):
+        metadata = parsed(data[8 : 8 + size].decode(), f"{name} header").get("__metadata__", {})
+        tensors = load(data)
+    return typed(metadata, dict[str, str], f"{name} metadata"), tensors
 
 
 @contextlib.contextmanager

@@ -227,13 +227,14 @@ def _of_format(form: CacheFormat) -> Made:
     words = f"{'indexer' if d == 128 else 'csa'} {sizes} rotate=false has_ape=false format={form.name}"
     n, ratio = 6, compressor(words).spec.ratio
     script = Script(Case(words, n, (step(*(ratio,) * n),), seed=_SEED, pattern=True))
-    assert script.patterns is not None
+    patterns = script.inputs.patterns
+    assert patterns is not None
     vector = _vector(f"I9 bytes {form.name}", "I9 bytes", "every byte of every cache format", script)
     vector.needs, vector.pattern, vector.exact = ["ragged", f"format {form.name}"], True, True
     vector.tensor_scale = stored.TENSOR_SCALE if form.tensor_scale else None
     every, cache = torch.arange(vector.num_pages * vector.page_rows), certain_cache(script)
     vector.read = every.tolist()
-    inputs = {"pattern": script.patterns, "norm": script.setup.weights.norm}
+    inputs = {"pattern": patterns, "norm": script.setup.weights.norm}
     at = torch.zeros(1, dtype=torch.int64)
     cos, sin = script.setup.rope.rows(at)
     rows = {"rows": raw(stored.stored(cache, every)), "pages": cache.data}

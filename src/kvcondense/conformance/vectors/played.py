@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from kvcondense.conformance import generator, stored
+from kvcondense.conformance import stored
 from kvcondense.conformance.adapter import Adapter, Factory, Setup
-from kvcondense.conformance.cases import JUNK as VALUES
-from kvcondense.conformance.compressors import CONFIG
+from kvcondense.conformance.compressors import config_of
+from kvcondense.conformance.inputs import Inputs, Piece
 from kvcondense.conformance.play import raw, seed
 from kvcondense.conformance.vectors.schema import JUNK, Op, Vector
 from kvcondense.formats import get_format
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
-from kvcondense.weights import CompressorWeights
 
 Tensors = dict[str, torch.Tensor]
 
@@ -27,12 +25,13 @@ def outputs(vector: Vector, given: Tensors, make: Factory) -> Tensors:
 
     given: the vector's tensors; only ``pattern`` and ``norm`` are looked at. Whatever the adapter raises passes.
     """
-    adapter, setup = make(), _setup(vector, given)
+    adapter, inputs = make(), _inputs(vector, given)
+    setup = _setup(vector, inputs)
     rows, refused = [], []
     read = torch.tensor(vector.read, dtype=torch.int64)
     for _ in range(vector.repeat):
         adapter.init(setup)
-        refused = [_do(adapter, setup, vector, given, op) for op in vector.ops]
+        refused = [_do(adapter, setup, inputs, op) for op in vector.ops]
         rows.append(adapter.rows(read).clone())
     found = {"rows": torch.cat(rows), "refused": torch.tensor([r for r in refused if r is not None], dtype=torch.uint8)}
     found["untouched"] = raw(adapter.rows(torch.tensor(vector.untouched, dtype=torch.int64)))
@@ -42,20 +41,20 @@ def outputs(vector: Vector, given: Tensors, make: Factory) -> Tensors:
     return found
 
 
-def _setup(vector: Vector, given: Tensors) -> Setup:
+def _inputs(vector: Vector, given: Tensors) -> Inputs:
     spec = CompressorSpec.from_dict(vector.compressor, f"{vector.name} compressor")
-    ape = generator.values(vector.seed, generator.APE, 0, spec.ratio * spec.width) / 2 * vector.scale
-    norm = 1 + generator.values(vector.seed, generator.NORM, 0, spec.head_dim) / 4
-    weights = CompressorWeights(
-        norm=given["norm"] if vector.pattern else norm,
-        ape=ape.view(spec.ratio, spec.width) if spec.has_ape else None,
-    )
-    config = replace(CONFIG, head_dim=spec.head_dim, rope_dim=spec.rope_dim)
+    own = (given["pattern"], given["norm"]) if vector.pattern else ()
+    return Inputs(spec, vector.seed, vector.scale, *own)
+
+
+def _setup(vector: Vector, inputs: Inputs) -> Setup:
+    spec = inputs.spec
+    rope = RopeTable.build(config_of(spec), vector.max_positions + 1)
     sizes = (vector.num_slots, vector.max_draft, vector.num_pages, vector.page_rows, vector.max_positions)
-    return Setup(spec, weights, RopeTable.build(config, vector.max_positions + 1), *sizes, get_format(vector.format))
+    return Setup(spec, inputs.weights(), rope, *sizes, get_format(vector.format))
 
 
-def _do(adapter: Adapter, setup: Setup, vector: Vector, given: Tensors, op: Op) -> bool | None:
+def _do(adapter: Adapter, setup: Setup, inputs: Inputs, op: Op) -> bool | None:
     """Do an op; whether it was refused, of those that must be."""
     if op.op == "begin":
         assert op.slot is not None
@@ -70,28 +69,18 @@ def _do(adapter: Adapter, setup: Setup, vector: Vector, given: Tensors, op: Op) 
         assert op.slot is not None
         adapter.reset([op.slot])
     elif op.op == "step":
-        adapter.step(_tokens(setup.spec, vector, given, op), _batch(op))
+        adapter.step(inputs.tokens(_pieces(op)), _batch(op))
     else:
         try:
-            adapter.step(_tokens(setup.spec, vector, given, op), _batch(op))
+            adapter.step(inputs.tokens(_pieces(op)), _batch(op))
         except Exception:
             return True
         return False
     return None
 
 
-def _tokens(spec: CompressorSpec, vector: Vector, given: Tensors, op: Op) -> torch.Tensor:
-    width, found = spec.projected, [torch.zeros(0, spec.projected)]
-    for stream, first, count, junk in op.pieces or ():
-        if junk:
-            found.append(torch.full((count, width), VALUES[JUNK[junk]] or 0.0))
-        elif vector.pattern:
-            kv = given["pattern"][stream - generator.TOKENS].float().repeat(spec.halves)
-            found.append(torch.cat([kv, torch.zeros(spec.width)]).expand(count, width))
-        else:
-            values = generator.values(vector.seed, stream, first * width, count * width) * vector.scale
-            found.append(values.view(count, width))
-    return torch.cat(found)
+def _pieces(op: Op) -> list[Piece]:
+    return [Piece(stream, first, count, JUNK[junk]) for stream, first, count, junk in op.pieces or ()]
 
 
 def _batch(op: Op) -> RaggedBatch:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from kvcondense import files
+from kvcondense.conformance import cases
 from kvcondense.conformance.vectors import bounds, text
 from kvcondense.errors import CheckpointError
 from kvcondense.files.reading import parsed
@@ -23,7 +24,7 @@ from kvcondense.files.tensors import TensorFile, told
 
 SCHEMA = 1
 """Of the folder. Any change that a reader could stumble over makes it one more."""
-JUNK = ("", "nan", "inf", "1e4")
+JUNK = tuple(cases.JUNK)
 """By the number in ``Op.pieces``: what every channel of such tokens is."""
 _MAX_JSON = 4 << 20
 _MAX_TENSOR = 1 << 28
