@@ -1,4 +1,4 @@
-"""Thirty-six thousand altered inputs into every reader, every flipped bit of small files, and readers that are caught."""
+"""36 000 altered inputs into every reader, every flipped bit of small files, and readers that are caught."""
 
 import json
 import time
