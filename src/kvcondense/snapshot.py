@@ -203,6 +203,7 @@ def _load_online(
     impl: str | Backend,
 ) -> None:
     _check_online(spec, state, None)
+    state.check_slots(batch)
     position = int(batch.start_positions[0])
     rows = tensors.get("rows", torch.empty(0, spec.state_dim)).to(state.device)
     acc = tensors["acc"].to(state.device) if "acc" in tensors else None

@@ -152,8 +152,9 @@ def check_slots(batch: RaggedBatch, num_slots: int) -> None:
     if batch.state_slots is None:
         raise ShapeError("state_slots", "one state slot per request (the state has slots)", "None")
     used = batch.state_slots[batch.active]
-    if bool((used >= num_slots).any()):
-        raise RangeError("state_slots", f"below {num_slots}", int(used.max()))
+    wrong = used[(used < 0) | (used >= num_slots)]
+    if wrong.shape[0]:
+        raise RangeError("state_slots", f"at least 0 and below {num_slots} for a live request", int(wrong[0]))
     if used.unique().shape[0] != used.shape[0]:
         raise RangeError("state_slots", "a slot of its own for each request", batch.state_slots.tolist())
 

@@ -118,6 +118,17 @@ class RaggedBatch:
         """Take over the values of a batch of the same shape, in place: a captured graph reads these very tensors."""
         copy_fields(self, other, [f.name for f in fields(self)])
 
+    def checked(self) -> RaggedBatch:
+        """This batch, or the one that ``build`` makes of its fields, if a field was put in its place since.
+
+        ``dataclasses.replace`` asks ``build`` nothing: a slot of -1 beside a position, say, would be written to. Raises
+        as ``build``.
+        """
+        sound = RaggedBatch.build(**{f.name: getattr(self, f.name) for f in fields(self)})
+        pairs = [(getattr(self, f.name), getattr(sound, f.name)) for f in fields(self)]
+        same = all(a is b or (a.dtype is b.dtype and torch.equal(a, b)) for a, b in pairs)
+        return self if same else sound
+
     @property
     def lengths(self) -> torch.Tensor:
         """Tokens per request [R]."""

@@ -144,11 +144,15 @@ class OnlineState:
         del reads  # rows; here it is the folded window that counts
         self._check(spec, batch, batch.active)
 
+    def check_slots(self, batch: RaggedBatch) -> None:
+        """Raise unless every request has a slot of its own, whether it brings tokens or not."""
+        check_slots(batch, self.layout.num_slots)
+        assert batch.state_slots is not None
+        slot_index("state_slots", batch.state_slots, self.layout.num_slots, self.device)
+
     def check_at(self, spec: CompressorSpec, batch: RaggedBatch) -> None:
         """The same for requests that bring no tokens."""
-        check_slots(batch, self.layout.num_slots)
-        if batch.state_slots is not None:
-            slot_index("state_slots", batch.state_slots, self.layout.num_slots, self.device)
+        self.check_slots(batch)
         self._check(spec, batch, batch.start_positions >= 0)
 
     def _check(self, spec: CompressorSpec, batch: RaggedBatch, live: torch.Tensor) -> None:

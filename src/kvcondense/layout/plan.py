@@ -80,6 +80,7 @@ class Plan:
         """
         require("spec", spec, CompressorSpec)
         require("batch", batch, RaggedBatch)
+        given, batch = batch, batch.checked()
         if state_layout is not None:
             require("state_layout", state_layout, (RingLayout, PagedLayout, OnlineLayout))
         if page_rows is not None and (isinstance(page_rows, bool) or not isinstance(page_rows, int) or page_rows < 1):
@@ -118,7 +119,7 @@ class Plan:
                 slots=Slots.of(slot),
                 dense=True,
             ),
-            given=batch,
+            given=given,
         )
 
     @staticmethod

@@ -18,6 +18,7 @@ def live(name: str, tokens: torch.Tensor, batch: RaggedBatch) -> tuple[torch.Ten
     """
     validate.tensor(name, tokens, (None, None), validate.WEIGHT_DTYPES, batch.query_start_loc.device)
     validate.enough(name, tokens.shape[0], batch)
+    batch = batch.checked()
     total = int(batch.query_start_loc[-1])
     if tokens.shape[0] > total:
         tokens = tokens[:total]

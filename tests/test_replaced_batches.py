@@ -1,0 +1,102 @@
+"""Batches whose fields were put in their place after ``build``: every eager door asks of them what ``build`` asks."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from kvcondense import KvCondenseError, RaggedBatch, condense, training
+from kvcondense.errors import RangeError
+from kvcondense.layout.plan import Plan
+from kvcondense.planning import Planner
+from kvcondense.snapshot import load_live, save_live
+from test_doors import BACKENDS, BAD, BAD_PAGES, OTHER, SPEC, Setting
+
+MORE = {
+    "slot of nobody": {"state_slots": [0, -1]},
+    "slots that are too few": {"state_slots": [0]},
+    "start below": {"start_positions": [0, -2]},
+    "tokens in reverse": {"query_start_loc": [0, 8, 4]},
+    "tokens that begin late": {"query_start_loc": [1, 8, 16]},
+    "drafts below": {"draft_rows": [0, -1]},
+    "rows that are one": {"block_table": [[1], [1]]},
+}
+KINDS = [(k, b) for k in ("ring", "online") for b in BAD | MORE] + [("paged", b) for b in BAD_PAGES]
+
+
+def planned(s, batch):
+    return Plan.build(s.spec, batch, state_layout=s.state.layout, page_rows=4)
+
+
+def by_build(s, batch):
+    plan = planned(s, batch)
+    return condense(s.spec, s.kv_score, s.weights, s.rope, batch, plan=plan, state=s.state, cache=s.cache, impl=s.impl)
+
+
+def by_planner(s, batch):
+    (plan,) = Planner([(s.spec, s.state.layout, 4)]).plans(batch)
+    return condense(s.spec, s.kv_score, s.weights, s.rope, batch, plan=plan, state=s.state, cache=s.cache, impl=s.impl)
+
+
+def without_plan(s, batch):
+    return condense(s.spec, s.kv_score, s.weights, s.rope, batch, state=s.state, cache=s.cache, impl=s.impl)
+
+
+DOORS = {f.__name__: f for f in (by_build, by_planner, without_plan)}
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(("kind", "bad"), KINDS)
+def test_replaced_fields_are_asked_for(kind, bad, door, impl):
+    """Either an error and nothing written, or what a batch built of the same fields does."""
+    s, other = (Setting(OTHER if kind == "online" else SPEC, kind, impl) for _ in range(2))
+    change = {n: torch.tensor(v) for n, v in {**BAD, **BAD_PAGES, **MORE}[bad].items()}
+    spoilt = replace(s.made()[0], **change)
+    given = {f.name: getattr(spoilt, f.name) for f in fields(spoilt)}
+    before = s.held()
+    try:
+        built = RaggedBatch.build(**{n: t if t is None else t.clone() for n, t in given.items()})
+        wanted = DOORS[door](other, built).values
+    except KvCondenseError:
+        wanted = None
+    if wanted is None:
+        with pytest.raises(KvCondenseError):
+            DOORS[door](s, spoilt)
+        assert all(torch.equal(a, b) for a, b in zip(before, s.held(), strict=True))
+    else:
+        assert torch.equal(DOORS[door](s, spoilt).values, wanted)
+        assert all(torch.equal(a, b) for a, b in zip(s.held(), other.held(), strict=True))
+    assert (wanted is not None) == (bad == "slot of nobody")
+
+
+def test_narrow_integers_are_widened():
+    s = Setting()
+    batch = s.made()[0]
+    narrow = replace(batch, block_table=torch.tensor([[0], [1]], dtype=torch.int32))
+    plan = planned(s, narrow)
+    assert plan.given is narrow
+    assert plan.batch.block_table.dtype is torch.int64
+    assert torch.equal(plan.window_slot, s.plan.window_slot)
+    assert planned(s, batch).batch is batch
+
+
+@pytest.mark.parametrize("kind", ["ring", "online"])
+def test_nobody_has_no_state(kind):
+    s = Setting(OTHER if kind == "online" else SPEC, kind)
+    without_plan(s, s.made()[0])
+    payload = save_live(s.spec, s.state, RaggedBatch.at(8, state_slot=0))
+    before = s.held()
+    spoilt = replace(RaggedBatch.at(8, state_slot=0), state_slots=torch.tensor([-1]))
+    with pytest.raises(RangeError):
+        load_live(s.spec, s.state, spoilt, payload)
+    assert all(torch.equal(a, b) for a, b in zip(before, s.held(), strict=True))
+
+
+@pytest.mark.parametrize("bad", [b for b in BAD | MORE if "query_start_loc" in {**BAD, **MORE}[b]])
+def test_training_asks_too(bad):
+    s = Setting()
+    batch = RaggedBatch.build([0, 8, 16], start_positions=[0, 0])
+    spoilt = replace(batch, **{n: torch.tensor(v) for n, v in {**BAD, **MORE}[bad].items()})
+    with pytest.raises(KvCondenseError):
+        training.condense(s.spec, s.kv_score, s.weights, s.rope, spoilt)
