@@ -10,9 +10,19 @@ import typer
 from kvcondense.cli import names
 from kvcondense.cli.output import JsonFile, Quiet
 from kvcondense.cli.values import AdapterName, ExecCommand, Timeout, one_of
+from kvcondense.cli.voids import Void
 
 EXAMPLE = "Example: kvcondense vectors write vectors && kvcondense vectors check vectors --against out --without begins"
 FAILS = "check: an output is wrong or missing; mutants: one survives"
+_PLAYED = ("adapter", "command", "timeout", "outputs")
+VOID = (
+    Void("action", ("against", "without", *_PLAYED), "write"),
+    Void("action", ("against", "without", *_PLAYED), "mutants"),
+    Void("action", ("against",), "play"),
+    Void("action", _PLAYED, "check"),
+    Void("command", ("adapter",)),
+    Void("command", ("timeout",), missing=True),
+)
 
 
 def vectors(

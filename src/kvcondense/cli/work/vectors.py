@@ -36,12 +36,6 @@ def run(
     outputs: Path | None,
 ) -> bool | None:
     """Whether all that was checked is right, if that was asked."""
-    given = {"--against": (against, "check"), "--out": (outputs, "play"), "--exec": (command, "play")}
-    for option, (value, wanted) in given.items():
-        if action != wanted and value is not None:
-            raise UnsupportedError(option, f"vectors {wanted}", f"vectors {action}")
-    if without and action not in ("check", "play"):
-        raise UnsupportedError("--without", "vectors check or play", f"vectors {action}")
     if action == "write":
         return _write(output, folder)
     if not folder.is_dir():
