@@ -54,8 +54,10 @@ def test_what_is_written_is_small_and_whole(folder):
     assert {v.invariant for v, _ in found} == {i.name for i in INVARIANTS} - {"I9 codes"}, "those are the bytes"
     assert {v.format for v, _ in found} == set(FORMATS)
     assert {v.bug_class for v, _ in found} <= {m.bug_class for m in MUTANTS.values()}
-    assert {word for v, _ in found for need in v.needs for word in need.split()} - {"compressor"} <= set(names.NEEDS)
-    assert {*SMALL, *FORMATS} <= set(names.NEEDS)
+    assert {word for v, _ in found for need in v.needs for word in need.split()} <= set(names.NEEDS)
+    assert {need for v, _ in found for need in v.needs} <= {*names.NEEDS, *names.WHOLE_NEEDS}
+    assert names.COMPRESSORS == SMALL
+    assert set(FORMATS) <= set(names.NEEDS)
     assert "0x9E3779B1" in (folder / "README.md").read_text()
 
 
@@ -103,6 +105,20 @@ def test_our_backends_outputs_are_right(folder, out, tmp_path):
     assert "FAIL" not in text
     found = json.loads(report.read_text())
     assert (found["right"], found["wrong"], found["left_out"]) == (len(schema.index(folder)), {}, {})
+
+
+def test_a_need_is_left_out_by_any_of_its_words_or_whole(folder, out, tmp_path):
+    def left(*needs):
+        words = [word for need in needs for word in ("--without", need)]
+        invoke("check", folder, "--against", out, *words, "--json", tmp_path / "j")
+        return set(json.loads((tmp_path / "j").read_text())["left_out"])
+
+    kinds = {v.name: [need.split()[0] for need in v.needs] for v, _ in every(folder)}
+    assert left("compressor") == {name for name, kind in kinds.items() if "compressor" in kind}
+    assert left("format") == {name for name, kind in kinds.items() if "format" in kind}
+    assert left("compressor csa") == left("csa") != set()
+    assert left("format fp4_v41", "compressor r2") == left("fp4_v41", "r2") != set()
+    assert "did you mean" in invoke("check", folder, "--against", out, "--without", "compressor cas", status=2)
 
 
 def test_what_is_missing_fails_unless_it_is_left_out(folder, out, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,12 @@ VOID = (
     Void("command", ("adapter",)),
     Void("command", ("timeout",), missing=True),
 )
+_WORDS = one_of(names.NEEDS)
+
+
+def _needs(context: typer.Context, value: list[str] | None) -> Any:
+    """Each by a word of it, also where it was typed whole."""
+    return _WORDS["callback"](context, [names.WHOLE_NEEDS.get(need, need) for need in value or ()])
 
 
 def vectors(
@@ -36,7 +42,7 @@ def vectors(
     without: Annotated[
         list[str] | None,
         typer.Option(metavar="NEED", help="check, play: what the implementation does not do; may be repeated.",
-                     **one_of(names.NEEDS)),
+                     **{**_WORDS, "callback": _needs}),
     ] = None,
     adapter: AdapterName = "reference",
     command: ExecCommand = None,
