@@ -185,6 +185,42 @@ def test_every_output_is_looked_at(folder, out):
     assert "(pad[0])" in wrong(vector, expected, {**got, "rows": rows})[0]
 
 
+ONE_BYTE = (torch.int8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("dtype", ONE_BYTE, ids=str)
+def test_bytes_in_another_type_are_refused_by_name(folder, out, dtype):
+    for form in ("fp8_model1", "mxfp4_indexer"):
+        vector, expected, got = one(folder, out, f"I9-bytes-{form}")
+        for name in ("rows", "pages", "untouched"):
+            if len(got[name]):
+                found = wrong(vector, expected, {**got, name: got[name].view(dtype)})
+                assert found, name
+                assert found[0].startswith(f"{name}: "), found
+                assert "uint8" in found[0]
+                assert str(dtype) in found[0]
+    vector, expected, got = one(folder, out, "I12-fail-closed-r2")
+    assert (
+        "refused: uint8 [6] expected, got" in wrong(vector, expected, {**got, "refused": got["refused"].view(dtype)})[0]
+    )
+
+
+def test_exact_rows_and_refusals_have_their_own_type_and_shape(folder, out):
+    for form, other in (("bf16", torch.float32), ("fp32", torch.bfloat16)):
+        vector, expected, got = one(folder, out, f"I9-bytes-{form}")
+        assert wrong(vector, expected, got) == []
+        found = wrong(vector, expected, {**got, "rows": got["rows"].to(other)})[0]
+        assert found == f"rows: expected {got['rows'].dtype} for {form}, got {other}"
+        assert "rows" in wrong(vector, expected, {**got, "rows": got["rows"].contiguous().view(torch.uint8)})[0]
+    vector, expected, got = one(folder, out, "I12-fail-closed-r2")
+    for changed in (got["refused"].float(), got["refused"].long(), got["refused"][:, None]):
+        assert "refused: uint8 [6] expected, got" in wrong(vector, expected, {**got, "refused": changed})[0]
+    assert "refused is missing" in wrong(vector, expected, {k: v for k, v in got.items() if k != "refused"})[0]
+    vector, expected, got = one(folder, out, "I6-emission-csa-0")
+    assert "refused" in wrong(vector, expected, {**got, "refused": torch.ones(1, dtype=torch.uint8)})[0], "no such op"
+    assert wrong(vector, expected, {k: v for k, v in got.items() if k != "refused"}) == []
+
+
 def flip(rows, row):
     changed = rows.clone()
     changed.view(torch.int16)[row, 0] ^= 1
