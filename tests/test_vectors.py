@@ -130,9 +130,34 @@ def test_what_is_missing_fails_unless_it_is_left_out(folder, out, tmp_path):
     assert "is missing" in invoke("check", folder, "--against", some, status=1)
     left = [word for need in ("indexer", "begins", "huge_cache", "format") for word in ("--without", need)]
     assert "FAIL" not in invoke("check", folder, "--against", some, *left)
-    (tmp_path / "none").mkdir()
-    everything = [word for need in (*SMALL, "format") for word in ("--without", need)]
-    assert "0 of 0" in invoke("check", folder, "--against", tmp_path / "none", *everything, status=1)
+
+
+def test_that_nothing_was_compared_is_said_with_the_reason(folder, out, tmp_path):
+    everything = ["--without", "compressor", "--without", "format"]
+    for line in (("check", folder, "--against", out), ("play", folder, "--out", tmp_path / "new")):
+        text = " ".join(invoke(*line, *everything, status=2).split())
+        assert "--without: expected needs that leave a vector to compare, got compressor, format: each of the" in text
+        assert f"{len(schema.index(folder))} vectors" in text
+    (tmp_path / "index.json").write_text('{"schema": 1, "vectors": {}}')
+    for line in (("check", "--against", out), ("play", "--out", tmp_path / "new"), ("mutants",)):
+        text = invoke(line[0], tmp_path, *line[1:], status=2)
+        assert "index.json vectors: expected one at least, got none in" in text
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_link_to_nothing_is_called_one(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    names = list(schema.index(folder))
+    for name, target in ((names[0], "gone.safetensors"), (names[1], f"{names[1]}.safetensors")):
+        (tmp_path / "out" / f"{name}.safetensors").symlink_to(target)
+    invoke("check", folder, "--against", tmp_path / "out", "--json", tmp_path / "j", status=1)
+    wrong = json.loads((tmp_path / "j").read_text())["wrong"]
+    assert wrong[names[0]][0].endswith(f"{names[0]}.safetensors is a link to nothing: gone.safetensors")
+    assert "is a link to nothing" in wrong[names[1]][0], "to itself"
+    assert "is missing" in wrong[names[2]][0]
+    (tmp_path / "o").symlink_to("away")
+    assert "a link to nothing: away" in invoke("check", folder, "--against", tmp_path / "o", status=2)
+    assert "a link to nothing: away" in invoke("check", tmp_path / "o", "--against", tmp_path / "out", status=2)
 
 
 @pytest.mark.parametrize("name", [
