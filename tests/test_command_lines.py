@@ -259,6 +259,26 @@ OUTPUTS = [
     ("vectors play model --adapter reference", 2, "--out ¦ none"),
 ]  # fmt: skip
 
+VOID = [
+    (line, 2, f"{option}: expected {words}")
+    for line, option, words in (
+        ("conformance --mutants --soak 1", "--soak", "to be left out with --mutants ¦ got --soak 1"),
+        ("conformance --mutants --adapter reference", "--adapter", "to be left out with --mutants"),
+        ("conformance --mutants --exec ./driver", "--exec", "to be left out with --mutants"),
+        ("conformance --mutants --folder model", "--folder", "to be left out with --mutants"),
+        ("conformance --soak 1 --replay case.json", "--soak", "to be left out with --replay"),
+        ("conformance --replay case.json --seed 0", "--seed", "to be left out with --replay"),
+        ("conformance --soak 1 --rounds 2", "--rounds", "to be left out with --soak"),
+        ("conformance --adapter cpu --exec ./driver", "--adapter", "to be left out with --exec"),
+        ("conformance --timeout 5", "--timeout", "--exec beside it"),
+        ("vectors write new-folder --adapter cpu", "--adapter", "to be left out with vectors write"),
+        ("vectors write new-folder --without csa --without hca", "--without", "to be ¦ --without csa --without hca"),
+        ("vectors mutants model --without exact", "--without", "to be left out with vectors mutants"),
+        ("vectors check model --against model --out model", "--out", "to be left out with vectors check"),
+        ("vectors play model --out new-folder --against model", "--against", "to be left out with vectors play"),
+    )
+]
+
 MISSING = [  # package, line, words
     ("matplotlib", "plan --plot new.png", "--plot ¦ matplotlib (pip install 'kvcondense[bench]')"),
     ("matplotlib", "verify --report new.html", "--report ¦ matplotlib"),
@@ -351,7 +371,7 @@ def test_right(folder, line, status, words):
     assert not list(folder.glob(".*.part*"))
 
 
-@lines(TYPOS, NUMBERS, INPUTS, OUTPUTS)
+@lines(TYPOS, NUMBERS, INPUTS, OUTPUTS, VOID)
 def test_wrong_lines_end_with_2_in_the_words_that_were_typed_and_change_no_file(folder, line, status, words):
     before = contents(folder)
     judge(line, run(line), status, words)

@@ -245,8 +245,8 @@ def test_the_command_reports(tmp_path):
     text = invoke("--adapter", "mutant:ape-shifted", "--folder", folder, status=1)
     assert "channel 0" in text
     assert "smallest history found" in text
-    assert {p.name for p in folder.iterdir()} == {"I9-numerics.json", "summary.md"}
-    assert "1 cause of 3 failures" in text, "rows are wrong everywhere, near and far"
+    assert {p.name for p in folder.iterdir()} == {"I9-numerics.json", "I8-portability.json", "summary.md"}
+    assert "2 causes of 4 failures" in text, "rows are wrong everywhere, near and far, and so are scores in the state"
     text = invoke("--adapter", "mutant:stale-draft-row", "--folder", folder, status=1)
     again = re.findall(r"--replay (\S+)", text)
     assert len(again) == len(set(again)) == text.count("FAIL") > 1

@@ -341,14 +341,16 @@ def test_a_shell_is_not_asked_and_a_whole_group_ends(tmp_path):
 
 
 @pytest.mark.usefixtures("environment")
-def test_the_end_of_the_program_is_the_end_of_its_drivers():
-    """Ctrl-C in the middle of a request; of those that wait for one, too."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+def test_the_end_of_the_program_is_the_end_of_its_drivers(number):
+    """Ctrl-C in the middle of a request; of those that wait for one, too, and of what they have started."""
     marker = f"marker-end-{os.getpid()}"
+    hangs = f"sh -c '{faulty('hang', 'step', marker)}; true'"
     program = textwrap.dedent(f"""
         from kvcondense.conformance.remote import exec_factory
         from kvcondense.conformance.play import Player
         from kvcondense.conformance.cases import Case, Op
-        make = exec_factory({faulty("hang", "step", marker)!r})
+        make = exec_factory({hangs!r})
         players = [Player(Case("csa", 1, (Op("step", (1,)),)), make) for _ in range(2)]
         idle = exec_factory({faulty("fine", "step", marker)!r})
         print("started", flush=True)
@@ -358,11 +360,32 @@ def test_the_end_of_the_program_is_the_end_of_its_drivers():
     with subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout.readline() == "started\n"
         time.sleep(0.2)
-        assert len(running(marker)) == 4  # itself among them
-        process.send_signal(signal.SIGINT)
+        assert len(running(marker)) == 6  # itself among them
+        process.send_signal(number)
         _, complaints = process.communicate(timeout=20)
-    assert "KeyboardInterrupt" in complaints
+    assert ("KeyboardInterrupt" in complaints) == (number == signal.SIGINT)
     assert gone(marker)
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_child_of_the_kit_that_goes_on_does_not_keep_a_hung_driver():
+    program = textwrap.dedent("""
+        import os, signal, sys, time
+        from kvcondense.conformance.process import Process
+        held = Process([sys.executable, "-c", "import time; time.sleep(1000)", f"marker-forks-{os.getppid()}"])
+        if (child := os.fork()) == 0:
+            time.sleep(1000)
+        print(child, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())
+        try:
+            process.wait(20)
+            assert gone(f"marker-forks-{os.getpid()}")
+            os.kill(child, 0)
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 @pytest.mark.usefixtures("environment")

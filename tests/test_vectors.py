@@ -54,8 +54,10 @@ def test_what_is_written_is_small_and_whole(folder):
     assert {v.invariant for v, _ in found} == {i.name for i in INVARIANTS} - {"I9 codes"}, "those are the bytes"
     assert {v.format for v, _ in found} == set(FORMATS)
     assert {v.bug_class for v, _ in found} <= {m.bug_class for m in MUTANTS.values()}
-    assert {word for v, _ in found for need in v.needs for word in need.split()} - {"compressor"} <= set(names.NEEDS)
-    assert {*SMALL, *FORMATS} <= set(names.NEEDS)
+    assert {word for v, _ in found for need in v.needs for word in need.split()} <= set(names.NEEDS)
+    assert {need for v, _ in found for need in v.needs} <= {*names.NEEDS, *names.WHOLE_NEEDS}
+    assert names.COMPRESSORS == SMALL
+    assert set(FORMATS) <= set(names.NEEDS)
     assert "0x9E3779B1" in (folder / "README.md").read_text()
 
 
@@ -105,6 +107,20 @@ def test_our_backends_outputs_are_right(folder, out, tmp_path):
     assert (found["right"], found["wrong"], found["left_out"]) == (len(schema.index(folder)), {}, {})
 
 
+def test_a_need_is_left_out_by_any_of_its_words_or_whole(folder, out, tmp_path):
+    def left(*needs):
+        words = [word for need in needs for word in ("--without", need)]
+        invoke("check", folder, "--against", out, *words, "--json", tmp_path / "j")
+        return set(json.loads((tmp_path / "j").read_text())["left_out"])
+
+    kinds = {v.name: [need.split()[0] for need in v.needs] for v, _ in every(folder)}
+    assert left("compressor") == {name for name, kind in kinds.items() if "compressor" in kind}
+    assert left("format") == {name for name, kind in kinds.items() if "format" in kind}
+    assert left("compressor csa") == left("csa") != set()
+    assert left("format fp4_v41", "compressor r2") == left("fp4_v41", "r2") != set()
+    assert "did you mean" in invoke("check", folder, "--against", out, "--without", "compressor cas", status=2)
+
+
 def test_what_is_missing_fails_unless_it_is_left_out(folder, out, tmp_path):
     some = tmp_path / "some"
     some.mkdir()
@@ -114,9 +130,34 @@ def test_what_is_missing_fails_unless_it_is_left_out(folder, out, tmp_path):
     assert "is missing" in invoke("check", folder, "--against", some, status=1)
     left = [word for need in ("indexer", "begins", "huge_cache", "format") for word in ("--without", need)]
     assert "FAIL" not in invoke("check", folder, "--against", some, *left)
-    (tmp_path / "none").mkdir()
-    everything = [word for need in (*SMALL, "format") for word in ("--without", need)]
-    assert "0 of 0" in invoke("check", folder, "--against", tmp_path / "none", *everything, status=1)
+
+
+def test_that_nothing_was_compared_is_said_with_the_reason(folder, out, tmp_path):
+    everything = ["--without", "compressor", "--without", "format"]
+    for line in (("check", folder, "--against", out), ("play", folder, "--out", tmp_path / "new")):
+        text = " ".join(invoke(*line, *everything, status=2).split())
+        assert "--without: expected needs that leave a vector to compare, got compressor, format: each of the" in text
+        assert f"{len(schema.index(folder))} vectors" in text
+    (tmp_path / "index.json").write_text('{"schema": 1, "vectors": {}}')
+    for line in (("check", "--against", out), ("play", "--out", tmp_path / "new"), ("mutants",)):
+        text = invoke(line[0], tmp_path, *line[1:], status=2)
+        assert "index.json vectors: expected one at least, got none in" in text
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_link_to_nothing_is_called_one(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    names = list(schema.index(folder))
+    for name, target in ((names[0], "gone.safetensors"), (names[1], f"{names[1]}.safetensors")):
+        (tmp_path / "out" / f"{name}.safetensors").symlink_to(target)
+    invoke("check", folder, "--against", tmp_path / "out", "--json", tmp_path / "j", status=1)
+    wrong = json.loads((tmp_path / "j").read_text())["wrong"]
+    assert wrong[names[0]][0].endswith(f"{names[0]}.safetensors is a link to nothing: gone.safetensors")
+    assert "is a link to nothing" in wrong[names[1]][0], "to itself"
+    assert "is missing" in wrong[names[2]][0]
+    (tmp_path / "o").symlink_to("away")
+    assert "a link to nothing: away" in invoke("check", folder, "--against", tmp_path / "o", status=2)
+    assert "a link to nothing: away" in invoke("check", tmp_path / "o", "--against", tmp_path / "out", status=2)
 
 
 @pytest.mark.parametrize("name", [
@@ -167,6 +208,42 @@ def test_every_output_is_looked_at(folder, out):
     rows = got["rows"].clone()
     rows[4, 583] ^= 1
     assert "(pad[0])" in wrong(vector, expected, {**got, "rows": rows})[0]
+
+
+ONE_BYTE = (torch.int8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("dtype", ONE_BYTE, ids=str)
+def test_bytes_in_another_type_are_refused_by_name(folder, out, dtype):
+    for form in ("fp8_model1", "mxfp4_indexer"):
+        vector, expected, got = one(folder, out, f"I9-bytes-{form}")
+        for name in ("rows", "pages", "untouched"):
+            if len(got[name]):
+                found = wrong(vector, expected, {**got, name: got[name].view(dtype)})
+                assert found, name
+                assert found[0].startswith(f"{name}: "), found
+                assert "uint8" in found[0]
+                assert str(dtype) in found[0]
+    vector, expected, got = one(folder, out, "I12-fail-closed-r2")
+    assert (
+        "refused: uint8 [6] expected, got" in wrong(vector, expected, {**got, "refused": got["refused"].view(dtype)})[0]
+    )
+
+
+def test_exact_rows_and_refusals_have_their_own_type_and_shape(folder, out):
+    for form, other in (("bf16", torch.float32), ("fp32", torch.bfloat16)):
+        vector, expected, got = one(folder, out, f"I9-bytes-{form}")
+        assert wrong(vector, expected, got) == []
+        found = wrong(vector, expected, {**got, "rows": got["rows"].to(other)})[0]
+        assert found == f"rows: expected {got['rows'].dtype} for {form}, got {other}"
+        assert "rows" in wrong(vector, expected, {**got, "rows": got["rows"].contiguous().view(torch.uint8)})[0]
+    vector, expected, got = one(folder, out, "I12-fail-closed-r2")
+    for changed in (got["refused"].float(), got["refused"].long(), got["refused"][:, None]):
+        assert "refused: uint8 [6] expected, got" in wrong(vector, expected, {**got, "refused": changed})[0]
+    assert "refused is missing" in wrong(vector, expected, {k: v for k, v in got.items() if k != "refused"})[0]
+    vector, expected, got = one(folder, out, "I6-emission-csa-0")
+    assert "refused" in wrong(vector, expected, {**got, "refused": torch.ones(1, dtype=torch.uint8)})[0], "no such op"
+    assert wrong(vector, expected, {k: v for k, v in got.items() if k != "refused"}) == []
 
 
 def flip(rows, row):

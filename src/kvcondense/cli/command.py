@@ -14,14 +14,15 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, NoReturn, get_type_hints
 
 import typer
 import typer.models
+from typer.core import TyperCommand
 
-from kvcondense.cli import paths
+from kvcondense.cli import paths, voids
 from kvcondense.cli.output import Output, fit, width
 from kvcondense.errors import IntegrityWarning, KvCondenseError
 
@@ -38,13 +39,23 @@ _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 _MEMORY = ("allocate memory", "out of memory", "overflow")
 
 
-def add(app: typer.Typer, declared: Callable[..., None], example: str, fails: str = "") -> None:
-    """Make a command of a declaration; ``fails``: what exit status 1 means, if there is anything that may not hold."""
+def add(
+    app: typer.Typer,
+    declared: Callable[..., None],
+    example: str,
+    fails: str = "",
+    void: Iterable[voids.Void] = (),
+) -> None:
+    """Make a command of a declaration.
+
+    fails: what exit status 1 means, if there is anything that may not hold; void: options that others make void.
+    """
     holds = f"0: {'it holds' if fails else 'done'}; {f'1: {fails}; ' if fails else ''}2: it could not be asked"
     app.command(
         declared.__name__,
         short_help=summary(declared),
         epilog=f"{example}\n\nExit status {holds}; 130: interrupted.",
+        cls=_asking(void, options_of(declared)),
     )(_through(declared))
 
 
@@ -64,6 +75,18 @@ def options_of(declared: Callable[..., None]) -> dict[str, str]:
                 option = not isinstance(info, typer.models.ArgumentInfo)
                 typed[name] = given[0] if given else "--" + name.replace("_", "-") if option else name.upper()
     return typed
+
+
+def _asking(void: Iterable[voids.Void], typed: Mapping[str, str]) -> type[TyperCommand]:
+    """Commands that ask first whether all that was typed means something: afterwards a default looks the same."""
+
+    class Asking(TyperCommand):
+        def invoke(self, ctx: Any) -> Any:
+            with ending(typed):
+                voids.check(void, ctx, typed)
+            return super().invoke(ctx)
+
+    return Asking
 
 
 def _through(declared: Callable[..., None]) -> Callable[..., None]:

@@ -10,9 +10,18 @@ import typer
 from kvcondense.cli.output import JsonFile, Quiet
 from kvcondense.cli.paths import ReportFile
 from kvcondense.cli.values import AdapterName, ExecCommand, Seed, Timeout, positive, whole
+from kvcondense.cli.voids import Void
 
 EXAMPLE = "Example: kvcondense conformance --adapter kvcondense.backends.reference --soak 2"
 FAILS = "an invariant is broken, or a mutant survives"
+_OF_INVARIANTS = ("rounds", "junit_file")
+VOID = (
+    Void("mutants", ("soak_minutes", "replay", "adapter", "command", "timeout", "folder", *_OF_INVARIANTS)),
+    Void("replay", ("soak_minutes", "seed", "folder", *_OF_INVARIANTS)),
+    Void("soak_minutes", _OF_INVARIANTS),
+    Void("command", ("adapter",)),
+    Void("command", ("timeout",), missing=True),
+)
 
 
 def conformance(

@@ -26,11 +26,15 @@ STATES = ("ring", "online")
 ACTIONS = ("info", "check", "cut")
 """Of bundles."""
 VECTOR_ACTIONS = ("write", "play", "check", "mutants")
+COMPRESSORS = ("csa", "hca", "indexer", "fused", "r2")
+"""Of the kit."""
 NEEDS = (
     "exact", "chunks", "ragged", "max_draft", "mixed", "inert", "spare", "unmapped", "exports", "begins", "huge_cache",
-    "refuses", "format", *FORMATS, "csa", "hca", "indexer", "fused", "r2",
+    "refuses", "format", *FORMATS, "compressor", *COMPRESSORS,
 )  # fmt: skip
-"""What a test vector may need."""
+"""What a test vector may need, word by word."""
+WHOLE_NEEDS = {f"{kind} {name}": name for kind, of in (("format", FORMATS), ("compressor", COMPRESSORS)) for name in of}
+"""Needs of two words -> the word that says the same."""
 WARM_STATES = ("ring", "paged", "online")
 ADAPTER_STATES = ("ring", "paged", "online")
 MUTANTS = (

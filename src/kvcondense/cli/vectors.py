@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kvcondense.cli import names
 from kvcondense.cli.output import JsonFile, Quiet
 from kvcondense.cli.values import AdapterName, ExecCommand, Timeout, one_of
+from kvcondense.cli.voids import Void
 
 EXAMPLE = "Example: kvcondense vectors write vectors && kvcondense vectors check vectors --against out --without begins"
 FAILS = "check: an output is wrong or missing; mutants: one survives"
+_PLAYED = ("adapter", "command", "timeout", "outputs")
+VOID = (
+    Void("action", ("against", "without", *_PLAYED), "write"),
+    Void("action", ("against", "without", *_PLAYED), "mutants"),
+    Void("action", ("against",), "play"),
+    Void("action", _PLAYED, "check"),
+    Void("command", ("adapter",)),
+    Void("command", ("timeout",), missing=True),
+)
+_WORDS = one_of(names.NEEDS)
+
+
+def _needs(context: typer.Context, value: list[str] | None) -> Any:
+    """Each by a word of it, also where it was typed whole."""
+    return _WORDS["callback"](context, [names.WHOLE_NEEDS.get(need, need) for need in value or ()])
 
 
 def vectors(
@@ -26,7 +42,7 @@ def vectors(
     without: Annotated[
         list[str] | None,
         typer.Option(metavar="NEED", help="check, play: what the implementation does not do; may be repeated.",
-                     **one_of(names.NEEDS)),
+                     **{**_WORDS, "callback": _needs}),
     ] = None,
     adapter: AdapterName = "reference",
     command: ExecCommand = None,

@@ -123,7 +123,11 @@ class Adapter(Protocol):
         ...
 
     def export(self, batch: RaggedBatch) -> bytes:
-        """The state of the one request of ``batch``, to go on elsewhere. Needed with capabilities.exports."""
+        """The state of the one request of ``batch``, to go on elsewhere. Needed with capabilities.exports.
+
+        As ``snapshot.save_live`` packs it: rows of positions live_start .. start_positions - 1, oldest first, each kv,
+        then score + ape; or the running values of an online state. What it holds is compared with the tokens.
+        """
         ...
 
     def load(self, batch: RaggedBatch, payload: bytes) -> None:

@@ -9,7 +9,6 @@ from kvcondense.conformance.adapter import Adapter, Factory, Setup
 from kvcondense.conformance.cases import Case
 from kvcondense.conformance.coverage import Coverage
 from kvcondense.conformance.script import Begin, Copy, Request, Reset, Script, Step
-from kvcondense.errors import DtypeError
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.snapshot import import_live
 from kvcondense.layout.state import StatePool
@@ -84,9 +83,7 @@ class Player:
     def rows(self, slots: torch.Tensor) -> torch.Tensor:
         """What the adapter says lies at the slots, if that can be."""
         rows = self.adapter.rows(slots)
-        stored.check(self.what.format, self.spec.head_dim, rows, slots.shape[0])
-        if (plain := self.what.format.plain) is not None and rows.dtype != plain.dtype:
-            raise DtypeError("rows", f"{plain.dtype}, as {self.what.format.name} stores them", rows.dtype)
+        stored.check(self.what.format, self.spec.head_dim, rows, slots.shape[0], exact=True)
         return rows
 
 

@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 
 from kvcondense.conformance import wire
+from kvcondense.conformance.watch import Watcher, watcher
 from kvcondense.errors import CheckpointError, KvCondenseError, UnsupportedError
 from kvcondense.files.reading import clipped
 
@@ -65,9 +66,10 @@ class Process:
     """A running driver. Once it has gone wrong it is killed, and ``ask`` raises the same error again."""
 
     def __init__(self, words: list[str]) -> None:
-        pipe = subprocess.PIPE
+        pipe, self._watcher = subprocess.PIPE, watcher()  # it is there before the driver, and after it
         # A session of its own: Ctrl-C ends the kit, which then ends the driver and whatever that has started.
         self._popen = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True)
+        self._watcher.add(self._popen.pid)
         self._in, self._out, self._err = self._popen.stdin, self._popen.stdout, self._popen.stderr
         for file in (self._in, self._out, self._err):
             assert file is not None
@@ -76,7 +78,7 @@ class Process:
         self.failure: RemoteError | None = None
         self.slowest = 0.0
         """Seconds of the longest answer so far."""
-        self.end = weakref.finalize(self, _end, self._popen, os.getpid())
+        self.end = weakref.finalize(self, _end, self._popen, self._watcher, os.getpid())
 
     def ask(self, request: str, message: bytes, seconds: float) -> wire.Message:
         """Send a message and return the answer, a "done"; raises a RemoteError for anything else."""
@@ -107,7 +109,7 @@ class Process:
     def kill(self) -> None:
         """At once; the next ``end`` has nothing left to do."""
         if self.end.detach():
-            _kill(self._popen)
+            _kill(self._popen, self._watcher)
 
     def _checked(self, request: str, body: bytes) -> wire.Message:
         try:
@@ -233,7 +235,7 @@ def _signal(number: int) -> str:
     return f"signal {number}"
 
 
-def _end(popen: subprocess.Popen[bytes], owner: int) -> None:
+def _end(popen: subprocess.Popen[bytes], watching: Watcher, owner: int) -> None:
     """Let it end, since nobody needs it any more; in a process that was forked, it is the parent's."""
     if os.getpid() != owner:
         return
@@ -242,13 +244,14 @@ def _end(popen: subprocess.Popen[bytes], owner: int) -> None:
         popen.stdin.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
         popen.wait(_GRACE)
-    _kill(popen)
+    _kill(popen, watching)
 
 
-def _kill(popen: subprocess.Popen[bytes]) -> None:
+def _kill(popen: subprocess.Popen[bytes], watching: Watcher) -> None:
     """It and whatever it has started, which may outlive it by now; then wait for it, so that no zombie is left."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(popen.pid, signal.SIGKILL)
+    watching.drop(popen.pid)  # before it is waited for: until then nobody else has its number
     popen.wait()
     for file in (popen.stdin, popen.stdout, popen.stderr):
         with contextlib.suppress(OSError):

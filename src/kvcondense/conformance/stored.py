@@ -32,12 +32,16 @@ def parts(form: CacheFormat, head_dim: int) -> list[tuple[str, torch.dtype, int]
     return found
 
 
-def check(form: CacheFormat, head_dim: int, rows: torch.Tensor, count: int) -> None:
-    """Raise unless ``rows`` are ``count`` rows of that format, as ``stored`` has them."""
+def check(form: CacheFormat, head_dim: int, rows: torch.Tensor, count: int, *, exact: bool = False) -> None:
+    """Raise unless ``rows`` are ``count`` rows of that format, as ``stored`` has them.
+
+    exact: rows of bf16 and fp32 in the format's own type, not in the other one, which holds the same values.
+    """
     if not isinstance(rows, torch.Tensor):
         raise DtypeError("rows", "a tensor", type(rows).__name__)
     if form.plain is not None:
-        shape, types = (count, head_dim), (torch.bfloat16, torch.float32)
+        shape = (count, head_dim)
+        types = (form.plain.dtype,) if exact else (torch.bfloat16, torch.float32)
     else:
         sizes = (n * dtype.itemsize for _, dtype, n in parts(form, head_dim))
         shape, types = (count, sum(sizes)), (torch.uint8,)

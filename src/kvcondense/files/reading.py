@@ -27,12 +27,17 @@ def require_file(path: str | Path, what: str, argument: str = "") -> Path:
     try:
         found = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        got = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or str(error)
+        got = absent(path) if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or str(error)
     else:
         if stat.S_ISREG(found.st_mode):
             return path
         got = "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file"
     raise CheckpointError(argument or str(path), what, f"{path} ({got})" if argument else got)
+
+
+def absent(path: Path, what: str = "file") -> str:
+    """What is at ``path``, where nothing can be opened: nothing at all, or a link whose target is not there."""
+    return f"a link to nothing: {os.readlink(path)}" if path.is_symlink() else f"no such {what}"
 
 
 def opened(path: str | Path, what: str, argument: str = "") -> io.FileIO:

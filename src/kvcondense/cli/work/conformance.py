@@ -27,15 +27,17 @@ from kvcondense.conformance.invariants import (
     Invariant,
     Outcome,
     check,
+    exported,
     first_failure,
     judged_by_golden,
     play,
+    portable,
     whole,
 )
 from kvcondense.conformance.mutants import MUTANTS
 from kvcondense.conformance.own import load_factory
 from kvcondense.conformance.soak import soak
-from kvcondense.errors import CheckpointError, KvCondenseError, UnsupportedError
+from kvcondense.errors import CheckpointError, KvCondenseError
 
 CORRECT = ("reference:ring", "reference:paged", "reference:online")
 _MAX_CASE_BYTES = 1 << 20
@@ -57,12 +59,10 @@ def run(
     junit_file: Path | None,
 ) -> bool:
     """Whether nothing broke."""
-    if junit_file is not None and (mutants or soak_minutes is not None or replay is not None):
-        raise UnsupportedError("--junit", "a run of the invariants", "--mutants, --soak or --replay")
-    require_folder("--folder", folder)
     if mutants:
         passed, report = _mutants(output, seed)
     else:
+        require_folder("--folder", folder)
         tried = Tried(output, *adapter_of(adapter, command, timeout), seed, folder)
         if replay is not None:
             passed, report = _replay(tried, replay)
@@ -248,10 +248,13 @@ def _replay(tried: Tried, file: Path) -> tuple[bool, dict[str, Any]]:
     except KvCondenseError as error:
         raise CheckpointError("--replay", "a case that conformance wrote", f"{file} ({error})") from error
     found, steps = {}, 0
-    # An invariant by its first name; bits are compared with itself only where they are promised to be equal.
-    judges = {i.judge: i.name for i in reversed(INVARIANTS) if i.judge is not None} | {whole: "rows and state"}
-    if not tried.make().capabilities.exact:
-        del judges[whole]
+    # An invariant by its first name; what was promised is judged alone, and what was not is not.
+    judges = {i.judge: i.name for i in reversed(INVARIANTS) if i.judge not in (None, portable)}
+    able = tried.make().capabilities
+    judges |= {whole: "rows and state", exported: "exported state"}
+    for judge, promised in ((whole, able.exact), (exported, able.exports)):
+        if not promised:
+            del judges[judge]
     for judge, name in judges.items():
         found[name], seen = play(case, tried.make, judge)
         steps = seen.request_steps

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import kvcondense
+from kvcondense import files
 from kvcondense.cli.output import Output
 from kvcondense.cli.paths import require_folder
 from kvcondense.cli.work.adapters import adapter_of
@@ -18,7 +19,7 @@ from kvcondense.conformance.vectors import made, schema
 from kvcondense.conformance.vectors.compared import wrong
 from kvcondense.conformance.vectors.played import Tensors, outputs
 from kvcondense.conformance.vectors.schema import Vector
-from kvcondense.errors import KvCondenseError, UnsupportedError
+from kvcondense.errors import CheckpointError, KvCondenseError, UnsupportedError
 
 _CORRECT = ("ring", "paged")
 
@@ -36,16 +37,10 @@ def run(
     outputs: Path | None,
 ) -> bool | None:
     """Whether all that was checked is right, if that was asked."""
-    given = {"--against": (against, "check"), "--out": (outputs, "play"), "--exec": (command, "play")}
-    for option, (value, wanted) in given.items():
-        if action != wanted and value is not None:
-            raise UnsupportedError(option, f"vectors {wanted}", f"vectors {action}")
-    if without and action not in ("check", "play"):
-        raise UnsupportedError("--without", "vectors check or play", f"vectors {action}")
     if action == "write":
         return _write(output, folder)
     if not folder.is_dir():
-        raise UnsupportedError("FOLDER", "a folder that vectors write made", f"{folder} (no such folder)")
+        raise UnsupportedError("FOLDER", "a folder that vectors write made", _no_folder(folder))
     if action == "mutants":
         return _mutants(output, folder)
     if action == "play":
@@ -53,7 +48,8 @@ def run(
             raise UnsupportedError("--out", "a folder for what the adapter returns", "none")
         return _play(output, folder, outputs, adapter_of(adapter, command, timeout)[1], without or ())
     if against is None or not against.is_dir():
-        raise UnsupportedError("--against", "a folder with what an implementation returned", against)
+        got = "none" if against is None else _no_folder(against)
+        raise UnsupportedError("--against", "a folder with what an implementation returned", got)
     return _check(output, folder, against, without or ())
 
 
@@ -73,29 +69,51 @@ def _write(output: Output, folder: Path) -> None:
     output.finish({"vectors": len(vectors), "bytes": size, "schema": schema.SCHEMA})
 
 
-def _asked(vector: Vector, without: Collection[str]) -> bool:
-    """Without exact bits, everything else is asked all the same."""
-    return not {word for need in vector.needs for word in need.split()} & ({*without} - {"exact"})
+def _no_folder(path: Path) -> str:
+    return f"{path} ({'a file' if path.exists() else files.absent(path, 'folder')})"
+
+
+def _index(folder: Path) -> dict[str, schema.Entry]:
+    """Every vector of a folder that has some: nothing is right because nothing was looked at."""
+    index = schema.index(folder)
+    if not index:
+        raise CheckpointError("index.json vectors", "one at least", f"none in {folder}")
+    return index
+
+
+def _read(folder: Path, without: Collection[str]) -> Iterator[tuple[str, Vector, Tensors | None]]:
+    """Every vector, and what must come out of it: None if it is left out. Raises, in the end, if all of them were.
+
+    Without exact bits, everything else is asked all the same.
+    """
+    index, asked, left_out = _index(folder), 0, {*without} - {"exact"}
+    for name, entry in index.items():
+        vector, expected = schema.read(folder, name, entry)
+        left = {word for need in vector.needs for word in need.split()} & left_out
+        asked += not left
+        yield name, vector, None if left else expected
+    if not asked:
+        got = f"{', '.join(without)}: each of the {len(index)} vectors needs one of them"
+        raise UnsupportedError("--without", "needs that leave a vector to compare", got)
 
 
 def _play(output: Output, folder: Path, out: Path, make: Factory, without: Collection[str]) -> bool:
     require_folder("--out", out)
     if out.exists() and out.samefile(folder):
         raise UnsupportedError("--out", "another folder than that of the vectors", out)
-    out.mkdir(exist_ok=True)
-    index, played, failed = schema.index(folder), 0, 0
-    for name, entry in output.track(index.items(), len(index), "vectors"):
-        vector, expected = schema.read(folder, name, entry)
-        if not _asked(vector, without):
+    count, played, failed = len(_index(folder)), 0, 0
+    for name, vector, expected in output.track(_read(folder, without), count, "vectors"):
+        if expected is None:
             continue
+        out.mkdir(exist_ok=True)
         try:
             schema.save_outputs(out / f"{name}.safetensors", outputs(vector, expected, make))
             played += 1
         except (Exception, SystemExit) as error:  # whatever an adapter raises: there is no output, and check says so
             failed += 1
             output.say(f"FAIL  {name}  {type(error).__name__}: {words(error)}")
-    output.say(f"{played} of {len(index)} vectors played, {failed} failed; outputs in {out}")
-    output.finish({"played": played, "failed": failed, "vectors": len(index)})
+    output.say(f"{played} of {count} vectors played, {failed} failed; outputs in {out}")
+    output.finish({"played": played, "failed": failed, "vectors": count})
     return not failed
 
 
@@ -103,10 +121,9 @@ def _check(output: Output, folder: Path, against: Path, without: Collection[str]
     counts: dict[str, dict[str, int]] = {}
     found: dict[str, list[str]] = {}
     left: dict[str, list[str]] = {}
-    for name, entry in schema.index(folder).items():
-        vector, expected = schema.read(folder, name, entry)
+    for name, vector, expected in _read(folder, without):
         count = counts.setdefault(vector.invariant, {"right": 0, "wrong": 0, "left out": 0})
-        if not _asked(vector, without):
+        if expected is None:
             count["left out"] += 1
             left[name] = vector.needs
             continue
@@ -121,10 +138,12 @@ def _check(output: Output, folder: Path, against: Path, without: Collection[str]
     output.say(f"{right} of {right + len(found)} vectors are right, {len(left)} are left out")
     report: dict[str, Any] = {"right": right, "wrong": found, "left_out": left, "without": list(without)}
     output.finish(report)
-    return bool(right) and not found
+    return not found
 
 
 def _against(vector: Vector, expected: Tensors, path: Path, without: Collection[str]) -> list[str]:
+    if path.is_symlink() and not path.exists():
+        return [f"{path} is {files.absent(path)}"]
     if not path.exists():
         return [f"{path} is missing (needs {', '.join(vector.needs) or 'nothing'})"]
     try:
@@ -136,7 +155,7 @@ def _against(vector: Vector, expected: Tensors, path: Path, without: Collection[
 def _mutants(output: Output, folder: Path) -> bool:
     by_invariant: dict[str, int] = {}
     numbered = []
-    for name, entry in schema.index(folder).items():
+    for name, entry in _index(folder).items():
         by_invariant[entry.invariant] = number = by_invariant.get(entry.invariant, -1) + 1
         numbered.append((number, schema.read(folder, name, entry)))
     # One of each invariant, then the next of each: what is wrong shows early.

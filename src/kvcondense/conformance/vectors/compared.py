@@ -38,6 +38,7 @@ def _wrong(vector: Vector, expected: Tensors, got: Tensors, without: Collection[
     if any(not torch.equal(raw(first), raw(other)) for other in others):
         yield f"another run of the {vector.repeat} gave other bytes"
     if vector.exact:
+        stored.check(get_format(vector.format), int(vector.compressor["head_dim"]), first, count, exact=True)
         yield _bytes("rows", raw(first), expected["rows"], _of_row(vector))
         if "pages" in got:
             yield _bytes("pages", got["pages"], expected["pages"], _of_page(vector))
@@ -50,12 +51,18 @@ def _wrong(vector: Vector, expected: Tensors, got: Tensors, without: Collection[
         spoilt = (got["untouched"] != stored.CANARY).any(1).nonzero()[:, 0]
         for i in spoilt[:1]:
             yield f"cache slot {vector.untouched[int(i)]} was written, which belongs to no finished window"
-    refusals = [op.why for op in vector.ops if op.op == "refuse"]
-    if refusals:
-        told = got.get("refused", torch.zeros(0)).flatten().tolist()
-        if len(told) != len(refusals):
-            yield f"refused: {len(refusals)} bytes, got {len(told)}"
-        yield from (f"{why} was accepted" for why, byte in zip(refusals, told, strict=False) if byte != 1)
+    yield from _refusals(vector, got)
+
+
+def _refusals(vector: Vector, got: Tensors) -> Iterator[str]:
+    wanted = [op.why for op in vector.ops if op.op == "refuse"]
+    told = got.get("refused")
+    if told is None:
+        yield f"refused is missing: uint8 [{len(wanted)}]" if wanted else ""
+    elif told.dtype != torch.uint8 or tuple(told.shape) != (len(wanted),):
+        yield f"refused: uint8 [{len(wanted)}] expected, got {told.dtype} {list(told.shape)}"
+    else:
+        yield from (f"{why} was accepted" for why, byte in zip(wanted, told.tolist(), strict=True) if byte != 1)
 
 
 def _shape(name: str, got: Tensors, rows: int) -> str:
