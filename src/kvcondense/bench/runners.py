@@ -109,7 +109,9 @@ class Kvcondense:
         if self.bare:
             w, rows = self.weights, torch.zeros(plan.num_windows, self.spec.head_dim, device=self.device)
             tokens = self.new[:0].float() if case.hidden else self.new
-            state["step"] = Step(self.spec, plan, tokens, w.ape, w.norm, self.rope, pool, cache, rows, None)
+            state["step"] = Step(
+                self.spec, plan, tokens, w.ape, w.norm, self.rope, pool, cache, rows, None, made={}
+            )  # what a bound compressor keeps, too
         return state
 
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ _CHANNELS = 512
 def can_run(spec: CompressorSpec, kv_score: torch.Tensor) -> bool:
     """True for contiguous fp32 on the CPU, channels in multiples of 16."""
     plain = kv_score.device.type == "cpu" and kv_score.dtype is torch.float32 and kv_score.is_contiguous()
-    return plain and spec.head_dim % params.LANES == 0 and native.problem(native.TRAINING) is None
+    return plain and spec.head_dim % params.CHANNELS == 0 and native.problem(native.TRAINING) is None
 
 
 def forward(
@@ -56,7 +56,7 @@ def backward(
 def can_finish(spec: CompressorSpec, pooled: torch.Tensor) -> bool:
     """True for fp32 on the CPU, channels in multiples of 16."""
     plain = pooled.device.type == "cpu" and pooled.dtype is torch.float32 and pooled.is_contiguous()
-    return plain and spec.head_dim % params.LANES == 0 and native.problem(native.TRAINING) is None
+    return plain and spec.head_dim % params.CHANNELS == 0 and native.problem(native.TRAINING) is None
 
 
 def finish(
@@ -134,15 +134,15 @@ def _run(
     """One launch: forward with ``total``, else backward."""
     first = plan.batch.query_start_loc[plan.window_request] + plan.window_index * spec.ratio
     bias = None if ape is None else ape.to(torch.float32).contiguous()
-    zeros = torch.zeros(spec.width)
-    size = 24 * spec.window + 12 * _CHANNELS + LINE
+    zeros, nothing = torch.zeros(spec.width), torch.full((spec.width,), float("-inf"))
+    size = params.ENTRY * (spec.window + params.GROUP) + 12 * _CHANNELS + LINE
     serial = plan.num_windows * spec.window * spec.head_dim < SERIAL
     threads = 1 if serial else torch.get_num_threads()
     scratch = torch.empty(threads * size, dtype=torch.uint8)
     at = {name: t.data_ptr() for name, t in tensors.items()}
     call = params.TrainingPool()
     call.what, call.tokens, call.stride = params.POOL, kv_score.data_ptr(), 4 * kv_score.shape[1]
-    call.ape, call.zeros = 0 if bias is None else bias.data_ptr(), zeros.data_ptr()
+    call.ape, call.zeros, call.nothing = 0 if bias is None else bias.data_ptr(), zeros.data_ptr(), nothing.data_ptr()
     call.first, call.index = first.data_ptr(), plan.window_index.data_ptr()
     call.windows, call.strip, call.channels = plan.num_windows, _strip(spec), _CHANNELS
     call.pooled, call.lse, call.total = at["pooled"], at["lse"], at.get("total", 0)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from kvcondense.backends import Step
-from kvcondense.backends.cpu import calls, native, params
-from kvcondense.backends.cpu.blocks import address
+from kvcondense.backends.cpu import calls, native, params, scratch
+from kvcondense.backends.cpu.blocks import LINE, address
 from kvcondense.backends.cpu.threads import SERIAL, launch
 from kvcondense.errors import UnsupportedError
 
@@ -28,8 +28,8 @@ class CpuBackend:
             return f"kv_score is {kv_score.dtype}; the kernels compute in fp32 (the reference takes fp64)"
         if state is not None and state.dtype not in (torch.float32, torch.bfloat16):
             return f"the state is {state.dtype}; the kernels take fp32 and bf16"
-        if step.spec.head_dim % params.LANES:
-            return f"head_dim {step.spec.head_dim} is not a multiple of {params.LANES}"
+        if step.spec.head_dim % params.CHANNELS:
+            return f"head_dim {step.spec.head_dim} is not a multiple of {params.CHANNELS}"
         if step.cache is not None:
             try:
                 calls.format_block(step.cache)
@@ -63,18 +63,27 @@ class CpuBackend:
         x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (x, w))
         tokens, channels = x.shape[0], w.shape[0]
         out = torch.empty(tokens, channels, dtype=torch.float32)
-        # A panel of w stays in the second-level cache while tokens pass by; a few tokens share the panels out instead.
-        tall, wide = (120, 128) if tokens >= 48 else (48, 32)
+        threads = 1 if tokens * w.numel() < SERIAL else torch.get_num_threads()
+        tall, wide = _tiles(tokens, channels, threads)
+        each = params.Product.bytes()
         product = params.Product()
         product.x, product.x_stride = x.data_ptr(), 2 * x.stride(0)
         product.w, product.w_stride = w.data_ptr(), 2 * w.stride(0)
         product.out, product.tokens, product.channels = out.data_ptr(), tokens, channels
         product.hidden_bytes = 2 * x.shape[1]
         product.tile_tokens, product.tile_channels = tall, wide
+        product.scratch, product.scratch_bytes = scratch.of(threads * each + LINE), each
         block = product.pack()
-        threads = 1 if tokens * w.numel() < SERIAL else torch.get_num_threads()
         launch(native.address("project"), address(block), threads)
         return out
+
+
+def _tiles(tokens: int, channels: int, threads: int) -> tuple[int, int]:
+    """Tokens and channels of a task. A few tokens share the channels out, more than there are threads if they can."""
+    wide = params.WIDE
+    while wide > 16 and -(-tokens // params.TALL) * (channels // wide) < 4 * threads:
+        wide //= 2
+    return params.TALL, wide
 
 
 BACKEND = CpuBackend()

@@ -5,17 +5,15 @@ The layer's is kept with the binding (``Step.made``), which ends when memory mov
 
 from __future__ import annotations
 
-import threading
 from array import array
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from kvcondense.backends import Step
-from kvcondense.backends.cpu import native, params, tables
-from kvcondense.backends.cpu.blocks import LINE, address
+from kvcondense.backends.cpu import native, params, scratch, tables
+from kvcondense.backends.cpu.blocks import address
 from kvcondense.backends.cpu.threads import SERIAL, launch
 from kvcondense.layout.addresses import PagedLayout
 from kvcondense.layout.cache import PagedCache
@@ -25,7 +23,6 @@ from kvcondense.layout.state import StatePool
 from kvcondense.spec import CompressorSpec
 
 KINDS = {torch.float32: params.FP32, torch.bfloat16: params.BF16, torch.float16: params.FP16}
-_STAGE_CHANNELS = 128
 _FP32 = torch.float32
 
 
@@ -39,23 +36,6 @@ class _Kept:
     held: tuple[Any, ...]
 
 
-class _Scratch(threading.local):
-    """Memory that a thread of the caller's uses again: nothing runs beside a call of its own."""
-
-    def __init__(self) -> None:
-        self.memory, self.address = np.empty(0, np.uint8), 0
-
-    def of(self, size: int) -> int:
-        """Where this many bytes are. No tensor: what a mode of torch makes of one would stay."""
-        if self.memory.nbytes < size:
-            self.memory = np.empty(size, np.uint8)
-            self.address = self.memory.ctypes.data
-        return self.address
-
-
-_scratch = _Scratch()
-
-
 def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = True) -> None:
     """One launch for the windows, for what is kept, or for both; ``store``: rows go to the cache."""
     spec, plan, state, kv_score = step.spec, step.plan, step.state, step.kv_score
@@ -65,13 +45,12 @@ def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = T
     count = plan.window_request.shape[0] if windows else 0
     kept = plan.keep_token.shape[0] if keeps and state is not None and not step.stored else 0
     requests = plan.batch.start_positions.shape[0] if keeps and type(state) is OnlineState else 0
-    plain = kv_score.dtype is _FP32 and (state is None or state.dtype is _FP32)
-    staged = 0 if plain else min(_STAGE_CHANNELS, spec.head_dim)
     threads, blocks, chunk = _split(spec, count, requests, kept)
-    scratch_bytes = 20 * spec.head_dim + (48 + 8 * staged) * spec.window + LINE
+    scratch_bytes = params.Room.bytes(spec.head_dim, spec.window)
     call = params.Call()
     call.layer, call.plan = layer.address, work.address
-    call.scratch, call.scratch_bytes, call.staged = _scratch.of(threads * scratch_bytes), scratch_bytes, staged
+    call.scratch, call.scratch_bytes = scratch.of(threads * scratch_bytes), scratch_bytes
+    call.read_tokens, call.read_stored = _reading(step)
     call.kv_score, call.kv_stride = kv_score.data_ptr(), kv_score.stride(0) * kv_score.itemsize
     call.kv_kind = KINDS[kv_score.dtype]
     call.rows, call.latent = step.rows.data_ptr(), 0 if step.latent is None else step.latent.data_ptr()
@@ -82,6 +61,18 @@ def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = T
     if blocks > 1:
         block.frombytes(bytes(8 * count))
     launch(native.address("condense"), address(block), threads)
+
+
+def _reading(step: Step) -> tuple[int, int]:
+    """How tokens and stored rows are read; a token passes through the state's type, as if it had been there."""
+    tokens, state, gate = KINDS[step.kv_score.dtype], step.state, step.spec.has_gate
+    if state is None or state.dtype is _FP32:
+        direct = tokens == params.FP32 or (tokens == params.BF16 and gate)
+        return tokens if direct else params.WIDENED, params.FP32
+    if tokens != params.BF16 or not gate:
+        return params.WIDENED, params.BF16 if gate else params.WIDENED
+    raw = type(state) is StatePool and state.layout.raw_scores
+    return params.BF16 if raw else params.BF16_ROUNDED, params.BF16
 
 
 def format_block(cache: PagedCache) -> array[int]:
@@ -161,7 +152,7 @@ def _split(spec: CompressorSpec, windows: int, requests: int, kept: int) -> tupl
     if threads == 1:
         return 1, 1, 1
     if windows < threads:
-        return threads, min(-(-threads // max(windows, 1)), spec.head_dim // params.LANES), 1
+        return threads, min(-(-threads // max(windows, 1)), spec.head_dim // params.CHANNELS), 1
     return threads, 1, max(1, min(8, windows // (8 * threads)))
 
 

@@ -7,6 +7,7 @@ llvmlite alone, so that a process that finds its kernels compiled never imports 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -15,7 +16,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +25,7 @@ from typing import Any
 
 from kvcondense.backends import private
 from kvcondense.backends.cpu import kept
+from kvcondense.backends.cpu.target import target
 
 STEP, TRAINING, PLAN, MARKS = ("condense", "project"), ("training",), ("plan",), ("marks",)
 KERNELS = STEP + TRAINING + PLAN + MARKS
@@ -79,20 +81,6 @@ def problem(kernels: tuple[str, ...] = STEP) -> str | None:
     return None
 
 
-@functools.cache
-def processor() -> tuple[str, frozenset[str]]:
-    """Name and features of this processor, as LLVM calls them."""
-    import llvmlite.binding as llvm
-
-    with _lock:
-        return llvm.get_host_cpu_name(), frozenset(name for name, has in llvm.get_host_cpu_features().items() if has)
-
-
-def has_bf16_products() -> bool:
-    """True if the processor multiplies pairs of bf16 and adds them in fp32."""
-    return {"avx512bf16", "avx512f"} <= processor()[1]
-
-
 def address(kernel: str) -> int:
     """Address of a kernel's entry, void(int64). Compiles it if it is not cached, and says so on standard error.
 
@@ -119,14 +107,15 @@ def compile_all(progress: Callable[[str], None]) -> None:
 
 @functools.cache
 def _stamp() -> str:
-    name, features = processor()
-    parts = [version("numba"), version("llvmlite"), platform.machine(), sys.platform, name, *sorted(features)]
+    of = target()
+    parts = [version("numba"), version("llvmlite"), platform.machine(), sys.platform, of.cpu, of.flags, str(of.lanes)]
     digest = hashlib.sha256("\n".join(parts).encode())
     here = Path(__file__).parent
     for source in (
         here.parent / "jobs.py",
         here / "blocks.py",
         here / "kept.py",
+        here / "target.py",
         here.parent / "private.py",
         *sorted(here.glob("*params.py")),
         *sorted((here / "kernels").glob("*.py")),
@@ -152,7 +141,8 @@ def _compile(kernel: str) -> bytes:
     sys.stderr.write(f"kvcondense: compiling the CPU kernel {kernel!r}, once for this machine ... ")
     sys.stderr.flush()
     began = time.perf_counter()
-    entry = import_module(f"kvcondense.backends.cpu.kernels.{kernel}").entry
+    with _unoptimised():
+        entry = import_module(f"kvcondense.backends.cpu.kernels.{kernel}").entry
     wrapper = rf'^define [^\n]*@"?{re.escape(entry.native_name)}"?\(.*?^}}$'
     text, found = re.subn(wrapper, "", entry.inspect_llvm(), flags=re.MULTILINE | re.DOTALL)
     assert found == 1, "the callback that Numba made is in its module"
@@ -170,6 +160,21 @@ def _compile(kernel: str) -> bytes:
     return code
 
 
+@contextlib.contextmanager
+def _unoptimised() -> Iterator[None]:
+    """Numba leaves functions as they are: it would optimise each anew in all that call it, and we do once at the end.
+
+    Its own lock keeps everybody else's functions out meanwhile.
+    """
+    config: Any = import_module("numba.core.config")
+    with import_module("numba.core.compiler_lock").global_compiler_lock:
+        before, config.OPT = config.OPT, config._OptLevel(0)
+        try:
+            yield
+        finally:
+            config.OPT = before
+
+
 def _link(code: bytes, symbol: str) -> int:
     import llvmlite.binding as llvm
 
@@ -184,9 +189,9 @@ def _link(code: bytes, symbol: str) -> int:
 def _target(llvm: Any) -> Any:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    features = llvm.get_host_cpu_features().flatten()
+    of = target()
     return llvm.Target.from_default_triple().create_target_machine(
-        cpu=processor()[0], features=features, opt=3, reloc="pic", codemodel="jitdefault", jit=True
+        cpu=of.cpu, features=of.flags, opt=3, reloc="pic", codemodel="jitdefault", jit=True
     )
 
 

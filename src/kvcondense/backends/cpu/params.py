@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from kvcondense.backends.cpu.blocks import Behind, Block, Counter, Real, Table
+from kvcondense.backends.cpu.blocks import LINE, Behind, Block, Counter, Real, Table
 
-LANES = 16
-"""Channels of a vector; the kernels take rows in multiples of it."""
+CHANNELS = 16
+"""Rows come in multiples of as many channels, 64 bytes of fp32: one vector of AVX-512, two of AVX2, four of NEON."""
+GROUP = 8
+"""Tokens that a pool takes at once."""
+STAGED = 128
+"""Channels of a group that are widened at once, where rows are not read as they lie."""
 FP32, BF16, FP16 = range(3)
+BF16_ROUNDED, WIDENED = 3, 4
+"""More ways to read rows: scores are rounded to bf16 with their ape; rows go through a copy in fp32."""
 
 
 class Spec(Block):
@@ -130,8 +136,9 @@ class Call(Block):
     layer: Annotated[int, Layer]
     plan: Annotated[int, Work]
     scratch: int
-    scratch_bytes: int  # of each thread
-    staged: int  # channels staged at once when rows are not read as they lie; 0: never
+    scratch_bytes: int  # of each thread: a Room and what it lists
+    read_tokens: int  # FP32, BF16, BF16_ROUNDED or WIDENED
+    read_stored: int
     kv_score: int
     kv_stride: int  # bytes from token to token
     kv_kind: int  # FP32, BF16 or FP16
@@ -152,6 +159,44 @@ class Call(Block):
     blocks_done: Counter  # the first of one for each window, if blocks > 1
 
 
+class Candidate(Block):
+    """Where a candidate's channels lie."""
+
+    kv: int
+    score: int
+    bias: int
+
+
+ENTRY = Candidate.size
+"""Bytes of a table's entry."""
+
+
+class Room(Block):
+    """Where a thread of a step works."""
+
+    zeros: int  # fp32 [d]
+    nothing: int  # fp32 [d] of minus infinity
+    row: int  # fp32 [d]
+    work: int  # fp32 [3, d]: m, l and o
+    table: int  # of the window that is pooled; room for whole groups
+    following: int  # of the next one
+    copied: int  # of a group that goes through ``copies``: fp32 [GROUP, 2, STAGED]
+    copies: int
+
+    @classmethod
+    def bytes(cls, head_dim: int, window: int) -> int:
+        """Of a thread's scratch, for windows of as many tokens; it begins at a line."""
+        entries = -(-window // GROUP) * GROUP
+        return cls.size + 24 * head_dim + 8 * GROUP * STAGED + ENTRY * (2 * entries + GROUP) + LINE
+
+
+PANEL = 2048
+"""Bytes of a panel's row, whose rows lie a line further apart, lest all of them share the sets of a cache."""
+PANEL_ROW = PANEL + LINE
+TALL, WIDE, BLOCK = 128, 64, 24
+"""Most tokens and channels of a task whose rows go through panels, and tokens whose panel stays in the first cache."""
+
+
 class Product(Block):
     """A projection, x [T, D] w [N, D]^T in tiles."""
 
@@ -165,7 +210,15 @@ class Product(Block):
     hidden_bytes: int
     tile_tokens: int
     tile_channels: int
+    scratch: int
+    scratch_bytes: int  # of each thread
+    threads: Counter
     next_tile: Counter
+
+    @classmethod
+    def bytes(cls) -> int:
+        """Of a thread's scratch: two panels and the sums of their products."""
+        return PANEL_ROW * (BLOCK + WIDE) + 4 * CHANNELS * TALL * WIDE + LINE
 
 
 POOL, FINISH = range(2)
@@ -179,6 +232,7 @@ class TrainingPool(Block):
     stride: int  # bytes from token to token, in tokens and gradient
     ape: int  # fp32 [r, N]; 0: none
     zeros: int  # fp32 [N]
+    nothing: int  # fp32 [N] of minus infinity
     first: Table  # first token of each window's own
     index: Table  # window of the document, 0: nothing comes before it
     windows: int

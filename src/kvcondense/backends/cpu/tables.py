@@ -86,10 +86,10 @@ def _format_block(form: CacheFormat, head_dim: int, page_rows: int, tensor_scale
 
 
 def _part(part: Part, tensor_scale: float | None) -> array[int]:
-    if part.scale and part.block % params.LANES:
-        raise UnsupportedError("format", f"blocks of a multiple of {params.LANES} channels", part.block)
-    if part.first % params.LANES or part.last % params.LANES:
-        raise UnsupportedError("format", f"channels in multiples of {params.LANES}", f"{part.first}..{part.last}")
+    if part.scale and part.block % params.CHANNELS:
+        raise UnsupportedError("format", f"blocks of a multiple of {params.CHANNELS} channels", part.block)
+    if part.first % params.CHANNELS or part.last % params.CHANNELS:
+        raise UnsupportedError("format", f"channels in multiples of {params.CHANNELS}", f"{part.first}..{part.last}")
     block = params.Part()
     for field in fields(part):
         setattr(block, field.name, getattr(part, field.name))

@@ -10,42 +10,22 @@ import numpy as np
 from numba import cfunc
 
 from kvcondense.backends.cpu import params
+from kvcondense.backends.cpu.blocks import LINE
 from kvcondense.backends.cpu.kernels import encode, fields, pool, row, window
-from kvcondense.backends.cpu.kernels.pool import ENTRY, kernel, table_at
-from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, fetch_add, load, splat, store
+from kvcondense.backends.cpu.kernels.pool import kernel
+from kvcondense.backends.cpu.kernels.simd import BYTES, fetch_add, load, splat, store
+from kvcondense.backends.cpu.params import CHANNELS, ENTRY, GROUP, STAGED
 
 _MINUS_INFINITY = np.float32(-np.inf)
 _ZERO = np.float32(0)
-_call_at = fields.view(params.Call)
+_call_at, _room_at = fields.view(params.Call), fields.view(params.Room)
+ROOM = params.Room.size
 
 
 @kernel
-def _pool(call, q, index, first, last, scratch, out):
-    """P of window ``index`` of request q for channel bytes first .. last - 1, to out + first ..."""
-    spec = call.layer.spec
-    ratio, n = spec.ratio, spec.window
-    row_bytes, staged = 4 * spec.head_dim, call.staged
-    work = scratch + 2 * row_bytes + ENTRY * n  # scratch: zeros, a row, the table, then what a pool needs
-    end = (index + 1) * ratio
-    begin = max(end - n, 0)
-    count = end - begin
-    table = table_at(scratch + 2 * row_bytes)
-    stored = window.candidates(call, q, begin, end, index * ratio, table, scratch)
-    if not staged:
-        pool.two_pass(table, count, first, last, work, out)
-        return
-    copied, buffer = table_at(work + 3 * row_bytes), work + 3 * row_bytes + ENTRY * n
-    for at in range(first, last, 4 * staged):
-        size = min(4 * staged, last - at)
-        window.stage(call, count, stored, table, copied, at // 4, size // 4, buffer, scratch)
-        pool.two_pass(copied, count, 0, size, work, out + at)
-
-
-@kernel
-def _fold(call, q, begin, stop, acc, first, last, scratch):
-    """(m, l, o) at ``acc`` of positions begin .. stop - 1 of request q: stored values, then the log, then this step."""
-    spec = call.layer.spec
-    row_bytes, staged = 4 * spec.head_dim, call.staged
+def _fold(call, q, begin, stop, first, last, room):
+    """(m, l, o) at the room's ``work`` of positions begin .. stop - 1 of q: what was folded, the log, this step."""
+    row_bytes, acc = 4 * call.layer.spec.head_dim, room.work
     slot, start = call.plan.state_table[q], call.plan.start[q]
     folded = call.layer.folded[slot]
     stored = begin < start and folded > begin
@@ -56,29 +36,17 @@ def _fold(call, q, begin, stop, acc, first, last, scratch):
         store(acc + 2 * row_bytes + c, load(old + 2 * row_bytes + c) if stored else splat(_ZERO))
     if stored:
         begin = folded
-    if begin >= stop:
-        return
-    table = table_at(scratch + 2 * row_bytes)
-    count = stop - begin
-    logged = window.candidates(call, q, begin, stop, begin, table, scratch)
-    if not staged:
-        pool.fold(table, count, first, last, acc, row_bytes)
-        return
-    n = spec.window
-    behind = scratch + 5 * row_bytes + ENTRY * n
-    copied, buffer = table_at(behind), behind + ENTRY * n
-    for at in range(first, last, 4 * staged):
-        size = min(4 * staged, last - at)
-        window.stage(call, count, logged, table, copied, at // 4, size // 4, buffer, scratch)
-        pool.fold(copied, count, 0, size, acc + at, row_bytes)
+    if begin < stop:
+        logged = window.candidates(call, q, begin, stop, begin, room, room.table)
+        window.fold(call, 0, stop - begin, logged, first, last, room)
 
 
 @kernel
-def _finish(call, e, index, scratch):
+def _finish(call, e, index, room):
     """P of window e in its row -> norm, RoPE, Hadamard, in place, and the cache's bytes."""
     spec = call.layer.spec
     d = spec.head_dim
-    out, work = call.rows + 4 * d * e, scratch + 4 * d
+    out, work = call.rows + 4 * d * e, room.row
     row.rms_norm(out, call.layer.gamma, spec, work)
     latent = call.latent
     if latent:
@@ -96,31 +64,65 @@ def _finish(call, e, index, scratch):
 
 
 @kernel
-def _window(call, task, blocks, scratch):
+def _look(call, task, room, table):
+    """Find the candidates of a task's window; returns how many come from the state."""
+    e = task // call.blocks
+    q, spec = call.plan.window_request[e], call.layer.spec
+    if q < 0 or call.layer.acc:
+        pool.pad(table, 0, room.zeros, room.nothing)
+        return 0
+    ratio = spec.ratio
+    begin = call.plan.window_index[e] * ratio
+    return window.candidates(call, q, max(begin + ratio - spec.window, 0), begin + ratio, begin, room, table)
+
+
+@kernel
+def _window(call, task, stored, table, following, room):
     """Pool one block of channels of a window; finish the window if it was the last one."""
     spec = call.layer.spec
-    d = spec.head_dim
+    d, blocks = spec.head_dim, call.blocks
     e, block = task // blocks, task % blocks
     q, index = call.plan.window_request[e], call.plan.window_index[e]
     if q < 0:
         return
-    vectors = d // LANES
-    first, last = BYTES * (vectors * block // blocks), BYTES * (vectors * (block + 1) // blocks)
-    out = call.rows + 4 * d * e
+    parts = d // CHANNELS
+    first, last = 4 * CHANNELS * (parts * block // blocks), 4 * CHANNELS * (parts * (block + 1) // blocks)
+    out, ratio = call.rows + 4 * d * e, spec.ratio
     if call.layer.acc:
-        ratio = spec.ratio
-        acc = scratch + 8 * d + ENTRY * spec.window
-        _fold(call, q, index * ratio, (index + 1) * ratio, acc, first, last, scratch)
-        pool.finish(acc, first, last, 4 * d, out)
+        _fold(call, q, index * ratio, (index + 1) * ratio, first, last, room)
+        pool.finish(room.work, first, last, 4 * d, out)
     else:
-        _pool(call, q, index, first, last, scratch, out)
+        count = min(spec.window, (index + 1) * ratio)
+        window.pooled(call, count, stored, table, following, first, last, room, out)
     if blocks > 1 and fetch_add(call.blocks_done + 8 * e, 1) < blocks - 1:
         return
-    _finish(call, e, index, scratch)
+    _finish(call, e, index, room)
 
 
 @kernel
-def _open(call, q, scratch):
+def _windows(call, room):
+    """Take windows until there are none, the next one before one is pooled: its first rows are asked for meanwhile."""
+    total, chunk = call.windows * call.blocks, call.chunk
+    task = _take(call.next_window, total, chunk)
+    table, following = room.table, room.following
+    stored = _look(call, task, room, table) if task >= 0 else 0
+    end = min(task + chunk, total)
+    while task >= 0:
+        coming = task + 1
+        if coming >= end:
+            coming = _take(call.next_window, total, chunk)
+            end = min(coming + chunk, total)
+        ahead, coming_stored = table, 0
+        if coming >= 0:
+            ahead, coming_stored = following, _look(call, coming, room, following)
+        _window(call, task, stored, table, ahead, room)
+        fetch_add(call.done, 1)
+        table, following = following, table
+        task, stored = coming, coming_stored
+
+
+@kernel
+def _open(call, q, room):
     """Fold what request q commits beyond its last window into its online state."""
     tokens, start = call.plan.query_start[q + 1] - call.plan.query_start[q], call.plan.start[q]
     if start < 0 or tokens <= 0:
@@ -128,12 +130,11 @@ def _open(call, q, scratch):
     spec = call.layer.spec
     ratio, row_bytes = spec.ratio, 4 * spec.head_dim
     committed = start + tokens - call.plan.drafts[q]
-    acc = scratch + 2 * row_bytes + ENTRY * spec.window
-    _fold(call, q, committed // ratio * ratio, committed, acc, 0, row_bytes, scratch)
+    _fold(call, q, committed // ratio * ratio, committed, 0, row_bytes, room)
     slot = call.plan.state_table[q]
     target = call.layer.acc + 3 * row_bytes * slot
     for c in range(0, 3 * row_bytes, BYTES):
-        store(target + c, load(acc + c))
+        store(target + c, load(room.work + c))
     call.layer.folded[slot] = committed
 
 
@@ -152,38 +153,47 @@ def _wait(counter, total):
 
 
 @kernel
-def _work(call):
-    number = fetch_add(call.threads, 1)
-    scratch = call.scratch + number * call.scratch_bytes
+def _room(call):
+    """This thread's part of the scratch, laid out as ``Room`` lists it."""
+    base = call.scratch + fetch_add(call.threads, 1) * call.scratch_bytes
+    room = _room_at((base + LINE - 1) // LINE * LINE)
     spec = call.layer.spec
-    for c in range(0, 4 * spec.head_dim, BYTES):
-        store(scratch + c, splat(_ZERO))
-    blocks, chunk = call.blocks, call.chunk
-    total = call.windows * blocks
-    done = call.done
-    while True:
-        first = _take(call.next_window, total, chunk)
-        if first < 0:
-            break
-        last = min(first + chunk, total)
-        for task in range(first, last):
-            _window(call, task, blocks, scratch)
-        fetch_add(done, last - first)
+    row_bytes = 4 * spec.head_dim
+    entries = (spec.window + GROUP - 1) // GROUP * GROUP * ENTRY
+    room.zeros = (base + LINE - 1) // LINE * LINE + ROOM
+    room.nothing = room.zeros + row_bytes
+    room.row = room.nothing + row_bytes
+    room.work = room.row + row_bytes
+    room.copies = room.work + 3 * row_bytes
+    room.table = room.copies + 8 * GROUP * STAGED
+    room.following = room.table + entries
+    room.copied = room.following + entries
+    for c in range(0, row_bytes, BYTES):
+        store(room.zeros + c, splat(_ZERO))
+        store(room.nothing + c, splat(_MINUS_INFINITY))
+    return room
+
+
+@kernel
+def _work(call):
+    room = _room(call)
+    _windows(call, room)
     online, keeps = call.layer.acc, call.keeps
     if keeps == 0 and online == 0:
         return
-    _wait(done, total)
+    total = call.windows * call.blocks
+    _wait(call.done, total)
     if online:
         requests = call.requests
         while True:
             q = _take(call.next_open, requests, 1)
             if q < 0:
                 break
-            _open(call, q, scratch)
-            fetch_add(done, 1)
+            _open(call, q, room)
+            fetch_add(call.done, 1)
         if keeps == 0:
             return
-        _wait(done, total + requests)
+        _wait(call.done, total + requests)
     while True:
         first = _take(call.next_keep, keeps, 4)
         if first < 0:

@@ -50,7 +50,7 @@ def _scaled_integer(magnitude, exponent, ties_to_even):
     return _round_shift(full, simd.iwhere_less(limit, shift, limit, shift), ties_to_even)
 
 
-@kernel
+@inlined
 def small_float(x, size, mantissa, bias, max_code, nan_code, ties_to_even):
     """Codes of ``formats.elements.SmallFloat``."""
     b, magnitude = simd.bits(x), _magnitude(x)
@@ -126,8 +126,46 @@ def _small_float_codes(x, part):
 
 
 @kernel
+def _plain_codes(begin, end, code, part, factor):
+    """Codes of fp32 begin .. end, times ``factor``: ``small_float`` with ties to even, whose NaN is no -0.
+
+    Below the least normal number, a sum with one whose last bit is a code's rounds as a code does.
+    """
+    mantissa, bias = part.mantissa, part.bias
+    one, infinity, sign = isplat(np.int32(1)), isplat(_INFINITY), isplat(np.int32(1 << (part.bits - 1)))
+    shift, away = isplat(np.int32(23 - mantissa)), isplat(np.int32(32 - part.bits))
+    below, least = isplat(np.int32((1 << (22 - mantissa)) - 1)), isplat(np.int32((128 - bias) << 23))
+    rebias, nan = isplat(np.int32((127 - bias) << 23)), isplat(np.int32(max(part.nan_code, 0)))
+    sum_of, largest = isplat(np.int32((151 - bias - mantissa) << 23)), isplat(np.int32(part.max_code))
+    times = splat(factor)
+    for i in range(begin, end, BYTES):
+        x = load(i) * times
+        b, magnitude = simd.bits(x), _magnitude(x)
+        n = magnitude - rebias
+        normal = simd.shift_right(n + below + (simd.shift_right(n, shift) & one), shift)
+        subnormal = simd.bits(simd.from_bits(magnitude) + simd.from_bits(sum_of)) - sum_of
+        value = simd.iwhere_less(magnitude, least, subnormal, normal)
+        value = simd.iwhere_less(largest, value, largest, value) | (simd.shift_right(b, away) & sign)
+        value = simd.iwhere_less(magnitude, infinity, value, nan)
+        if part.bits == 4:
+            simd.store_4(code, value)
+            code += LANES // 2
+        else:
+            simd.store_8(code, value)
+            code += LANES
+
+
+@inlined
+def _is_plain(part):
+    """Whether ``_plain_codes`` takes the part: whose codes lie side by side, and whose values need no more care."""
+    minus_zero = 1 << (part.bits - 1)
+    usual = part.element == params.SMALL_FLOAT and part.ties_to_even and part.nan_code != minus_zero
+    return usual and not part.divides and not part.clean and part.tile == 1 and part.scale >= 0
+
+
+@kernel
 def _store_codes(x, part, address):
-    """Codes of 16 values to ``address``, 16 channels apart from the next ones; returns the bytes written."""
+    """Codes of a vector to ``address``; returns the bytes written."""
     element = part.element
     if element == params.SMALL_FLOAT:
         code = _small_float_codes(x, part)
@@ -214,12 +252,24 @@ def _store_scale(address, stored, byte, part):
 
 
 @kernel
+def _largest(begin, end, below):
+    """The largest of the bits of |x| that are less than ``below``, for fp32 begin .. end."""
+    largest, limit = isplat(np.int32(0)), isplat(np.int32(below))
+    for i in range(begin, end, BYTES):
+        m = _magnitude(load(i))
+        m = simd.iwhere_less(m, limit, m, isplat(np.int32(0)))
+        largest = simd.iwhere_less(largest, m, m, largest)
+    return simd.largest_lane(largest)
+
+
+@kernel
 def _part(row, part, code, scales, inner):
     """Encode the channels of one part: codes to ``code``, scales to ``scales``; ``inner``: bf16(q s) into the row."""
     rule = part.scale
     first, last = part.first, part.last
     block = part.block if rule >= 0 else last - first
     divides, clean, tile = part.divides, part.clean, part.tile
+    plain = _is_plain(part) and not inner
     for at in range(first, last, block):
         begin, end = row + 4 * at, row + 4 * (at + block)
         stored, factor, byte = np.float32(1), np.float32(1), 0
@@ -227,19 +277,20 @@ def _part(row, part, code, scales, inner):
         if rule == params.TENSOR:
             factor = part.tensor_scale
         elif rule >= 0:
-            largest, finite = isplat(np.int32(0)), isplat(np.int32(0))
-            for i in range(begin, end, BYTES):
-                m = _magnitude(load(i))
-                largest = simd.iwhere_less(largest, m, m, largest)
-                m = simd.iwhere_less(m, isplat(_INFINITY), m, isplat(np.int32(0)))
-                finite = simd.iwhere_less(finite, m, m, finite)
-            amax = max(simd.largest_lane(finite), part.floor)
+            amax = _largest(begin, end, _INFINITY + 1)
+            infinite = amax >= _INFINITY
+            if infinite:
+                amax = _largest(begin, end, _INFINITY)
+            amax = max(amax, part.floor)
             stored, factor, byte = _scale_of(amax, part)
-            if simd.largest_lane(largest) >= _INFINITY and part.nan_code < 0 and not clean:
+            if infinite and part.nan_code < 0 and not clean:
                 poisoned = True
                 stored = simd.float_of(_NAN)
                 byte = part.scale_nan
-        for i in range(begin, end, BYTES):
+        if plain and not poisoned:
+            _plain_codes(begin, end, code, part, factor)
+            code += block * part.bits // 8
+        for i in range(end if plain and not poisoned else begin, end, BYTES):
             x = splat(np.float32(0)) if poisoned else _clean(load(i), clean)
             if divides:
                 x = _finite(x / splat(factor), clean)
@@ -248,9 +299,9 @@ def _part(row, part, code, scales, inner):
             if inner:
                 if rule >= 0:
                     store(i, round_bf16(_code_value(x, part) * splat(stored)))
-            elif tile > 1:
-                _store_codes(x, part, code)
-                code += tile * tile
+            elif tile > 1:  # a line of a tile, then the same line of the next one
+                channel = (i - row) // 4 - first
+                _store_codes(x, part, code + channel // tile * tile * tile + channel % tile)
             else:
                 code += _store_codes(x, part, code)
         if rule >= 0 and rule != params.TENSOR and not inner:

@@ -1,69 +1,74 @@
-"""Stages 2 and 3 in Numba: softmax of each channel over the tokens of a window, in two passes, or folded one by one.
+"""Stages 2 and 3 in Numba: softmax of each channel over the tokens of a window, eight at a time, or folded one by one.
 
-A table of n candidates says where those of a window lie, oldest first: addresses of kv, score and ape, all fp32.
-Work runs over tokens in groups and over vectors of channels inside, so that memory is read along rows.
+A table of n candidates says where those of a window lie, oldest first: addresses of kv, score and ape. Work runs over
+groups of tokens and over channels inside, so that memory is read along rows, and every row once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
 
-from kvcondense.backends.cpu.blocks import Block
+from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import fields, simd
 from kvcondense.backends.cpu.kernels.simd import BYTES, fma, load, splat, store
-
-
-class Candidate(Block):
-    """Where a candidate's channels lie."""
-
-    kv: int
-    score: int
-    bias: int
-
+from kvcondense.backends.cpu.params import CHANNELS, ENTRY, GROUP, Candidate
 
 table_at = fields.view(Candidate)
-ENTRY = Candidate.size
-"""Bytes of a table's entry."""
+_LINE = 4 * CHANNELS
+"""Bytes of fp32 that a group is pooled by: a cache line."""
 
 _LOG2E = np.float32(1.4426950408889634)
 _LOG2E_LOW = np.float32(1.4426950408889634 - float(_LOG2E))
 _TO_INTEGER = np.float32(1.5 * 2**23 + 127)
 """Adding it rounds to an integer k and leaves k + 127 in the low bits."""
 _LOWEST = np.float32(-88.03)
-_C1, _C2, _C3, _C4, _C5, _C6 = (
+_POLYNOMIAL = tuple(
     np.float32(c)
-    for c in (0.6931471824645996, 0.24022646248340607, 0.05550340327, 0.00961855985, 0.00133972824, 0.000153225483)
+    for c in (0.000153225483, 0.00133972824, 0.00961855985, 0.05550340327, 0.24022646248340607, 0.6931471824645996, 1)
 )
+"""Of 2^r, |r| <= 0.5, the highest power first."""
 _ONE = np.float32(1)
 _ZERO = np.float32(0)
 _LEAST = np.float32(np.finfo(np.float32).min)
-_MINUS_INFINITY = np.float32(-np.inf)
+
+_AT_ONCE = 2
+"""Exponentials that are formed step by step together."""
 
 kernel: Any = njit(error_model="numpy")
 inlined: Any = njit(error_model="numpy", forceinline=True)
 
 
-@inlined
-def exp(x):
+def _exps(b: Any, x: list[Any]) -> list[Any]:
+    """``exp`` of several vectors, step by step for all of them: chains one after the other would fill a scheduler."""
+
+    def number(value: Any) -> ir.Constant:
+        return simd.constant(float(value), simd.F32.llvm)
+
+    x = [simd.emit_at_least(b, one, number(_LOWEST)) for one in x]
+    t = [simd.emit_fma(b, one, number(_LOG2E), number(_TO_INTEGER)) for one in x]
+    r = [b.fsub(number(_TO_INTEGER), one) for one in t]
+    r = [simd.emit_fma(b, one, number(_LOG2E), rest) for one, rest in zip(x, r, strict=True)]
+    r = [simd.emit_fma(b, one, number(_LOG2E_LOW), rest) for one, rest in zip(x, r, strict=True)]
+    p = [number(_POLYNOMIAL[0])] * len(x)
+    for coefficient in _POLYNOMIAL[1:]:
+        p = [simd.emit_fma(b, one, rest, number(coefficient)) for one, rest in zip(p, r, strict=True)]
+    power = [b.bitcast(b.shl(b.bitcast(one, simd.I32.llvm), simd.constant(23)), simd.F32.llvm) for one in t]
+    return [b.fmul(one, two) for one, two in zip(p, power, strict=True)]
+
+
+@simd.operation(simd.F32, simd.F32)
+def exp(b: Any, x: Any) -> Any:
     """e^x for x <= 0: at most 2 ulp off; 0 below -87.7, where e^x leaves the normal fp32 numbers; NaN stays.
 
     2^k 2^r with k = rint(x log2 e) and a polynomial for 2^r, |r| <= 0.5. The integer k + 127 becomes the exponent bits
     of a factor, and 0 for k = -127.
     """
-    x = simd.at_least(x, splat(_LOWEST))
-    t = fma(x, splat(_LOG2E), splat(_TO_INTEGER))
-    r = fma(x, splat(_LOG2E), splat(_TO_INTEGER) - t)
-    r = fma(x, splat(_LOG2E_LOW), r)
-    p = fma(splat(_C6), r, splat(_C5))
-    p = fma(p, r, splat(_C4))
-    p = fma(p, r, splat(_C3))
-    p = fma(p, r, splat(_C2))
-    p = fma(p, r, splat(_C1))
-    p = fma(p, r, splat(_ONE))
-    return p * simd.from_bits(simd.shift_left(simd.bits(t), simd.isplat(np.int32(23))))
+    return _exps(b, [x])[0]
 
 
 @inlined
@@ -72,75 +77,150 @@ def score(candidate, c):
     return load(candidate.score + c) + load(candidate.bias + c)
 
 
-@kernel
-def two_pass(table, n, begin, end, work, out):
-    """P = sum e^(z - m) K / sum e^(z - m), oldest to newest, for channel bytes begin .. end - 1 of the table's rows.
+_Row = Callable[[Any, Any, Any], Any]
+"""(builder, address of channel 0, offset of the channel in bytes of fp32) -> a vector of fp32."""
 
-    ``work`` takes 3 rows of channels; P goes to out + begin ...
+
+def _fp32(b: Any, row: Any, at: Any) -> Any:
+    return simd.read(b, b.add(row, at), simd.F32.llvm, 4)
+
+
+def _bf16(b: Any, row: Any, at: Any) -> Any:
+    return simd.emit_load_bf16(b, b.add(row, b.lshr(at, ir.Constant(at.type, 1))))
+
+
+def _halving(values: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
+    """All of them as one: neighbours are combined until one is left."""
+    while len(values) > 1:
+        values = [combine(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def _group(count: int, row: _Row, *, more: bool, last: bool, rounded: bool) -> Any:
+    """A kernel for ``count`` tokens: m' = max(m, z_j), l' = l e^(m - m') + sum e^(z_j - m'), o' likewise with K_j.
+
+    row: how rows of kv and score are read; rounded: z becomes bf16. more: there were tokens before, whose m, l and o
+    stand in three rows at ``work``, ``span`` bytes apart; last: none come behind, and P = o / l goes to ``out``.
+    Meanwhile the lines that ``ahead`` lists are asked for.
     """
-    if n <= 8:
-        _few(table, n, begin, end, out)
-        return
-    span = end - begin
-    top, total, pooled = work, work + span, work + 2 * span
-    for c in range(0, span, BYTES):
-        store(top + c, splat(_MINUS_INFINITY))
-        store(total + c, splat(_ZERO))
-        store(pooled + c, splat(_ZERO))
-    whole = n // 4 * 4
-    for j in range(0, whole, 4):
-        z0, z1, z2, z3 = table[j].score, table[j + 1].score, table[j + 2].score, table[j + 3].score
-        a0, a1, a2, a3 = table[j].bias, table[j + 1].bias, table[j + 2].bias, table[j + 3].bias
-        for c in range(0, span, BYTES):
-            at = begin + c
-            m = load(top + c)
-            m = simd.at_least(load(z0 + at) + load(a0 + at), m)
-            m = simd.at_least(load(z1 + at) + load(a1 + at), m)
-            m = simd.at_least(load(z2 + at) + load(a2 + at), m)
-            m = simd.at_least(load(z3 + at) + load(a3 + at), m)
-            store(top + c, m)
-    for j in range(whole, n):
-        for c in range(0, span, BYTES):
-            store(top + c, simd.at_least(score(table[j], begin + c), load(top + c)))
-    for j in range(0, whole, 4):
-        k0, k1, k2, k3 = table[j].kv, table[j + 1].kv, table[j + 2].kv, table[j + 3].kv
-        z0, z1, z2, z3 = table[j].score, table[j + 1].score, table[j + 2].score, table[j + 3].score
-        a0, a1, a2, a3 = table[j].bias, table[j + 1].bias, table[j + 2].bias, table[j + 3].bias
-        for c in range(0, span, BYTES):
-            at = begin + c
-            m, l, o = load(top + c), load(total + c), load(pooled + c)
-            e = exp(load(z0 + at) + load(a0 + at) - m)
-            l, o = l + e, fma(e, load(k0 + at), o)
-            e = exp(load(z1 + at) + load(a1 + at) - m)
-            l, o = l + e, fma(e, load(k1 + at), o)
-            e = exp(load(z2 + at) + load(a2 + at) - m)
-            l, o = l + e, fma(e, load(k2 + at), o)
-            e = exp(load(z3 + at) + load(a3 + at) - m)
-            l, o = l + e, fma(e, load(k3 + at), o)
-            store(total + c, l)
-            store(pooled + c, o)
-    for j in range(whole, n):
-        kv = table[j].kv
-        for c in range(0, span, BYTES):
-            e = exp(score(table[j], begin + c) - load(top + c))
-            store(total + c, load(total + c) + e)
-            store(pooled + c, fma(e, load(kv + begin + c), load(pooled + c)))
-    for c in range(0, span, BYTES):
-        store(out + begin + c, load(pooled + c) / load(total + c))
+
+    @simd.operation(types.void, *[types.int64] * 7)
+    def group(b: Any, table: Any, ahead: Any, begin: Any, end: Any, work: Any, span: Any, out: Any) -> None:
+        def number(n: int) -> ir.Constant:
+            return ir.Constant(begin.type, n)
+
+        def entry(of: Any, j: int, field: str) -> Any:
+            return simd.read(b, b.add(of, number(ENTRY * j + Candidate.offsets[field])), of.type, 8)
+
+        rows = [[entry(table, j, f) for f in ("kv", "score", "bias")] for j in range(count)]
+        coming = [entry(ahead, j, f) for j in range(count) for f in ("kv", "score")]
+        held = [b.sub(b.add(work, b.mul(span, number(i))), begin) for i in range(3)]
+        least = simd.constant(float(_LEAST), simd.F32.llvm)
+        before, loop, after = b.block, b.append_basic_block("loop"), b.append_basic_block("after")
+        b.branch(loop)
+        b.position_at_end(loop)
+        line = b.phi(begin.type)
+        line.add_incoming(begin, before)
+        for address in coming:
+            simd.emit_prefetch(b, b.add(address, line if row is _fp32 else b.lshr(line, number(1))))
+        for part in range(0, _LINE, BYTES):
+            at = b.add(line, number(part))
+            z = [b.fadd(row(b, s, at), _fp32(b, a, at)) for _, s, a in rows]
+            if rounded:
+                z = [simd.emit_round_bf16(b, one) for one in z]
+            m = _halving(z, lambda x, y: simd.emit_at_least(b, x, y))
+            earlier = _fp32(b, held[0], at) if more else least
+            m = simd.emit_at_least(b, m, earlier)
+            x = [b.fsub(one, m) for one in z]
+            e = [y for first in range(0, count, _AT_ONCE) for y in _exps(b, x[first : first + _AT_ONCE])]
+            k = [row(b, kv, at) for kv, _, _ in rows]
+            l = _halving(e, b.fadd)
+            parts_o = []
+            for first in range(0, count, max(count // 2, 1)):
+                o = b.fmul(e[first], k[first])
+                for j in range(first + 1, first + max(count // 2, 1)):
+                    o = simd.emit_fma(b, e[j], k[j], o)
+                parts_o.append(o)
+            o = parts_o[0] if len(parts_o) == 1 else b.fadd(*parts_o)
+            if more:
+                (old,) = _exps(b, [b.fsub(earlier, m)])
+                l, o = simd.emit_fma(b, _fp32(b, held[1], at), old, l), simd.emit_fma(b, _fp32(b, held[2], at), old, o)
+            for base, value in zip(held, (m, l, o), strict=True):
+                simd.write(b, b.add(base, at), value, 4)
+            if last:
+                simd.write(b, b.add(out, at), b.fdiv(o, l), 4)
+        following = b.add(line, number(_LINE))
+        line.add_incoming(following, b.block)
+        b.cbranch(b.icmp_signed("<", following, end), loop, after)
+        b.position_at_end(after)
+
+    return group
+
+
+def _groups(row: _Row, *, rounded: bool = False) -> tuple[Any, ...]:
+    """Of a window that is one group; of one that has several, the first, those between, the last."""
+    whole, first = (_group(GROUP, row, more=False, last=last, rounded=rounded) for last in (True, False))
+    between, final = (_group(GROUP, row, more=True, last=last, rounded=rounded) for last in (False, True))
+    return whole, first, between, final
+
+
+_one, _two, _four = (_group(n, _fp32, more=False, last=True, rounded=False) for n in (1, 2, 4))
+_whole, _first, _between, _final = _groups(_fp32)
+_whole_bf16, _first_bf16, _between_bf16, _final_bf16 = _groups(_bf16)
+_whole_rounded, _first_rounded, _between_rounded, _final_rounded = _groups(_bf16, rounded=True)
 
 
 @kernel
-def _few(table, n, begin, end, out):
-    """``two_pass`` for windows of a few tokens: one pass over channels, sums in registers."""
-    for c in range(begin, end, BYTES):
-        m = splat(_MINUS_INFINITY)
-        for j in range(n):
-            m = simd.at_least(score(table[j], c), m)
-        l, o = splat(_ZERO), splat(_ZERO)
-        for j in range(n):
-            e = exp(score(table[j], c) - m)
-            l, o = l + e, fma(e, load(table[j].kv + c), o)
-        store(out + c, o / l)
+def group(kind, index, n, table, ahead, begin, end, work, span, out):
+    """Group ``index`` of the n candidates at ``table``, whose first entry it is; kind: FP32, BF16 or BF16_ROUNDED.
+
+    For channel bytes begin .. end - 1 of fp32: m, l and o to ``work``, three rows ``span`` bytes apart, and of the last
+    group P to out + begin ... ``ahead``: as many entries, whose lines will be read next.
+    """
+    first, last = index == 0, GROUP * (index + 1) >= n
+    if kind == params.FP32:
+        if n == 4:
+            _four(table, ahead, begin, end, work, span, out)
+        elif n == 2:
+            _two(table, ahead, begin, end, work, span, out)
+        elif n == 1:
+            _one(table, ahead, begin, end, work, span, out)
+        elif first and last:
+            _whole(table, ahead, begin, end, work, span, out)
+        elif first:
+            _first(table, ahead, begin, end, work, span, out)
+        elif last:
+            _final(table, ahead, begin, end, work, span, out)
+        else:
+            _between(table, ahead, begin, end, work, span, out)
+    elif kind == params.BF16:
+        if first and last:
+            _whole_bf16(table, ahead, begin, end, work, span, out)
+        elif first:
+            _first_bf16(table, ahead, begin, end, work, span, out)
+        elif last:
+            _final_bf16(table, ahead, begin, end, work, span, out)
+        else:
+            _between_bf16(table, ahead, begin, end, work, span, out)
+    elif first and last:
+        _whole_rounded(table, ahead, begin, end, work, span, out)
+    elif first:
+        _first_rounded(table, ahead, begin, end, work, span, out)
+    elif last:
+        _final_rounded(table, ahead, begin, end, work, span, out)
+    else:
+        _between_rounded(table, ahead, begin, end, work, span, out)
+
+
+@kernel
+def pad(table, n, zeros, nothing):
+    """Fill the table up to whole groups with candidates of no weight: rows of 0 with scores of minus infinity."""
+    entries = table_at(table)
+    for j in range(n, (n + GROUP - 1) // GROUP * GROUP):
+        candidate = entries[j]
+        candidate.kv = zeros
+        candidate.score = nothing
+        candidate.bias = zeros
 
 
 @kernel

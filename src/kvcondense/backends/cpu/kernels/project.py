@@ -1,7 +1,9 @@
-"""Stage 1 in Numba: fp32 products of bf16 rows, x [T, D] and w [N, D] as they lie, no packing.
+"""Stage 1 in Numba: fp32 products of bf16 rows, x [T, D] and w [N, D].
 
-Every output is one sum over D in 16 lanes, whose order depends on D alone: a token gives the same bits in any batch.
-With AVX-512 BF16 a lane adds two products per instruction; else both are widened and added one after the other.
+Every output is one sum over D in 16 lanes, which meet in a tree: lane i takes the products of channels 2 i and 2 i + 1
+of every 32, odd ones first. The order depends on D alone: a token gives the same bits in any batch, and whatever the
+length of vectors. With AVX-512 BF16 a lane adds two products per instruction; elsewhere rows are widened. A few tokens
+are multiplied from rows as they lie, more of them from ``panels``.
 """
 
 from __future__ import annotations
@@ -13,47 +15,38 @@ from numba import cfunc, types
 from numba.core import cgutils
 
 from kvcondense.backends.cpu import params
-from kvcondense.backends.cpu.kernels import fields, simd
+from kvcondense.backends.cpu.kernels import fields, panels, simd
+from kvcondense.backends.cpu.kernels.panels import NATIVE
 from kvcondense.backends.cpu.kernels.pool import kernel
-from kvcondense.backends.cpu.kernels.simd import LANES, constant, fetch_add, pointer
-from kvcondense.backends.cpu.native import has_bf16_products
+from kvcondense.backends.cpu.kernels.simd import fetch_add, pointer
+from kvcondense.backends.cpu.target import target
 
+_SUMS = params.CHANNELS
+"""Lanes of a sum: LLVM makes as many vectors of them as the processor needs."""
+_STEP = 4 * _SUMS
+"""Bytes of a row that all lanes take at once."""
 _I64 = ir.IntType(64)
-_F = ir.VectorType(ir.FloatType(), LANES)
-_I = ir.VectorType(ir.IntType(32), LANES)
+_F = ir.VectorType(ir.FloatType(), _SUMS)
+_I = ir.VectorType(ir.IntType(32), _SUMS)
 
 
-class _BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite does not have."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-_BF = ir.VectorType(_BFloat(), 2 * LANES)
+def _all(value: float, kind: ir.Type) -> ir.Constant:
+    return ir.Constant(kind, [value] * _SUMS)
 
 
 def _pair_products(b: Any, acc: Any, x: tuple[Any, ...], w: tuple[Any, ...]) -> Any:
-    """acc + the products of both halves of each lane."""
+    """acc + the products of both halves of each lane, the odd one first."""
     if len(x) == 1:
-        kind = ir.FunctionType(_F, [_F, _BF, _BF])
-        function = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-        return b.call(function, [acc, x[0], w[0]])
-    function = cgutils.get_or_insert_function(b.module, ir.FunctionType(_F, [_F] * 3), f"llvm.fma.v{LANES}f32")
-    return b.call(function, [x[1], w[1], b.call(function, [x[0], w[0], acc])])
+        return simd.emit_pair_products(b, x[0], w[0], acc)
+    function = cgutils.get_or_insert_function(b.module, ir.FunctionType(_F, [_F] * 3), f"llvm.fma.v{_SUMS}f32")
+    return b.call(function, [x[0], w[0], b.call(function, [x[1], w[1], acc])])
 
 
 def _operand(b: Any, pairs: Any, native: bool) -> tuple[Any, ...]:
     """32 bf16 as the product takes them: as they are, or widened, even ones and odd ones."""
     if native:
-        return (b.bitcast(pairs, _BF),)
-    return b.bitcast(b.shl(pairs, constant(16)), _F), b.bitcast(b.and_(pairs, constant(-0x10000)), _F)
+        return (b.bitcast(pairs, simd.PAIRS),)
+    return b.bitcast(b.shl(pairs, _all(16, _I)), _F), b.bitcast(b.and_(pairs, _all(-0x10000, _I)), _F)
 
 
 def _tile(tokens: int, channels: int, native: bool) -> Any:
@@ -82,17 +75,18 @@ def _tile(tokens: int, channels: int, native: bool) -> Any:
         at.add_incoming(number(0), before)
         sums = [[b.phi(_F) for _ in rows_w] for _ in rows_x]
         for acc in (a for line in sums for a in line):
-            acc.add_incoming(constant(0.0, _F), before)
+            acc.add_incoming(_all(0.0, _F), before)
 
         def load(row: Any) -> tuple[Any, ...]:
             return _operand(b, b.load(pointer(b, b.add(row, at), _I), align=2), native)
 
-        operands_w = [load(r) for r in rows_w]
-        nexts = []
-        for line, row in zip(sums, rows_x, strict=True):
+        nexts: list[list[Any]] = [[] for _ in rows_x]
+        operands_x = [load(r) for r in rows_x]
+        for j, row in enumerate(rows_w):
             operand = load(row)
-            nexts.append([_pair_products(b, a, operand, o) for a, o in zip(line, operands_w, strict=True)])
-        following = b.add(at, number(simd.BYTES))
+            for line, of, x_operand in zip(nexts, sums, operands_x, strict=True):
+                line.append(_pair_products(b, of[j], x_operand, operand))
+        following = b.add(at, number(_STEP))
         at.add_incoming(following, loop)
         for line, new in zip(sums, nexts, strict=True):
             for acc, value in zip(line, new, strict=True):
@@ -111,51 +105,59 @@ def _tile(tokens: int, channels: int, native: bool) -> Any:
     return tile
 
 
-_NATIVE = has_bf16_products()
-# As many sums as registers hold: 24 of 32 with AVX-512 BF16, 16 where operands are widened.
-_HEIGHT = 6 if _NATIVE else 4
-_tall, _four, _two = (_tile(n, 4, _NATIVE) for n in (_HEIGHT, 4, 2))
-_row = _tile(1, 8, _NATIVE)
+# As many sums as registers hold: 24 of 32 with AVX-512 BF16. Widened, a sum takes two of AVX2's 16.
+_HEIGHT, _WIDTH, _LONG = (6, 4, 8) if NATIVE else (4, 4, 8) if target().lanes == _SUMS else (3, 2, 4)
+_tall, _four, _two = (_tile(n, _WIDTH, NATIVE) for n in (_HEIGHT, min(_HEIGHT, 4), 2))
+_row = _tile(1, _LONG, NATIVE)
+_FEW = 12
+"""Tokens of a task from which panels pay."""
 _product_at = fields.view(params.Product)
 
 
 @kernel
+def _rows(call, token, last, first, end):
+    """Tokens token .. last - 1, channels first .. end - 1, from rows as they lie."""
+    x_stride, w, w_stride = call.x_stride, call.w, call.w_stride
+    size, stride = call.hidden_bytes, 4 * call.channels
+    while token < last:
+        left = last - token
+        rows = call.x + token * x_stride
+        target = call.out + token * stride
+        if left >= _HEIGHT:
+            for n in range(first, end, _WIDTH):
+                _tall(rows, x_stride, w + n * w_stride, w_stride, target + 4 * n, stride, size)
+            token += _HEIGHT
+        elif left >= 4:
+            for n in range(first, end, _WIDTH):
+                _four(rows, x_stride, w + n * w_stride, w_stride, target + 4 * n, stride, size)
+            token += 4
+        elif left >= 2:
+            for n in range(first, end, _WIDTH):
+                _two(rows, x_stride, w + n * w_stride, w_stride, target + 4 * n, stride, size)
+            token += 2
+        else:
+            for n in range(first, end, _LONG):
+                _row(rows, x_stride, w + n * w_stride, w_stride, target + 4 * n, stride, size)
+            token += 1
+
+
+@kernel
 def _work(call):
-    x, x_stride = call.x, call.x_stride
-    w, w_stride = call.w, call.w_stride
     tokens, channels = call.tokens, call.channels
-    size, out = call.hidden_bytes, call.out
     tall, wide = call.tile_tokens, call.tile_channels
     columns = (channels + wide - 1) // wide
     total = (tokens + tall - 1) // tall * columns
-    stride = 4 * channels
+    scratch = call.scratch + fetch_add(call.threads, 1) * call.scratch_bytes
     while True:
         task = fetch_add(call.next_tile, 1)
         if task >= total:
             break
-        token, last = task // columns * tall, min(tokens, task // columns * tall + tall)
-        first = task % columns * wide
-        end = min(channels, first + wide)
-        while token < last:
-            left = last - token
-            rows = x + token * x_stride
-            target = out + token * stride
-            if left >= _HEIGHT:
-                for n in range(first, end, 4):
-                    _tall(rows, x_stride, w + n * w_stride, w_stride, target + 4 * n, stride, size)
-                token += _HEIGHT
-            elif left >= 4:
-                for n in range(first, end, 4):
-                    _four(rows, x_stride, w + n * w_stride, w_stride, target + 4 * n, stride, size)
-                token += 4
-            elif left >= 2:
-                for n in range(first, end, 4):
-                    _two(rows, x_stride, w + n * w_stride, w_stride, target + 4 * n, stride, size)
-                token += 2
-            else:
-                for n in range(first, end, 8):
-                    _row(rows, x_stride, w + n * w_stride, w_stride, target + 4 * n, stride, size)
-                token += 1
+        token, first = task // columns * tall, task % columns * wide
+        last, end = min(tokens, token + tall), min(channels, first + wide)
+        if last - token < _FEW:
+            _rows(call, token, last, first, end)
+        else:
+            panels.multiply(call, token, last, first, end, scratch)
 
 
 @cfunc("void(int64)", error_model="numpy")

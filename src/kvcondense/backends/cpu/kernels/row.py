@@ -8,22 +8,7 @@ import numpy as np
 
 from kvcondense.backends.cpu.kernels import simd
 from kvcondense.backends.cpu.kernels.pool import inlined, kernel
-from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, load, splat, store
-
-
-@inlined
-def round_bf16(x):
-    """To the nearest bf16, ties to even, as fp32. A NaN stays one, with its sign."""
-    b = simd.bits(x)
-    odd = simd.shift_right(b, simd.isplat(np.int32(16))) & simd.isplat(np.int32(1))
-    rounded = (b + simd.isplat(np.int32(0x7FFF)) + odd) & simd.isplat(np.int32(-0x10000))
-    magnitude = b & simd.isplat(np.int32(0x7FFFFFFF))
-    infinity = simd.isplat(np.int32(0x7F800000))
-    return simd.from_bits(
-        simd.iwhere_less(
-            infinity, magnitude, (b & simd.isplat(np.int32(-0x10000))) | simd.isplat(np.int32(0x7FC00000)), rounded
-        )
-    )
+from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, load, round_bf16, splat, store
 
 
 @inlined
@@ -94,7 +79,7 @@ def turn(row, cos, sin, spec, way, rounding):
     whole = size // LANES * BYTES
     for i in range(0, whole, BYTES):
         x = load(first + i)
-        out = x * simd.load_pairs(cos + i // 2) + sign * (simd.swap(x, 1) * simd.load_pairs(sin + i // 2))
+        out = x * simd.load_pairs(cos + i // 2) + sign * (simd.swap_neighbours(x) * simd.load_pairs(sin + i // 2))
         store(first + i, round_bf16(out) if rounding else out)
     for i in range(whole, 4 * size, 8):
         a, b = simd.load_scalar(first + i), simd.load_scalar(first + i + 4)
@@ -108,15 +93,8 @@ def turn(row, cos, sin, spec, way, rounding):
 def hadamard(row, spec):
     """y = (H row) d^-0.5 by butterflies, neighbours first."""
     d = spec.head_dim
-    lane = simd.lane_number()
-    for distance in (1, 2, 4, 8):
-        one = simd.isplat(np.int32(distance))
-        # +1 in lanes that keep their value, -1 in those that are subtracted from their partner.
-        flag = simd.shift_right(lane & one, simd.isplat(np.int32(_LOG2[distance])))
-        sign = simd.to_float(simd.isplat(np.int32(1)) - flag - flag)
-        for i in range(0, 4 * d, BYTES):
-            x = load(row + i)
-            store(row + i, simd.swap(x, distance) + sign * x)
+    for i in range(0, 4 * d, BYTES):
+        store(row + i, simd.butterflies(load(row + i)))
     step = LANES
     while step < d:
         for block in range(0, d, 2 * step):
@@ -128,6 +106,3 @@ def hadamard(row, spec):
     scale = splat(spec.hadamard_scale)
     for i in range(0, 4 * d, BYTES):
         store(row + i, load(row + i) * scale)
-
-
-_LOG2 = (0, 0, 1, 0, 2, 0, 0, 0, 3)

@@ -1,8 +1,8 @@
-"""Vectors of 16 lanes for Numba: fp32 and int32 types and the few operations that the kernels are written in.
+"""Vectors for Numba: fp32 and int32 types and the few operations that the kernels are written in.
 
 Every operation is one LLVM instruction or intrinsic, so what a kernel computes does not depend on what a vectoriser
-makes of a loop: no reassociation, no contraction, one fma where it says fma. LLVM splits the vectors where a processor
-has shorter ones.
+makes of a loop: no reassociation, no contraction, one fma where it says fma. Nor on how long the vectors are, which is
+as long as the processor's (``target``): lanes meet in halving sums alone, which are the same from any length down.
 """
 
 from __future__ import annotations
@@ -17,15 +17,34 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
-from kvcondense.backends.cpu import params
+from kvcondense.backends.cpu.target import target
 
-LANES = params.LANES
+LANES = target().lanes
 BYTES = 4 * LANES
 """Bytes of a vector of fp32."""
 
+_READ, _SECOND_LEVEL, _DATA = 0, 2, 1
+"""Of llvm.prefetch."""
 _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 _F = ir.VectorType(ir.FloatType(), LANES)
 _I = ir.VectorType(_I32, LANES)
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not have."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
+"""As many bf16 as fill a vector."""
 
 
 class _Vector(types.Type):
@@ -90,6 +109,14 @@ def write(builder: Any, address: Any, value: Any, align: int) -> None:
     builder.store(value, pointer(builder, address, value.type), align=align)
 
 
+def emit_prefetch(b: Any, address: Any) -> None:
+    """``prefetch``, for whoever emits instructions."""
+    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+    where = b.inttoptr(address, _I8.as_pointer())
+    b.call(function, [where, *(ir.Constant(_I32, n) for n in (_READ, _SECOND_LEVEL, _DATA))])
+
+
 def _lanes(*index: int) -> ir.Constant:
     return ir.Constant(ir.VectorType(_I32, len(index)), list(index))
 
@@ -99,33 +126,38 @@ def _lanes(*index: int) -> ir.Constant:
 
 @operation(F32, types.int64)
 def load(b: Any, address: Any) -> Any:
-    """16 fp32."""
+    """As many fp32 as there are lanes."""
     return read(b, address, _F, 4)
 
 
-@operation(F32, types.int64)
-def load_bf16(b: Any, address: Any) -> Any:
-    """16 bf16, widened."""
+def emit_load_bf16(b: Any, address: Any) -> Any:
+    """``load_bf16``, for whoever emits instructions."""
     half = read(b, address, ir.VectorType(_I16, LANES), 2)
     return b.bitcast(b.shl(b.zext(half, _I), constant(16)), _F)
 
 
 @operation(F32, types.int64)
+def load_bf16(b: Any, address: Any) -> Any:
+    """bf16, widened."""
+    return emit_load_bf16(b, address)
+
+
+@operation(F32, types.int64)
 def load_fp16(b: Any, address: Any) -> Any:
-    """16 fp16, widened."""
+    """fp16, widened."""
     return b.fpext(read(b, address, ir.VectorType(ir.HalfType(), LANES), 2), _F)
 
 
 @operation(F32, types.int64)
 def load_pairs(b: Any, address: Any) -> Any:
-    """8 fp32, each in two neighbouring lanes."""
-    eight = read(b, address, ir.VectorType(ir.FloatType(), LANES // 2), 4)
-    return b.shuffle_vector(eight, eight, _lanes(*(i // 2 for i in range(LANES))))
+    """Half as many fp32 as there are lanes, each in two neighbouring ones."""
+    half = read(b, address, ir.VectorType(ir.FloatType(), LANES // 2), 4)
+    return b.shuffle_vector(half, half, _lanes(*(i // 2 for i in range(LANES))))
 
 
 @operation(types.void, types.int64, F32)
 def store(b: Any, address: Any, x: Any) -> None:
-    """16 fp32."""
+    """Of all lanes."""
     write(b, address, x, 4)
 
 
@@ -143,7 +175,7 @@ def store_8(b: Any, address: Any, x: Any) -> None:
 
 @operation(types.void, types.int64, I32)
 def store_4(b: Any, address: Any, x: Any) -> None:
-    """The low 4 bits of each lane, the even lane in the low nibble: 8 bytes."""
+    """The low 4 bits of each lane, the even lane in the low nibble."""
     half = ir.VectorType(_I32, LANES // 2)
     even = b.shuffle_vector(x, x, _lanes(*range(0, LANES, 2)))
     odd = b.shuffle_vector(x, x, _lanes(*range(1, LANES, 2)))
@@ -167,6 +199,12 @@ def store_scalar(b: Any, address: Any, x: Any) -> None:
 def store_byte(b: Any, address: Any, x: Any) -> None:
     """The low 8 bits."""
     write(b, address, b.trunc(x, _I8), 1)
+
+
+@operation(types.void, types.int64)
+def prefetch(b: Any, address: Any) -> None:
+    """Ask for the line at an address, which need not be there, to be read into the second-level cache."""
+    emit_prefetch(b, address)
 
 
 @operation(types.int64, types.int64, types.int64)
@@ -219,25 +257,33 @@ def to_float(b: Any, x: Any) -> Any:
     return b.sitofp(x, _F)
 
 
-@operation(F32, F32, types.int64)
-def swap(b: Any, x: Any, distance: Any) -> Any:
-    """Lane i gets lane i ^ distance (1, 2, 4 or 8)."""
-    out = x
-    for d in (1, 2, 4, 8):
-        swapped = b.shuffle_vector(x, x, _lanes(*(i ^ d for i in range(LANES))))
-        out = b.select(b.icmp_signed("==", distance, ir.Constant(_I64, d)), swapped, out)
-    return out
+@operation(F32, F32)
+def swap_neighbours(b: Any, x: Any) -> Any:
+    """Lane i gets lane i ^ 1."""
+    return b.shuffle_vector(x, x, _lanes(*(i ^ 1 for i in range(LANES))))
+
+
+@operation(F32, F32)
+def butterflies(b: Any, x: Any) -> Any:
+    """Sums and differences of lanes 1, 2, 4 .. apart, one distance after the other: a Hadamard matrix of their size."""
+    distance = 1
+    while distance < LANES:
+        signs = ir.Constant(_F, [-1.0 if i & distance else 1.0 for i in range(LANES)])
+        partner = b.shuffle_vector(x, x, _lanes(*(i ^ distance for i in range(LANES))))
+        x = b.fadd(partner, b.fmul(x, signs))
+        distance *= 2
+    return x
 
 
 @operation(I32)
 def lane_number(b: Any) -> Any:  # noqa: ARG001 - every operation gets a builder
-    """0, 1, .. 15."""
+    """0, 1, 2 ..."""
     return _lanes(*range(LANES))
 
 
 def reduce_lanes(b: Any, x: Any, combine: Callable[[Any, Any], Any]) -> Any:
     """All lanes as one: the second half is combined with the first until one is left."""
-    size = LANES
+    size = x.type.count
     while size > 1:
         size //= 2
         x = combine(*(b.shuffle_vector(x, x, _lanes(*range(k, k + size))) for k in (0, size)))
@@ -258,7 +304,7 @@ def halving_sum(b: Any, x: Any) -> Any:
 
 @operation(types.int64, I32)
 def largest_lane(b: Any, x: Any) -> Any:
-    """The largest of 16 integers, none of them negative."""
+    """The largest of the integers, none of them negative."""
 
     def larger(low: Any, high: Any) -> Any:
         return b.select(b.icmp_signed("<", low, high), high, low)
@@ -269,16 +315,49 @@ def largest_lane(b: Any, x: Any) -> Any:
 # Arithmetic.
 
 
+def emit_fma(b: Any, x: Any, y: Any, z: Any) -> Any:
+    """``fma``, for whoever emits instructions."""
+    return _call(b, f"llvm.fma.v{LANES}f32", _F, x, y, z)
+
+
 @operation(F32, F32, F32, F32)
 def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
     """x y + z, rounded once."""
-    return _call(b, f"llvm.fma.v{LANES}f32", _F, x, y, z)
+    return emit_fma(b, x, y, z)
+
+
+def emit_pair_products(b: Any, x: Any, y: Any, z: Any) -> Any:
+    """z + the products of both bf16 of each lane, the odd one first; AVX-512 BF16 alone has it."""
+    kind = ir.FunctionType(_F, [_F, PAIRS, PAIRS])
+    function = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+    return b.call(function, [z, x, y])
+
+
+def emit_at_least(b: Any, x: Any, low: Any) -> Any:
+    """``at_least``, for whoever emits instructions."""
+    return b.select(b.fcmp_ordered("<", x, low), low, x)
 
 
 @operation(F32, F32, F32)
 def at_least(b: Any, x: Any, low: Any) -> Any:
     """x, or ``low`` where x is smaller. A NaN in x stays."""
-    return b.select(b.fcmp_ordered("<", x, low), low, x)
+    return emit_at_least(b, x, low)
+
+
+def emit_round_bf16(b: Any, x: Any) -> Any:
+    """``round_bf16``, for whoever emits instructions."""
+    bits = b.bitcast(x, _I)
+    odd = b.and_(b.lshr(bits, constant(16)), constant(1))
+    rounded = b.add(b.add(bits, constant(0x7FFF)), odd)
+    quiet = b.or_(bits, constant(0x7FC00000))
+    kept = b.select(b.fcmp_unordered("uno", x, x), quiet, rounded)
+    return b.bitcast(b.and_(kept, constant(-0x10000)), _F)
+
+
+@operation(F32, F32)
+def round_bf16(b: Any, x: Any) -> Any:
+    """To the nearest bf16, ties to even, as fp32. A NaN stays one, with its sign."""
+    return emit_round_bf16(b, x)
 
 
 @operation(F32, F32)

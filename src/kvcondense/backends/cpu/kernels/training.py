@@ -6,16 +6,14 @@ of windows, so that threads change no bit.
 
 from __future__ import annotations
 
-import numpy as np
 from numba import cfunc
 
 from kvcondense.backends.cpu import params
-from kvcondense.backends.cpu.kernels import fields, pool, simd, training_rows
-from kvcondense.backends.cpu.kernels.pool import ENTRY, exp, kernel, score, table_at
-from kvcondense.backends.cpu.kernels.simd import BYTES, fetch_add, fma, load, splat, store
+from kvcondense.backends.cpu.kernels import fields, pool, training_rows
+from kvcondense.backends.cpu.kernels.pool import exp, kernel, score, table_at
+from kvcondense.backends.cpu.kernels.simd import BYTES, fetch_add, load, store
+from kvcondense.backends.cpu.params import ENTRY, GROUP
 
-_MINUS_INFINITY = np.float32(-np.inf)
-_ZERO = np.float32(0)
 _pool_at, _rows_at = fields.view(params.TrainingPool), fields.view(params.TrainingRows)
 
 
@@ -43,35 +41,18 @@ def _candidates(call, e, table):
 
 
 @kernel
-def _few(table, n, begin, end, out, top, total):
-    """P, m and l of windows of a few tokens, for channel bytes begin .. end - 1."""
-    for c in range(begin, end, BYTES):
-        m = splat(_MINUS_INFINITY)
-        for j in range(n):
-            m = simd.at_least(score(table[j], c), m)
-        l, o = splat(_ZERO), splat(_ZERO)
-        for j in range(n):
-            e = exp(score(table[j], c) - m)
-            l, o = l + e, fma(e, load(table[j].kv + c), o)
-        store(out + c, o / l)
-        store(top + c, m)
-        store(total + c, l)
-
-
-@kernel
 def _forward(call, e, begin, end, scratch):
     n, row = call.window, 4 * call.head_dim * e
-    table, work = table_at(scratch), scratch + ENTRY * n
-    count = n - _candidates(call, e, table)
-    out, top = call.pooled + row, call.lse + row
-    total = call.total + row
-    if count <= 8:
-        _few(table, count, begin, end, out, top, total)
-        return
-    pool.two_pass(table, count, begin, end, work, out)
-    for c in range(0, end - begin, BYTES):
-        store(top + begin + c, load(work + c))
-        store(total + begin + c, load(work + end - begin + c))
+    span, zeros = end - begin, call.zeros
+    table = scratch + 3 * span
+    count = n - _candidates(call, e, table_at(table))
+    pool.pad(table, count, zeros, call.nothing)
+    for index in range((count + GROUP - 1) // GROUP):
+        here = table + ENTRY * GROUP * index
+        pool.group(params.FP32, index, count, here, here, begin, end, scratch, span, call.pooled + row)
+    for c in range(0, span, BYTES):
+        store(call.lse + row + begin + c, load(scratch + c))
+        store(call.total + row + begin + c, load(scratch + span + c))
 
 
 @kernel

@@ -1,17 +1,18 @@
-"""Stage 2 in Numba: where the candidates of a window lie, and which rows the state keeps. Tokens are read in place."""
+"""Stage 2 in Numba: where the candidates of a window lie, how they are read, and which rows the state keeps."""
 
 from __future__ import annotations
 
 from kvcondense.backends.cpu import params
-from kvcondense.backends.cpu.kernels import simd
-from kvcondense.backends.cpu.kernels.pool import inlined, kernel
-from kvcondense.backends.cpu.kernels.row import bf16_code, round_bf16
-from kvcondense.backends.cpu.kernels.simd import LANES, load, store
+from kvcondense.backends.cpu.kernels import pool, simd
+from kvcondense.backends.cpu.kernels.pool import inlined, kernel, table_at
+from kvcondense.backends.cpu.kernels.row import bf16_code
+from kvcondense.backends.cpu.kernels.simd import LANES, load, round_bf16, store
+from kvcondense.backends.cpu.params import ENTRY, GROUP, STAGED
 
 
 @inlined
 def load_as(kind, base, channel):
-    """16 channels of a row of this element kind."""
+    """A vector of channels of a row of this element kind."""
     if kind == params.FP32:
         return load(base + 4 * channel)
     if kind == params.BF16:
@@ -41,12 +42,13 @@ def _row(call, page, row):
 
 
 @kernel
-def candidates(call, q, begin, end, current, table, zero):
-    """Fill the table with positions begin .. end - 1 of request q; returns how many of them come from the state.
+def candidates(call, q, begin, end, current, room, address):
+    """Fill the table at ``address`` with positions begin .. end - 1 of request q; returns how many come from the state.
 
     Positions from ``current`` on read the last channels, earlier ones (the window before, with overlap) the first.
-    Addresses are those of channel 0; entries of rows that are not fp32 are only good for ``stage``.
+    Entries are addresses of channel 0; up to a whole group, empty candidates follow.
     """
+    table, zero = table_at(address), room.zeros
     spec = call.layer.spec
     ratio, width = spec.ratio, spec.width
     gate = spec.has_gate
@@ -76,20 +78,74 @@ def candidates(call, q, begin, end, current, table, zero):
         candidate.kv = kv
         candidate.score = score if gate else zero
         candidate.bias = bias
+    pool.pad(address, end - begin, zero, room.nothing)
     return min(max(start - begin, 0), end - begin)
 
 
+@inlined
+def _reading(call, n, stored):
+    """How n rows are read of which the first ``stored`` come from the state."""
+    tokens, rows = call.read_tokens, call.read_stored
+    if stored == 0 or tokens == rows:
+        return tokens
+    if stored >= n:
+        return rows
+    # A stored score is a bf16 already: rounding it again changes nothing.
+    bf16 = (params.BF16, params.BF16_ROUNDED)
+    return params.BF16_ROUNDED if tokens in bf16 and rows in bf16 else params.WIDENED
+
+
 @kernel
-def stage(call, n, stored, table, staged, channel, channels, buffer, zero):
-    """Widen ``channels`` channels of the table's n rows into ``buffer`` and make ``staged`` their table.
+def pooled(call, n, stored, table, following, begin, end, room, out):
+    """P of the n candidates at ``table`` for channel bytes begin .. end - 1, to out + begin ...
+
+    The first ``stored`` come from the state. ``following``: the table of what is pooled next.
+    """
+    span = end - begin
+    for index in range((n + GROUP - 1) // GROUP):
+        first = GROUP * index
+        here, ahead = table + ENTRY * first, table + ENTRY * (first + GROUP)
+        if first + GROUP >= n:
+            ahead = following
+        kind = _reading(call, GROUP, stored - first)
+        if kind != params.WIDENED:
+            pool.group(kind, index, n, here, ahead, begin, end, room.work, span, out)
+            continue
+        for at in range(begin, end, 4 * STAGED):
+            size = min(4 * STAGED, end - at)
+            widen(call, min(n - first, GROUP), stored - first, here, at // 4, size // 4, room)
+            pool.pad(room.copied, n - first, room.zeros, room.nothing)
+            target = room.work + at - begin
+            pool.group(params.FP32, index, n, room.copied, room.copied, 0, size, target, span, out + at)
+
+
+@kernel
+def fold(call, begin, n, logged, first, last, room):
+    """Fold n candidates of the room's table into (m, l, o) at its ``work``, those from entry ``begin`` on."""
+    row_bytes = 4 * call.layer.spec.head_dim
+    for j in range(begin, n, GROUP):
+        count, here = min(GROUP, n - j), room.table + ENTRY * j
+        if call.read_tokens == params.FP32 and call.read_stored == params.FP32:
+            pool.fold(table_at(here), count, first, last, room.work, row_bytes)
+            continue
+        for at in range(first, last, 4 * STAGED):
+            size = min(4 * STAGED, last - at)
+            widen(call, count, logged - j, here, at // 4, size // 4, room)
+            pool.fold(table_at(room.copied), count, 0, size, room.work + at, row_bytes)
+
+
+@kernel
+def widen(call, n, stored, address, channel, channels, room):
+    """Copy ``channels`` channels of the n rows at a table to the room, in fp32, and list them in its ``copied``.
 
     The first ``stored`` rows come from the state. Tokens are rounded to the state's type, as if they had been there.
     """
     spec = call.layer.spec
-    gate = spec.has_gate
+    gate, zero = spec.has_gate, room.zeros
     state_kind = call.layer.state_kind
     rounding = state_kind == params.BF16 and call.layer.state != 0
     raw = gate and call.layer.state_raw
+    table, copied, buffer = table_at(address), table_at(room.copied), room.copies
     for j in range(n):
         kind = state_kind if j < stored else call.kv_kind
         kv, score, bias = table[j].kv, table[j].score, table[j].bias
@@ -105,7 +161,7 @@ def stage(call, n, stored, table, staged, channel, channels, buffer, zero):
             if rounding and gate and not raw:
                 z = round_bf16(z)
             store(buffer + 4 * (channels + c), z)
-        candidate = staged[j]
+        candidate = copied[j]
         candidate.kv = buffer
         candidate.score = buffer + 4 * channels
         candidate.bias = zero

@@ -1,0 +1,179 @@
+"""Stage 1 for many tokens: rows are copied once into panels that stay in cache, then multiplied tile by tile.
+
+Panels hold bf16 where the processor multiplies pairs of them, else fp32: part by part of a sum's 16 lanes, as many as
+vectors take, the odd channels of a vector, then the even ones. Sums between chunks of D wait in memory, so that panels
+are small and the order of a sum is that of ``project``. Rows as they lie would often share the sets of a cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from kvcondense.backends.cpu.kernels import simd
+from kvcondense.backends.cpu.kernels.pool import kernel
+from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, splat, store
+from kvcondense.backends.cpu.params import BLOCK, CHANNELS, PANEL, PANEL_ROW, WIDE
+from kvcondense.backends.cpu.target import target
+
+NATIVE = target().fast_bf16_products
+PARTS = CHANNELS // LANES
+"""Vectors of a sum."""
+TAKEN = PANEL if NATIVE else PANEL // 2
+"""Bytes of a bf16 row that a panel holds."""
+_PART = PANEL // PARTS
+"""Bytes of a part in a panel's row."""
+_STEP = 4 * CHANNELS
+"""Bytes of a bf16 row that all lanes take at once, and of a sum."""
+_GROWN = BYTES if NATIVE else 2 * BYTES
+"""Bytes of a part that come of them."""
+_TOKENS, _ROWS = (6, 4) if target().registers >= 32 else (3, 4)
+"""Sums in registers: twelve, three operands and one that changes fill sixteen."""
+_AHEAD = 4
+"""Rows by which lines are asked for before they are copied."""
+_LONG, _SHORT = (4, 1) if NATIVE else (4, 2)
+"""Vectors of a loop's turn. A multiple of 32 channels makes one of pairs, or two of fp32: odd and even ones."""
+
+
+@simd.operation(types.void, types.int64, types.int64)
+def _copy_step(b: Any, source: Any, to: Any) -> None:
+    """32 bf16 to a panel; the parts of fp32 lie a part's panel apart."""
+    number = source.type
+    for part in range(PARTS):
+        pairs = simd.read(b, b.add(source, ir.Constant(number, BYTES * part)), simd.I32.llvm, 2)
+        place = b.add(to, ir.Constant(number, _PART * part))
+        if NATIVE:
+            simd.write(b, place, pairs, 4)
+            continue
+        odd = b.bitcast(b.and_(pairs, simd.constant(-0x10000)), simd.F32.llvm)
+        even = b.bitcast(b.shl(pairs, simd.constant(16)), simd.F32.llvm)
+        simd.write(b, place, odd, 4)
+        simd.write(b, b.add(place, ir.Constant(number, BYTES)), even, 4)
+
+
+@simd.operation(types.float32, types.int64)
+def _total(b: Any, sums: Any) -> Any:
+    """All lanes of a sum as one, as ``halving_sum`` of 16 lanes forms it."""
+    parts = [simd.read(b, b.add(sums, ir.Constant(sums.type, BYTES * p)), simd.F32.llvm, 4) for p in range(PARTS)]
+    while len(parts) > 1:
+        half = len(parts) // 2
+        parts = [b.fadd(one, two) for one, two in zip(parts[:half], parts[half:], strict=True)]
+    return simd.reduce_lanes(b, parts[0], b.fadd)
+
+
+def _tile(tokens: int, steps: int) -> Any:
+    """sums += x w for ``tokens`` rows of the one panel and four of the other: parts of ``size`` bytes, sums of lanes.
+
+    steps: vectors of a turn; ``size`` must be a multiple of as many.
+    """
+    kind = simd.PAIRS if NATIVE else simd.F32.llvm
+    multiply = simd.emit_pair_products if NATIVE else simd.emit_fma
+
+    @simd.operation(types.void, *[types.int64] * 4)
+    def tile(b: Any, x: Any, w: Any, sums: Any, size: Any) -> None:
+        def number(n: int) -> ir.Constant:
+            return ir.Constant(x.type, n)
+
+        def at(base: Any, n: int) -> Any:
+            return b.add(base, number(n))
+
+        places = [[at(sums, _STEP * (WIDE * i + j)) for j in range(_ROWS)] for i in range(tokens)]
+        old = [[simd.read(b, p, simd.F32.llvm, 4) for p in line] for line in places]
+        before, loop, after = b.block, b.append_basic_block("loop"), b.append_basic_block("after")
+        b.branch(loop)
+        b.position_at_end(loop)
+        offset = b.phi(x.type)
+        offset.add_incoming(number(0), before)
+        sums_in = [[b.phi(simd.F32.llvm) for _ in line] for line in old]
+        new = [list(line) for line in sums_in]
+        for step in range(steps):
+            here = b.add(offset, number(BYTES * step))
+            x_rows = [simd.read(b, b.add(at(x, PANEL_ROW * i), here), kind, 4) for i in range(tokens)]
+            for j in range(_ROWS):
+                w_row = simd.read(b, b.add(at(w, PANEL_ROW * j), here), kind, 4)
+                for i in range(tokens):
+                    new[i][j] = multiply(b, x_rows[i], w_row, new[i][j])
+        following = b.add(offset, number(BYTES * steps))
+        offset.add_incoming(following, loop)
+        for phis, values, starts in zip(sums_in, new, old, strict=True):
+            for phi, value, start in zip(phis, values, starts, strict=True):
+                phi.add_incoming(start, before)
+                phi.add_incoming(value, loop)
+        b.cbranch(b.icmp_signed("<", following, size), loop, after)
+        b.position_at_end(after)
+        for line, values in zip(places, new, strict=True):
+            for place, value in zip(line, values, strict=True):
+                simd.write(b, place, value, 4)
+
+    return tile
+
+
+_tile_6, _tile_3, _tile_2, _tile_1 = (_tile(n, _LONG) for n in (6, 3, 2, 1))
+_short_3, _short_1 = (_tile(n, _SHORT) for n in (3, 1))
+
+
+@kernel
+def _copy(source, stride, count, size, panel):
+    """``size`` bytes of ``count`` bf16 rows to a panel."""
+    for i in range(count):
+        for at in range(0, size, _STEP):
+            simd.prefetch(source + (i + _AHEAD) * stride + at)
+            _copy_step(source + i * stride + at, panel + i * PANEL_ROW + at // _STEP * _GROWN)
+
+
+@kernel
+def _products(x, tokens, w, channels, sums, size):
+    """Add the products of one part of two panels to the sums, whose rows are WIDE sums long."""
+    for n in range(0, channels, _ROWS):
+        rows, t = w + PANEL_ROW * n, 0
+        while t < tokens:
+            left = tokens - t
+            token, target = x + PANEL_ROW * t, sums + _STEP * (WIDE * t + n)
+            if size % (BYTES * _LONG):
+                if left >= 3:
+                    _short_3(token, rows, target, size)
+                    t += 3
+                else:
+                    _short_1(token, rows, target, size)
+                    t += 1
+            elif _TOKENS == 6 and left >= 6:
+                _tile_6(token, rows, target, size)
+                t += 6
+            elif left >= 3:
+                _tile_3(token, rows, target, size)
+                t += 3
+            elif left == 2:
+                _tile_2(token, rows, target, size)
+                t += 2
+            else:
+                _tile_1(token, rows, target, size)
+                t += 1
+
+
+@kernel
+def multiply(call, token, last, first, end, scratch):
+    """Tokens token .. last - 1, at most TALL, times channels first .. end - 1, at most WIDE."""
+    tokens, channels, size = last - token, end - first, call.hidden_bytes
+    x, w = call.x + token * call.x_stride, call.w + first * call.w_stride
+    x_panel, w_panel = scratch, scratch + PANEL_ROW * BLOCK
+    sums = w_panel + PANEL_ROW * WIDE
+    for i in range(0, _STEP * WIDE * tokens, BYTES):
+        store(sums + i, splat(np.float32(0)))
+    for at in range(0, size, TAKEN):
+        taken = min(TAKEN, size - at)
+        _copy(w + at, call.w_stride, channels, taken, w_panel)
+        for t in range(0, tokens, BLOCK):
+            count, target = min(BLOCK, tokens - t), sums + _STEP * WIDE * t
+            _copy(x + t * call.x_stride + at, call.x_stride, count, taken, x_panel)
+            for part in range(PARTS):
+                away = _PART * part
+                _products(
+                    x_panel + away, count, w_panel + away, channels, target + BYTES * part, taken // _STEP * _GROWN
+                )
+    for i in range(tokens):
+        out = call.out + 4 * ((token + i) * call.channels + first)
+        for j in range(channels):
+            simd.store_scalar(out + 4 * j, _total(sums + _STEP * (WIDE * i + j)))
