@@ -24,6 +24,7 @@ from kvcondense.spec import CompressorSpec
 
 KINDS = {torch.float32: params.FP32, torch.bfloat16: params.BF16, torch.float16: params.FP16}
 _FP32 = torch.float32
+_PHASES = (params.WINDOWS, params.OPEN, params.KEEP)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,10 @@ class _Kept:
 
 
 def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = True) -> None:
-    """One launch for the windows, for what is kept, or for both; ``store``: rows go to the cache."""
+    """One launch for the windows, for what is kept, or for both; ``store``: rows go to the cache.
+
+    Where what is kept may take the place of what windows read, a launch for each: no thread waits for another inside.
+    """
     spec, plan, state, kv_score = step.spec, step.plan, step.state, step.kv_score
     if kv_score.stride(1) != 1:
         kv_score = kv_score.contiguous()
@@ -57,10 +61,14 @@ def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = T
     call.stored = step.stored
     call.store, call.windows, call.requests, call.keeps = store, count, requests, kept
     call.blocks, call.chunk = blocks, chunk
-    block = call.pack()
-    if blocks > 1:
-        block.frombytes(bytes(8 * count))
-    launch(native.address("condense"), address(block), threads)
+    asked = [phase for phase, many in zip(_PHASES, (count, requests, kept), strict=True) if many]
+    apart = threads > 1 and len(asked) > 1 and (requests > 0 or plan.overwrites)
+    for phases in asked if apart else (sum(asked),):
+        call.phases = phases
+        block = call.pack()
+        if blocks > 1:
+            block.frombytes(bytes(8 * count))
+        launch(native.address("condense"), address(block), threads)
 
 
 def _reading(step: Step) -> tuple[int, int]:

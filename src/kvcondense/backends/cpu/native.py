@@ -7,16 +7,14 @@ llvmlite alone, so that a process that finds its kernels compiled never imports 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
 import platform
-import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -131,26 +129,21 @@ def _name(kernel: str) -> str:
 
 
 def _compile(kernel: str) -> bytes:
-    """Object code of a kernel: Numba's LLVM module with a plain entry, everything else internal, optimised once more.
-
-    What Numba wraps around a callback (the GIL, Python's errors) is cut off: kernels raise nothing, and the object
-    needs no symbol of Numba's.
-    """
+    """Object code of a kernel: Numba's LLVM module with a plain entry, everything else internal, optimised once."""
     import llvmlite.binding as llvm
 
     sys.stderr.write(f"kvcondense: compiling the CPU kernel {kernel!r}, once for this machine ... ")
     sys.stderr.flush()
     began = time.perf_counter()
-    with _unoptimised():
-        entry = import_module(f"kvcondense.backends.cpu.kernels.{kernel}").entry
-    wrapper = rf'^define [^\n]*@"?{re.escape(entry.native_name)}"?\(.*?^}}$'
-    text, found = re.subn(wrapper, "", entry.inspect_llvm(), flags=re.MULTILINE | re.DOTALL)
-    assert found == 1, "the callback that Numba made is in its module"
+    functions = import_module("kvcondense.backends.cpu.kernels.functions")
+    text, inner = functions.module_of(import_module(f"kvcondense.backends.cpu.kernels.{kernel}").entry)
     name = _SYMBOL.format(kernel=kernel)
-    text += _ENTRY.format(name=name, inner=entry.native_name.removeprefix("cfunc."))
+    text += _ENTRY.format(name=name, inner=inner)
     module, target = llvm.parse_assembly(text), _target(llvm)
     for function in module.functions:
-        if not function.is_declaration and function.name != name:
+        if function.is_declaration:
+            assert not function.name.startswith("_Z"), f"{function.name} is not in the module"
+        elif function.name != name:
             function.linkage = "internal"
     passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=2))
     passes.getModulePassManager().run(module, passes)
@@ -158,21 +151,6 @@ def _compile(kernel: str) -> bytes:
     seconds, folder = time.perf_counter() - began, kept.write(_name(kernel), code)
     sys.stderr.write(f"{seconds:.1f} s, {'for this process' if folder is None else f'kept in {folder}'}\n")
     return code
-
-
-@contextlib.contextmanager
-def _unoptimised() -> Iterator[None]:
-    """Numba leaves functions as they are: it would optimise each anew in all that call it, and we do once at the end.
-
-    Its own lock keeps everybody else's functions out meanwhile.
-    """
-    config: Any = import_module("numba.core.config")
-    with import_module("numba.core.compiler_lock").global_compiler_lock:
-        before, config.OPT = config.OPT, config._OptLevel(0)
-        try:
-            yield
-        finally:
-            config.OPT = before
 
 
 def _link(code: bytes, symbol: str) -> int:

@@ -130,6 +130,10 @@ class Work(Block):
     keep_row: Table
 
 
+WINDOWS, OPEN, KEEP = 1, 2, 4
+"""Pool and finish windows; fold what is left into online states; keep rows."""
+
+
 class Call(Block):
     """One step of a layer by a plan."""
 
@@ -151,9 +155,9 @@ class Call(Block):
     keeps: int
     blocks: int  # channel blocks that a window's pool is split into
     chunk: int  # windows that a thread takes at once
+    phases: int  # of this launch: WINDOWS, OPEN, KEEP
     threads: Counter
     next_window: Counter
-    done: Counter  # windows, then requests
     next_open: Counter
     next_keep: Counter
     blocks_done: Counter  # the first of one for each window, if blocks > 1

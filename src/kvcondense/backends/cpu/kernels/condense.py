@@ -1,4 +1,4 @@
-"""The step in Numba: tasks that threads take from shared counters. Windows first, then whatever later steps read.
+"""The step in Numba: tasks that threads take from shared counters. Windows, then whatever later steps read.
 
 A window is pooled in one piece or, if there are fewer windows than threads, in blocks of channels; whoever pools the
 last block finishes the row. Channels never meet before the norm, so neither threads nor blocks change a bit.
@@ -7,12 +7,11 @@ last block finishes the row. Channels never meet before the norm, so neither thr
 from __future__ import annotations
 
 import numpy as np
-from numba import cfunc
 
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.blocks import LINE
-from kvcondense.backends.cpu.kernels import encode, fields, pool, row, window
-from kvcondense.backends.cpu.kernels.pool import kernel
+from kvcondense.backends.cpu.kernels import encode, fields, functions, pool, row, window
+from kvcondense.backends.cpu.kernels.functions import kernel
 from kvcondense.backends.cpu.kernels.simd import BYTES, fetch_add, load, splat, store
 from kvcondense.backends.cpu.params import CHANNELS, ENTRY, GROUP, STAGED
 
@@ -116,7 +115,6 @@ def _windows(call, room):
         if coming >= 0:
             ahead, coming_stored = following, _look(call, coming, room, following)
         _window(call, task, stored, table, ahead, room)
-        fetch_add(call.done, 1)
         table, following = following, table
         task, stored = coming, coming_stored
 
@@ -146,13 +144,6 @@ def _take(counter, total, chunk):
 
 
 @kernel
-def _wait(counter, total):
-    """Until all tasks of a phase are done: threads that still run them have taken them already."""
-    while fetch_add(counter, 0) < total:
-        pass
-
-
-@kernel
 def _room(call):
     """This thread's part of the scratch, laid out as ``Room`` lists it."""
     base = call.scratch + fetch_add(call.threads, 1) * call.scratch_bytes
@@ -176,33 +167,24 @@ def _room(call):
 
 @kernel
 def _work(call):
-    room = _room(call)
-    _windows(call, room)
-    online, keeps = call.layer.acc, call.keeps
-    if keeps == 0 and online == 0:
-        return
-    total = call.windows * call.blocks
-    _wait(call.done, total)
-    if online:
-        requests = call.requests
-        while True:
-            q = _take(call.next_open, requests, 1)
-            if q < 0:
-                break
-            _open(call, q, room)
-            fetch_add(call.done, 1)
-        if keeps == 0:
-            return
-        _wait(call.done, total + requests)
-    while True:
-        first = _take(call.next_keep, keeps, 4)
+    """The phases that the launch has. None waits for another thread: what must come later comes in a later launch."""
+    room, phases = _room(call), call.phases
+    if phases & params.WINDOWS:
+        _windows(call, room)
+    while phases & params.OPEN:
+        q = _take(call.next_open, call.requests, 1)
+        if q < 0:
+            break
+        _open(call, q, room)
+    while phases & params.KEEP:
+        first = _take(call.next_keep, call.keeps, 4)
         if first < 0:
             break
-        for k in range(first, min(first + 4, keeps)):
+        for k in range(first, min(first + 4, call.keeps)):
             window.keep(call, k)
 
 
-@cfunc("void(int64)", error_model="numpy")
+@functions.entry
 def entry(p):
     """Run a call block; every thread of a launch enters here."""
     _work(_call_at(p))

@@ -7,93 +7,122 @@ which addresses. Codes and scales are those of ``formats.CacheFormat.encode``, b
 from __future__ import annotations
 
 import numpy as np
+from numba import int64
 
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import simd
-from kvcondense.backends.cpu.kernels.pool import inlined, kernel
-from kvcondense.backends.cpu.kernels.row import bf16_code, round_bf16
-from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, isplat, load, splat, store
+from kvcondense.backends.cpu.kernels.functions import inlined, kernel
+from kvcondense.backends.cpu.kernels.lanes import Lanes, Operand, expression
+from kvcondense.backends.cpu.kernels.row import bf16_code
+from kvcondense.backends.cpu.kernels.simd import BYTES, F32, I32, LANES, load, round_bf16, splat, store
 
-_MAGNITUDE = np.int32(0x7FFFFFFF)
-_INFINITY = np.int32(0x7F800000)
-_MANTISSA = np.int32(0x7FFFFF)
+_MAGNITUDE, _INFINITY, _MANTISSA = 0x7FFFFFFF, 0x7F800000, 0x7FFFFF
 _NAN = 0x7FC00000
 _E4M3 = (8, 3, 7, 0x7E, 0x7F)
 """bits, mantissa, bias, max_code, nan_code of scales that are e4m3 bytes."""
 
 
-@inlined
-def _magnitude(x):
+def _magnitude(x: Lanes) -> Lanes:
     """Bits of |x|, those of infinity for NaN."""
-    m = simd.bits(x) & isplat(_MAGNITUDE)
-    return simd.iwhere_less(isplat(_INFINITY), m, isplat(_INFINITY), m)
+    return (x.bits() & _MAGNITUDE).at_most(_INFINITY)
 
 
-@inlined
-def _round_shift(n, shift, ties_to_even):
+def _round_shift(n: Lanes, shift: Lanes, ties_to_even: Operand) -> Lanes:
     """n / 2^shift to the nearest integer, ties to the even one, or down."""
-    one = isplat(np.int32(1))
-    odd = simd.shift_right(n, shift) & one & isplat(np.int32(ties_to_even))
-    return simd.shift_right(n + simd.shift_left(one, shift - one) - one + odd, shift)
+    odd = (n >> shift) & 1 & ties_to_even
+    return (n + (1 << (shift - 1)) - 1 + odd) >> shift
 
 
-@inlined
-def _scaled_integer(magnitude, exponent, ties_to_even):
+def _scaled_integer(magnitude: Lanes, exponent: Operand, ties_to_even: Operand) -> Lanes:
     """round(|x| 2^exponent) from the bits of |x|; from 2^22 on something larger than that."""
-    one = isplat(np.int32(1))
-    biased = simd.shift_right(magnitude, isplat(np.int32(23)))
-    normal = simd.iwhere_less(biased, one, isplat(np.int32(0)), isplat(np.int32(1 << 23)))
-    full = (magnitude & isplat(_MANTISSA)) | normal
-    shift = isplat(np.int32(150 - exponent)) - simd.iwhere_less(biased, one, one, biased)
-    shift = simd.iwhere_less(shift, one, one, shift)
-    limit = isplat(np.int32(25))
-    return _round_shift(full, simd.iwhere_less(limit, shift, limit, shift), ties_to_even)
+    biased = magnitude >> 23
+    full = (magnitude & _MANTISSA) | biased.if_less(1, 0, (magnitude & 0) | (1 << 23))
+    shift = (150 - biased.at_least(1)) - exponent
+    return _round_shift(full, shift.at_least(1).at_most(25), ties_to_even)
 
 
-@inlined
+@expression(I32, F32, *[int64] * 6)
 def small_float(x, size, mantissa, bias, max_code, nan_code, ties_to_even):
     """Codes of ``formats.elements.SmallFloat``."""
-    b, magnitude = simd.bits(x), _magnitude(x)
-    rebiased = magnitude - isplat(np.int32((127 - bias) << 23))
-    normal = _round_shift(rebiased, isplat(np.int32(23 - mantissa)), ties_to_even)
+    magnitude = _magnitude(x)
+    normal = _round_shift(magnitude - ((127 - bias) << 23), 23 - mantissa, ties_to_even)
     subnormal = _scaled_integer(magnitude, bias + mantissa - 1, ties_to_even)
-    code = simd.iwhere_less(magnitude, isplat(np.int32((128 - bias) << 23)), subnormal, normal)
-    largest = isplat(np.int32(max_code))
-    code = simd.iwhere_less(largest, code, largest, code)
-    sign = simd.shift_right(b, isplat(np.int32(32 - size))) & isplat(np.int32(1 << (size - 1)))
-    if nan_code == 1 << (size - 1):  # that is where -0 would be
-        sign = simd.iwhere_less(isplat(np.int32(0)), code, sign, isplat(np.int32(0)))
-    return simd.iwhere_less(magnitude, isplat(_INFINITY), code | sign, isplat(np.int32(max(nan_code, 0))))
+    code = magnitude.if_less((128 - bias) << 23, subnormal, normal).at_most(max_code)
+    minus_zero = 1 << (size - 1)
+    sign = (x.bits() >> (32 - size)) & minus_zero
+    sign = nan_code.if_equal(minus_zero, code.if_equal(0, 0, sign), sign)  # NaN stands where -0 would be
+    return magnitude.if_less(_INFINITY, code | sign, nan_code.at_least(0))
 
 
-@kernel
+@expression(I32, F32, *[int64] * 5)
+def plain_small_float(x, size, mantissa, bias, max_code, nan_code):
+    """The same with ties to even and a -0.
+
+    Below the least normal number, a sum with one whose last bit is a code's rounds as a code does.
+    """
+    magnitude = _magnitude(x)
+    normal = _round_shift(magnitude - ((127 - bias) << 23), 23 - mantissa, 1)
+    coarse = (151 - bias - mantissa) << 23
+    subnormal = (magnitude.floats() + coarse.floats()).bits() - coarse
+    code = magnitude.if_less((128 - bias) << 23, subnormal, normal).at_most(max_code)
+    sign = (x.bits() >> (32 - size)) & (1 << (size - 1))
+    return magnitude.if_less(_INFINITY, code | sign, nan_code.at_least(0))
+
+
+@expression(F32, I32, *[int64] * 4)
 def small_float_value(code, size, mantissa, bias, nan_code):
     """The value of each code."""
-    magnitude = code & isplat(np.int32((1 << (size - 1)) - 1))
-    shifted = simd.shift_left(magnitude, isplat(np.int32(23 - mantissa)))
-    normal = simd.from_bits(shifted + isplat(np.int32((127 - bias) << 23)))
-    step = splat(simd.float_of((128 - bias - mantissa) << 23))
-    subnormal = simd.to_float(magnitude) * step
-    value = simd.bits(normal)
-    value = simd.iwhere_less(magnitude, isplat(np.int32(1 << mantissa)), simd.bits(subnormal), value)
-    if nan_code == 1 << (size - 1):
-        only = isplat(np.int32(nan_code))
-        value = simd.iwhere_less(code, only, value, simd.iwhere_less(only, code, value, isplat(np.int32(_NAN))))
-    elif nan_code >= 0:
-        value = simd.iwhere_less(isplat(np.int32(nan_code - 1)), magnitude, isplat(np.int32(_NAN)), value)
-    sign = simd.shift_left(simd.shift_right(code, isplat(np.int32(size - 1))), isplat(np.int32(31)))
-    return simd.from_bits(value | sign)
+    minus_zero = 1 << (size - 1)
+    magnitude = code & (minus_zero - 1)
+    normal = (magnitude << (23 - mantissa)) + ((127 - bias) << 23)
+    step = ((128 - bias - mantissa) << 23).floats()
+    value = magnitude.if_less(1 << mantissa, (magnitude.numbers() * step).bits(), normal)
+    nan = (code & 0) | _NAN
+    above = nan_code.if_less(0, value, magnitude.if_less(nan_code, value, nan))
+    value = nan_code.if_equal(minus_zero, code.if_equal(nan_code, nan, value), above)
+    return (value | ((code >> (size - 1)) << 31)).floats()
 
 
-@inlined
+@expression(I32, F32)
 def _whole(x):
     """Codes of ``formats.elements.Int8``."""
-    b, magnitude = simd.bits(x), _magnitude(x)
-    number = _scaled_integer(magnitude, 0, 1)
-    largest, zero = isplat(np.int32(127)), isplat(np.int32(0))
-    number = simd.iwhere_less(largest, number, largest, number)
-    number = simd.iwhere_less(magnitude, isplat(_INFINITY), number, zero)
-    return simd.iwhere_less(b, zero, zero - number, number)
+    magnitude = _magnitude(x)
+    number = magnitude.if_less(_INFINITY, _scaled_integer(magnitude, 0, 1).at_most(127), magnitude & 0)
+    return x.bits().if_less(0, 0 - number, number)
+
+
+@expression(I32, F32, int64)
+def _below(x, limit):
+    """Bits of |x| where they are less than the limit, those of infinity for NaN; else 0."""
+    magnitude = _magnitude(x)
+    return magnitude.if_less(limit, magnitude, magnitude & 0)
+
+
+@expression(I32, I32, I32)
+def _larger(x, y):
+    """The larger of both."""
+    return x.at_least(y)
+
+
+@expression(F32, F32, int64)
+def _clean(x, clean):
+    """x, or 0 where it is NaN and nothing stored may be."""
+    b = x.bits()
+    return clean.if_equal(0, b, (b & _MAGNITUDE).if_less(_INFINITY + 1, b, b & 0)).floats()
+
+
+@expression(F32, F32, int64)
+def _finite(x, clean):
+    """x, or the largest number of its sign where it is infinite and nothing stored may be."""
+    b = x.bits()
+    return clean.if_equal(0, b, (b & _MAGNITUDE).if_less(_INFINITY, b, b - 1)).floats()
+
+
+@expression(F32, F32)
+def _one_nan(x):
+    """x with one NaN for all of them."""
+    b = x.bits()
+    return (b & _MAGNITUDE).if_less(_INFINITY + 1, b, (b & 0) | _NAN).floats()
 
 
 @kernel
@@ -127,27 +156,12 @@ def _small_float_codes(x, part):
 
 @kernel
 def _plain_codes(begin, end, code, part, factor):
-    """Codes of fp32 begin .. end, times ``factor``: ``small_float`` with ties to even, whose NaN is no -0.
-
-    Below the least normal number, a sum with one whose last bit is a code's rounds as a code does.
-    """
-    mantissa, bias = part.mantissa, part.bias
-    one, infinity, sign = isplat(np.int32(1)), isplat(_INFINITY), isplat(np.int32(1 << (part.bits - 1)))
-    shift, away = isplat(np.int32(23 - mantissa)), isplat(np.int32(32 - part.bits))
-    below, least = isplat(np.int32((1 << (22 - mantissa)) - 1)), isplat(np.int32((128 - bias) << 23))
-    rebias, nan = isplat(np.int32((127 - bias) << 23)), isplat(np.int32(max(part.nan_code, 0)))
-    sum_of, largest = isplat(np.int32((151 - bias - mantissa) << 23)), isplat(np.int32(part.max_code))
-    times = splat(factor)
+    """Codes of fp32 begin .. end, times ``factor``, of a part that ``_is_plain``."""
+    size, mantissa, bias = part.bits, part.mantissa, part.bias
+    max_code, nan_code, times = part.max_code, part.nan_code, splat(factor)
     for i in range(begin, end, BYTES):
-        x = load(i) * times
-        b, magnitude = simd.bits(x), _magnitude(x)
-        n = magnitude - rebias
-        normal = simd.shift_right(n + below + (simd.shift_right(n, shift) & one), shift)
-        subnormal = simd.bits(simd.from_bits(magnitude) + simd.from_bits(sum_of)) - sum_of
-        value = simd.iwhere_less(magnitude, least, subnormal, normal)
-        value = simd.iwhere_less(largest, value, largest, value) | (simd.shift_right(b, away) & sign)
-        value = simd.iwhere_less(magnitude, infinity, value, nan)
-        if part.bits == 4:
+        value = plain_small_float(load(i) * times, size, mantissa, bias, max_code, nan_code)
+        if size == 4:
             simd.store_4(code, value)
             code += LANES // 2
         else:
@@ -180,9 +194,7 @@ def _store_codes(x, part, address):
     if element == params.PLAIN16:
         simd.store_16(address, bf16_code(x))
         return 2 * LANES
-    nan = isplat(np.int32(_NAN))
-    bits = simd.bits(x)
-    store(address, simd.from_bits(simd.iwhere_less(isplat(_INFINITY), bits & isplat(_MAGNITUDE), nan, bits)))
+    store(address, _one_nan(x))
     return 4 * LANES
 
 
@@ -222,25 +234,6 @@ def _scale_of(amax_bits, part):
 
 
 @inlined
-def _clean(x, clean):
-    """x, or 0 where it is NaN and nothing stored may be."""
-    if clean:
-        zero, b = isplat(np.int32(0)), simd.bits(x)
-        return simd.from_bits(simd.iwhere_less(isplat(_INFINITY), b & isplat(_MAGNITUDE), zero, b))
-    return x
-
-
-@inlined
-def _finite(x, clean):
-    """x, or the largest number of its sign where it is infinite and nothing stored may be."""
-    if clean:
-        b = simd.bits(x)
-        magnitude, least = b & isplat(_MAGNITUDE), isplat(np.int32(_INFINITY - 1))
-        return simd.from_bits(simd.iwhere_less(least, magnitude, b - isplat(np.int32(1)), b))
-    return x
-
-
-@inlined
 def _store_scale(address, stored, byte, part):
     """A scale, as fp32 or as the copies of its byte; returns the bytes written."""
     if part.scale_copies == 0:
@@ -254,11 +247,9 @@ def _store_scale(address, stored, byte, part):
 @kernel
 def _largest(begin, end, below):
     """The largest of the bits of |x| that are less than ``below``, for fp32 begin .. end."""
-    largest, limit = isplat(np.int32(0)), isplat(np.int32(below))
-    for i in range(begin, end, BYTES):
-        m = _magnitude(load(i))
-        m = simd.iwhere_less(m, limit, m, isplat(np.int32(0)))
-        largest = simd.iwhere_less(largest, m, m, largest)
+    largest = _below(load(begin), below)
+    for i in range(begin + BYTES, end, BYTES):
+        largest = _larger(largest, _below(load(i), below))
     return simd.largest_lane(largest)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from numba import cfunc
-
 from kvcondense.backends.cpu import mark_params as params
-from kvcondense.backends.cpu.kernels import fields
-from kvcondense.backends.cpu.kernels.pool import kernel
+from kvcondense.backends.cpu.kernels import fields, functions
+from kvcondense.backends.cpu.kernels.functions import kernel
 
 _marks_at = fields.view(params.Marks)
 
@@ -42,7 +40,7 @@ def _name(marks):
         marks.tags[marks.keep_row[i]] = marks.keep_position[i]
 
 
-@cfunc("void(int64)", error_model="numpy")
+@functions.entry
 def entry(p):
     """Do one of the three."""
     marks = _marks_at(p)

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 
 from kvcondense.backends.cpu.kernels import simd
-from kvcondense.backends.cpu.kernels.pool import kernel
+from kvcondense.backends.cpu.kernels.functions import kernel
 from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, splat, store
 from kvcondense.backends.cpu.params import BLOCK, CHANNELS, PANEL, PANEL_ROW, WIDE
 from kvcondense.backends.cpu.target import target

@@ -8,12 +8,12 @@ asked to raise it.
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import cfunc, types
+from numba import types
 
 from kvcondense.backends import jobs
 from kvcondense.backends.cpu import plan_params as params
-from kvcondense.backends.cpu.kernels import fields
-from kvcondense.backends.cpu.kernels.pool import inlined, kernel
+from kvcondense.backends.cpu.kernels import fields, functions
+from kvcondense.backends.cpu.kernels.functions import inlined, kernel
 from kvcondense.backends.cpu.kernels.simd import operation, read
 
 _step_at = fields.view(params.Step)
@@ -335,7 +335,7 @@ def _step(step):
     return True
 
 
-@cfunc("void(int64)", error_model="numpy")
+@functions.entry
 def entry(p):
     """Take a batch and count its plans, or fill them."""
     step = _step_at(p)

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import fields, simd
+from kvcondense.backends.cpu.kernels.functions import inlined, kernel
 from kvcondense.backends.cpu.kernels.simd import BYTES, fma, load, splat, store
 from kvcondense.backends.cpu.params import CHANNELS, ENTRY, GROUP, Candidate
 
@@ -38,9 +39,6 @@ _LEAST = np.float32(np.finfo(np.float32).min)
 
 _AT_ONCE = 2
 """Exponentials that are formed step by step together."""
-
-kernel: Any = njit(error_model="numpy")
-inlined: Any = njit(error_model="numpy", forceinline=True)
 
 
 def _exps(b: Any, x: list[Any]) -> list[Any]:
@@ -158,16 +156,15 @@ def _group(count: int, row: _Row, *, more: bool, last: bool, rounded: bool) -> A
 
 
 def _groups(row: _Row, *, rounded: bool = False) -> tuple[Any, ...]:
-    """Of a window that is one group; of one that has several, the first, those between, the last."""
-    whole, first = (_group(GROUP, row, more=False, last=last, rounded=rounded) for last in (True, False))
-    between, final = (_group(GROUP, row, more=True, last=last, rounded=rounded) for last in (False, True))
-    return whole, first, between, final
+    """Of a window that is one group; of one that has several, the first and the others."""
+    ends = ((False, True), (False, False), (True, False))
+    return tuple(_group(GROUP, row, more=more, last=last, rounded=rounded) for more, last in ends)
 
 
 _one, _two, _four = (_group(n, _fp32, more=False, last=True, rounded=False) for n in (1, 2, 4))
-_whole, _first, _between, _final = _groups(_fp32)
-_whole_bf16, _first_bf16, _between_bf16, _final_bf16 = _groups(_bf16)
-_whole_rounded, _first_rounded, _between_rounded, _final_rounded = _groups(_bf16, rounded=True)
+_whole, _first, _other = _groups(_fp32)
+_whole_bf16, _first_bf16, _other_bf16 = _groups(_bf16)
+_whole_rounded, _first_rounded, _other_rounded = _groups(_bf16, rounded=True)
 
 
 @kernel
@@ -177,7 +174,7 @@ def group(kind, index, n, table, ahead, begin, end, work, span, out):
     For channel bytes begin .. end - 1 of fp32: m, l and o to ``work``, three rows ``span`` bytes apart, and of the last
     group P to out + begin ... ``ahead``: as many entries, whose lines will be read next.
     """
-    first, last = index == 0, GROUP * (index + 1) >= n
+    whole = n <= GROUP
     if kind == params.FP32:
         if n == 4:
             _four(table, ahead, begin, end, work, span, out)
@@ -185,42 +182,39 @@ def group(kind, index, n, table, ahead, begin, end, work, span, out):
             _two(table, ahead, begin, end, work, span, out)
         elif n == 1:
             _one(table, ahead, begin, end, work, span, out)
-        elif first and last:
+        elif whole:
             _whole(table, ahead, begin, end, work, span, out)
-        elif first:
+        elif index == 0:
             _first(table, ahead, begin, end, work, span, out)
-        elif last:
-            _final(table, ahead, begin, end, work, span, out)
         else:
-            _between(table, ahead, begin, end, work, span, out)
+            _other(table, ahead, begin, end, work, span, out)
     elif kind == params.BF16:
-        if first and last:
+        if whole:
             _whole_bf16(table, ahead, begin, end, work, span, out)
-        elif first:
+        elif index == 0:
             _first_bf16(table, ahead, begin, end, work, span, out)
-        elif last:
-            _final_bf16(table, ahead, begin, end, work, span, out)
         else:
-            _between_bf16(table, ahead, begin, end, work, span, out)
-    elif first and last:
+            _other_bf16(table, ahead, begin, end, work, span, out)
+    elif whole:
         _whole_rounded(table, ahead, begin, end, work, span, out)
-    elif first:
+    elif index == 0:
         _first_rounded(table, ahead, begin, end, work, span, out)
-    elif last:
-        _final_rounded(table, ahead, begin, end, work, span, out)
     else:
-        _between_rounded(table, ahead, begin, end, work, span, out)
+        _other_rounded(table, ahead, begin, end, work, span, out)
+    if not whole and GROUP * (index + 1) >= n:
+        for c in range(0, end - begin, BYTES):
+            store(out + begin + c, load(work + 2 * span + c) / load(work + span + c))
 
 
 @kernel
 def pad(table, n, zeros, nothing):
-    """Fill the table up to whole groups with candidates of no weight: rows of 0 with scores of minus infinity."""
+    """Fill the table up to whole groups with candidates of no weight: rows of 0, in any type, with an ape of -inf."""
     entries = table_at(table)
     for j in range(n, (n + GROUP - 1) // GROUP * GROUP):
         candidate = entries[j]
         candidate.kv = zeros
-        candidate.score = nothing
-        candidate.bias = zeros
+        candidate.score = zeros
+        candidate.bias = nothing
 
 
 @kernel

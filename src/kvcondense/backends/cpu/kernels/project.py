@@ -11,13 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import cfunc, types
+from numba import types
 from numba.core import cgutils
 
 from kvcondense.backends.cpu import params
-from kvcondense.backends.cpu.kernels import fields, panels, simd
+from kvcondense.backends.cpu.kernels import fields, functions, panels, simd
+from kvcondense.backends.cpu.kernels.functions import kernel
 from kvcondense.backends.cpu.kernels.panels import NATIVE
-from kvcondense.backends.cpu.kernels.pool import kernel
 from kvcondense.backends.cpu.kernels.simd import fetch_add, pointer
 from kvcondense.backends.cpu.target import target
 
@@ -160,7 +160,7 @@ def _work(call):
             panels.multiply(call, token, last, first, end, scratch)
 
 
-@cfunc("void(int64)", error_model="numpy")
+@functions.entry
 def entry(p):
     """Run a projection; every thread of a launch enters here."""
     _work(_product_at(p))

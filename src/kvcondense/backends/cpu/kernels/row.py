@@ -7,8 +7,9 @@ import math
 import numpy as np
 
 from kvcondense.backends.cpu.kernels import simd
-from kvcondense.backends.cpu.kernels.pool import inlined, kernel
-from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, load, round_bf16, splat, store
+from kvcondense.backends.cpu.kernels.functions import inlined, kernel
+from kvcondense.backends.cpu.kernels.lanes import Lanes, expression
+from kvcondense.backends.cpu.kernels.simd import BYTES, F32, I32, LANES, load, round_bf16, splat, store
 
 
 @inlined
@@ -17,13 +18,12 @@ def _round_scalar(x):
     return simd.first_lane(round_bf16(splat(x)))
 
 
-@inlined
+@expression(I32, F32)
 def bf16_code(x):
     """The 16 bits of the nearest bf16; every NaN is 0x7FC0."""
-    x = simd.bits(round_bf16(x))
-    magnitude = x & simd.isplat(np.int32(0x7FFFFFFF))
-    x = simd.iwhere_less(simd.isplat(np.int32(0x7F800000)), magnitude, simd.isplat(np.int32(0x7FC00000)), x)
-    return simd.shift_right(x, simd.isplat(np.int32(16)))
+    b = x.bits()
+    rounded = (b + 0x7FFF + ((b >> 16) & 1)) >> 16
+    return (b & 0x7FFFFFFF).if_less(0x7F800001, rounded, Lanes(x.builder, simd.constant(0x7FC0)))
 
 
 @kernel
@@ -73,9 +73,7 @@ def turn(row, cos, sin, spec, way, rounding):
     """The rotation, or with ``way`` -1 its inverse."""
     size = spec.rope_dim
     first = row + 4 * (spec.head_dim - size)
-    odd = simd.lane_number() & simd.isplat(np.int32(1))
-    # a cos + (-(b sin)) has the same bits as a cos - b sin.
-    sign = simd.to_float(odd + odd - simd.isplat(np.int32(1))) * splat(way)
+    sign = simd.odd_signs() * splat(way)  # a cos + (-(b sin)) has the same bits as a cos - b sin
     whole = size // LANES * BYTES
     for i in range(0, whole, BYTES):
         x = load(first + i)

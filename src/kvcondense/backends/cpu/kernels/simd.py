@@ -15,7 +15,8 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, overload, register_model
+from numba.core.typing.templates import AbstractTemplate, Signature, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
 
 from kvcondense.backends.cpu.target import target
 
@@ -77,8 +78,8 @@ def operation(result: types.Type, *operands: types.Type) -> Callable[[Callable[.
         typing.__name__, typing.__doc__ = emit.__name__, emit.__doc__
         names = ["context", *(f"operand_{i}" for i in range(len(operands)))]
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        signature = inspect.Signature([inspect.Parameter(n, kind) for n in names])
-        vars(typing)["__signature__"] = signature  # Numba counts the operands there
+        taken = inspect.Signature([inspect.Parameter(n, kind) for n in names])
+        vars(typing)["__signature__"] = taken  # Numba counts the operands there
         return intrinsic(typing)
 
     return wrap
@@ -216,45 +217,22 @@ def fetch_add(b: Any, address: Any, x: Any) -> Any:
 # Lanes.
 
 
-@operation(F32, types.float32)
-def splat(b: Any, x: Any) -> Any:
-    """One value in every lane."""
-    return b.shuffle_vector(
-        b.insert_element(ir.Constant(_F, ir.Undefined), x, ir.Constant(_I32, 0)),
-        ir.Constant(_F, ir.Undefined),
-        constant(0),
-    )
-
-
-@operation(I32, types.int32)
-def isplat(b: Any, x: Any) -> Any:
-    """One integer in every lane."""
-    undefined = ir.Constant(_I, ir.Undefined)
+def emit_splat(b: Any, x: Any, kind: ir.Type) -> Any:
+    """One value in every lane, for whoever emits instructions."""
+    undefined = ir.Constant(kind, ir.Undefined)
     return b.shuffle_vector(b.insert_element(undefined, x, ir.Constant(_I32, 0)), undefined, constant(0))
 
 
-@operation(I32, F32)
-def bits(b: Any, x: Any) -> Any:
-    """The bits of fp32 values."""
-    return b.bitcast(x, _I)
-
-
-@operation(F32, I32)
-def from_bits(b: Any, x: Any) -> Any:
-    """fp32 values from their bits."""
-    return b.bitcast(x, _F)
+@operation(F32, types.float32)
+def splat(b: Any, x: Any) -> Any:
+    """One value in every lane."""
+    return emit_splat(b, x, _F)
 
 
 @operation(types.float32, types.int64)
 def float_of(b: Any, x: Any) -> Any:
     """One fp32 from its bits."""
     return b.bitcast(b.trunc(x, _I32), ir.FloatType())
-
-
-@operation(F32, I32)
-def to_float(b: Any, x: Any) -> Any:
-    """Integers as fp32."""
-    return b.sitofp(x, _F)
 
 
 @operation(F32, F32)
@@ -275,10 +253,10 @@ def butterflies(b: Any, x: Any) -> Any:
     return x
 
 
-@operation(I32)
-def lane_number(b: Any) -> Any:  # noqa: ARG001 - every operation gets a builder
-    """0, 1, 2 ..."""
-    return _lanes(*range(LANES))
+@operation(F32)
+def odd_signs(b: Any) -> Any:  # noqa: ARG001 - every operation gets a builder
+    """-1, 1, -1, 1 ..."""
+    return ir.Constant(_F, [1.0 if i % 2 else -1.0 for i in range(LANES)])
 
 
 def reduce_lanes(b: Any, x: Any, combine: Callable[[Any, Any], Any]) -> Any:
@@ -372,46 +350,29 @@ def where_less(b: Any, x: Any, y: Any, yes: Any, no: Any) -> Any:
     return b.select(b.fcmp_ordered("<", x, y), yes, no)
 
 
-@operation(I32, I32, I32, I32, I32)
-def iwhere_less(b: Any, x: Any, y: Any, yes: Any, no: Any) -> Any:
-    """``yes`` where x < y (signed), else ``no``."""
-    return b.select(b.icmp_signed("<", x, y), yes, no)
+_typing: Any = infer_global  # its own annotation says that it may give None
 
 
-@operation(I32, I32, I32)
-def shift_left(b: Any, x: Any, by: Any) -> Any:
-    """x << by, lane by lane."""
-    return b.shl(x, by)
+def _operator(symbol: Callable[..., Any], names: dict[_Vector, str]) -> None:
+    """Vectors of one kind on both sides; as a template, since an overload would be compiled for each use."""
+
+    class _Typed(AbstractTemplate):
+        def generic(self, args: Any, kws: Any) -> Signature | None:  # noqa: ARG002 - as Numba calls it
+            same = len(args) == 2 and args[0] is args[1] and args[0] in names
+            return signature(args[0], *args) if same else None
+
+    _typing(symbol)(_Typed)
+    for kind, name in names.items():
+
+        @lower_builtin(symbol, kind, kind)
+        def lower(context: Any, b: Any, sig: Any, operands: Any, name: str = name) -> Any:  # noqa: ARG001
+            return getattr(b, name)(*operands)
 
 
-@operation(I32, I32, I32)
-def shift_right(b: Any, x: Any, by: Any) -> Any:
-    """x >> by, lane by lane, keeping the sign."""
-    return b.ashr(x, by)
-
-
-def _operator(symbol: Callable[..., Any], kind: _Vector, instruction: str) -> None:
-    @operation(kind, kind, kind)
-    def emit(b: Any, x: Any, y: Any) -> Any:
-        return getattr(b, instruction)(x, y)
-
-    @overload(symbol)
-    def typed(x, y):
-        if x is kind and y is kind:
-            return lambda x, y: emit(x, y)
-        return None
-
-    del typed
-
-
-for _symbol, _float, _integer in (
-    (operator.add, "fadd", "add"),
-    (operator.sub, "fsub", "sub"),
-    (operator.mul, "fmul", None),
-    (operator.truediv, "fdiv", None),
-    (operator.and_, None, "and_"),
-    (operator.or_, None, "or_"),
+for _symbol, _names in (
+    (operator.add, {F32: "fadd", I32: "add"}),
+    (operator.sub, {F32: "fsub", I32: "sub"}),
+    (operator.mul, {F32: "fmul"}),
+    (operator.truediv, {F32: "fdiv"}),
 ):
-    for _kind, _instruction in ((F32, _float), (I32, _integer)):
-        if _instruction:
-            _operator(_symbol, _kind, _instruction)
+    _operator(_symbol, _names)

@@ -6,11 +6,10 @@ of windows, so that threads change no bit.
 
 from __future__ import annotations
 
-from numba import cfunc
-
 from kvcondense.backends.cpu import params
-from kvcondense.backends.cpu.kernels import fields, pool, training_rows
-from kvcondense.backends.cpu.kernels.pool import exp, kernel, score, table_at
+from kvcondense.backends.cpu.kernels import fields, functions, pool, training_rows
+from kvcondense.backends.cpu.kernels.functions import kernel
+from kvcondense.backends.cpu.kernels.pool import exp, score, table_at
 from kvcondense.backends.cpu.kernels.simd import BYTES, fetch_add, load, store
 from kvcondense.backends.cpu.params import ENTRY, GROUP
 
@@ -101,7 +100,7 @@ def _work(call):
                 _forward(call, e, begin, end, scratch)
 
 
-@cfunc("void(int64)", error_model="numpy")
+@functions.entry
 def entry(p):
     """Run a block; every thread of a launch enters here."""
     call = _pool_at(p)

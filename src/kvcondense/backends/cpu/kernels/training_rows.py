@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from kvcondense.backends.cpu.kernels import row
-from kvcondense.backends.cpu.kernels.pool import kernel
+from kvcondense.backends.cpu.kernels.functions import kernel
 from kvcondense.backends.cpu.kernels.simd import BYTES, fetch_add, load, splat, store
 
 

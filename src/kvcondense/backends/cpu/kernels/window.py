@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import pool, simd
-from kvcondense.backends.cpu.kernels.pool import inlined, kernel, table_at
+from kvcondense.backends.cpu.kernels.functions import inlined, kernel
+from kvcondense.backends.cpu.kernels.pool import table_at
 from kvcondense.backends.cpu.kernels.row import bf16_code
 from kvcondense.backends.cpu.kernels.simd import LANES, load, round_bf16, store
 from kvcondense.backends.cpu.params import ENTRY, GROUP, STAGED

@@ -1,0 +1,86 @@
+"""Functions that kernels are made of: Numba types and lowers them, and makes no machine code of any by itself.
+
+It would optimise and compile each one as soon as it is seen, with all that it calls, for Python to call: most of a
+minute for a kernel. Nobody calls them so. The object file is made of the entry's module, once (``native``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+from numba.core.codegen import CPUCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.compiler_machinery import register_pass
+from numba.core.typed_passes import NativeLowering
+
+
+class _Library(CPUCodeLibrary):
+    """LLVM's module of one function, as it was lowered; what it calls is linked in the end."""
+
+    def _optimize_functions(self, ll_module: Any) -> None:
+        pass
+
+    def finalize(self) -> None:
+        self._raise_if_finalized()
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+    def reached(self) -> list[Any]:
+        """This library and all that it calls, callers first."""
+        found: dict[Any, None] = {self: None}
+        waiting = [self]
+        while waiting:
+            for library in waiting.pop(0)._linking_libraries:
+                if library not in found:
+                    found[library] = None
+                    waiting.append(library)
+        return list(found)
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _Lowering(NativeLowering):
+    _name = "kvcondense_lowering"
+
+    def run_pass(self, state: Any) -> Any:
+        context = state.targetctx
+        state.library = _Library(context.codegen(), state.func_id.func_qualname)
+        context.get_executable = _no_executable  # of this instance; Numba's lock keeps others out
+        try:
+            return super().run_pass(state)
+        finally:
+            del context.get_executable
+
+
+def _no_executable(library: Any, fndesc: Any, env: Any) -> Any:  # noqa: ARG001 - as Numba calls it
+    """What Numba knows a function by, which must be a builtin, and another one each time."""
+    return [].append
+
+
+class _Pipeline(CompilerBase):
+    def define_pipelines(self) -> list[Any]:
+        manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
+        manager.passes = [(_Lowering if of is NativeLowering else of, why) for of, why in manager.passes]
+        manager.finalize()
+        return [manager]
+
+
+_OPTIONS: dict[str, Any] = {
+    "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": _Pipeline,
+}  # fmt: skip
+kernel: Any = njit(**_OPTIONS)
+inlined: Any = njit(**_OPTIONS, forceinline=True)
+entry: Any = njit("void(int64)", **_OPTIONS)
+"""Of a kernel: it is lowered when its module is imported."""
+
+
+def module_of(kernel: Any) -> tuple[str, str]:
+    """LLVM's module of an entry, as text, and the name of its function, int32(result*, error**, int64)."""
+    (compiled,) = kernel.overloads.values()
+    with global_compiler_lock:
+        first, *others = compiled.library.reached()
+        module = first._get_module_for_linking().clone()
+        for library in others:
+            module.link_in(library._get_module_for_linking(), preserve=True)
+    return str(module), compiled.fndesc.llvm_func_name
