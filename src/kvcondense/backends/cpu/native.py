@@ -128,26 +128,35 @@ def _name(kernel: str) -> str:
     return f"{kernel}-{_stamp()}.o"
 
 
-def _compile(kernel: str) -> bytes:
-    """Object code of a kernel: Numba's LLVM module with a plain entry, everything else internal, optimised once."""
+def optimised(kernel: str, target_machine: Any, triple: str = "") -> Any:
+    """LLVM's module of a kernel: what Numba lowered, with a plain entry, everything else internal, optimised once."""
     import llvmlite.binding as llvm
 
-    sys.stderr.write(f"kvcondense: compiling the CPU kernel {kernel!r}, once for this machine ... ")
-    sys.stderr.flush()
-    began = time.perf_counter()
     functions = import_module("kvcondense.backends.cpu.kernels.functions")
     text, inner = functions.module_of(import_module(f"kvcondense.backends.cpu.kernels.{kernel}").entry)
     name = _SYMBOL.format(kernel=kernel)
-    text += _ENTRY.format(name=name, inner=inner)
-    module, target = llvm.parse_assembly(text), _target(llvm)
+    module = llvm.parse_assembly(text + _ENTRY.format(name=name, inner=inner))
+    if triple:
+        module.triple, module.data_layout = triple, str(target_machine.target_data)
     for function in module.functions:
         if function.is_declaration:
             assert not function.name.startswith("_Z"), f"{function.name} is not in the module"
         elif function.name != name:
             function.linkage = "internal"
-    passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=2))
+    passes = llvm.create_pass_builder(target_machine, llvm.create_pipeline_tuning_options(speed_level=2))
     passes.getModulePassManager().run(module, passes)
-    code = target.emit_object(module)
+    return module
+
+
+def _compile(kernel: str) -> bytes:
+    """Object code of a kernel."""
+    import llvmlite.binding as llvm
+
+    sys.stderr.write(f"kvcondense: compiling the CPU kernel {kernel!r}, once for this machine ... ")
+    sys.stderr.flush()
+    began = time.perf_counter()
+    target_machine = machine(llvm)
+    code = target_machine.emit_object(optimised(kernel, target_machine))
     seconds, folder = time.perf_counter() - began, kept.write(_name(kernel), code)
     sys.stderr.write(f"{seconds:.1f} s, {'for this process' if folder is None else f'kept in {folder}'}\n")
     return code
@@ -157,14 +166,15 @@ def _link(code: bytes, symbol: str) -> int:
     import llvmlite.binding as llvm
 
     module = llvm.parse_assembly("")
-    engine = llvm.create_mcjit_compiler(module, _target(llvm))
+    engine = llvm.create_mcjit_compiler(module, machine(llvm))
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)
     return engine.get_function_address(symbol)
 
 
-def _target(llvm: Any) -> Any:
+def machine(llvm: Any) -> Any:
+    """LLVM's idea of the processor that kernels are compiled for."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     of = target()

@@ -56,15 +56,16 @@ def target() -> Target:
     if flags is None:
         # A virtual machine may lack what its processor's name stands for: all features are said, with their signs.
         flags = "" if cpu else llvm.get_host_cpu_features().flatten()
-    return Target(cpu or llvm.get_host_cpu_name(), flags, _lanes(_turned_on(flags)))
+    return Target(cpu or llvm.get_host_cpu_name(), flags, lanes_of(flags))
 
 
 def _turned_on(flags: str) -> frozenset[str]:
     return frozenset(flag[1:] for flag in flags.split(",") if flag.startswith("+"))
 
 
-def _lanes(features: frozenset[str]) -> int:
-    forced = os.environ.get(_VARIABLE, "")
+def lanes_of(flags: str) -> int:
+    """fp32 values of a processor's vectors, or as many as KVCONDENSE_LANES says."""
+    forced, features = os.environ.get(_VARIABLE, ""), _turned_on(flags)
     if forced:
         if forced not in map(str, WIDTHS):
             raise RangeError(_VARIABLE, "4, 8 or 16", forced)

@@ -18,6 +18,7 @@ from kvcondense.backends.cpu.kernels import fields, simd
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
 from kvcondense.backends.cpu.kernels.simd import BYTES, fma, load, splat, store
 from kvcondense.backends.cpu.params import CHANNELS, ENTRY, GROUP, Candidate
+from kvcondense.backends.cpu.target import target
 
 table_at = fields.view(Candidate)
 _LINE = 4 * CHANNELS
@@ -75,6 +76,8 @@ def score(candidate, c):
     return load(candidate.score + c) + load(candidate.bias + c)
 
 
+_HELD = target().registers >= 32
+"""Whether a group's scores stay in registers from their maximum to their exponentials."""
 _Row = Callable[[Any, Any, Any], Any]
 """(builder, address of channel 0, offset of the channel in bytes of fp32) -> a vector of fp32."""
 
@@ -114,42 +117,55 @@ def _group(count: int, row: _Row, *, more: bool, last: bool, rounded: bool) -> A
         coming = [entry(ahead, j, f) for j in range(count) for f in ("kv", "score")]
         held = [b.sub(b.add(work, b.mul(span, number(i))), begin) for i in range(3)]
         least = simd.constant(float(_LEAST), simd.F32.llvm)
-        before, loop, after = b.block, b.append_basic_block("loop"), b.append_basic_block("after")
-        b.branch(loop)
-        b.position_at_end(loop)
+        before = b.block
+        lines, vectors, after = (b.append_basic_block(name) for name in ("lines", "vectors", "after"))
+        b.branch(lines)
+        b.position_at_end(lines)
         line = b.phi(begin.type)
         line.add_incoming(begin, before)
+        following = b.add(line, number(_LINE))
         for address in coming:
             simd.emit_prefetch(b, b.add(address, line if row is _fp32 else b.lshr(line, number(1))))
-        for part in range(0, _LINE, BYTES):
-            at = b.add(line, number(part))
-            z = [b.fadd(row(b, s, at), _fp32(b, a, at)) for _, s, a in rows]
-            if rounded:
-                z = [simd.emit_round_bf16(b, one) for one in z]
-            m = _halving(z, lambda x, y: simd.emit_at_least(b, x, y))
-            earlier = _fp32(b, held[0], at) if more else least
-            m = simd.emit_at_least(b, m, earlier)
-            x = [b.fsub(one, m) for one in z]
-            e = [y for first in range(0, count, _AT_ONCE) for y in _exps(b, x[first : first + _AT_ONCE])]
-            k = [row(b, kv, at) for kv, _, _ in rows]
-            l = _halving(e, b.fadd)
-            parts_o = []
-            for first in range(0, count, max(count // 2, 1)):
-                o = b.fmul(e[first], k[first])
-                for j in range(first + 1, first + max(count // 2, 1)):
-                    o = simd.emit_fma(b, e[j], k[j], o)
-                parts_o.append(o)
-            o = parts_o[0] if len(parts_o) == 1 else b.fadd(*parts_o)
-            if more:
-                (old,) = _exps(b, [b.fsub(earlier, m)])
-                l, o = simd.emit_fma(b, _fp32(b, held[1], at), old, l), simd.emit_fma(b, _fp32(b, held[2], at), old, o)
-            for base, value in zip(held, (m, l, o), strict=True):
-                simd.write(b, b.add(base, at), value, 4)
-            if last:
-                simd.write(b, b.add(out, at), b.fdiv(o, l), 4)
-        following = b.add(line, number(_LINE))
-        line.add_incoming(following, b.block)
-        b.cbranch(b.icmp_signed("<", following, end), loop, after)
+        b.branch(vectors)
+        b.position_at_end(vectors)  # a loop of its own: two vectors at once would want twice the registers
+        at = b.phi(begin.type)
+        at.add_incoming(line, lines)
+
+        def score(j: int, at: Any) -> Any:
+            z = b.fadd(row(b, rows[j][1], at), _fp32(b, rows[j][2], at))
+            return simd.emit_round_bf16(b, z) if rounded else z
+
+        z = [score(j, at) for j in range(count)]
+        m = _halving(z, lambda x, y: simd.emit_at_least(b, x, y))
+        earlier = _fp32(b, held[0], at) if more else least
+        m = simd.emit_at_least(b, m, earlier)
+        if not _HELD:  # a sum more for each is cheaper than a register that waits in memory
+            anew = simd.emit_anew(b, at)
+            z = [score(j, anew) for j in range(count)]
+        sums, products, half = [], [], max(count // 2, 1)
+        for first in range(0, count, _AT_ONCE):
+            e = _exps(b, [b.fsub(one, m) for one in z[first : first + _AT_ONCE]])
+            for j, one in enumerate(e, first):
+                k = row(b, rows[j][0], at)
+                if j % half:
+                    products[-1] = simd.emit_fma(b, one, k, products[-1])
+                else:
+                    products.append(b.fmul(one, k))
+            sums.append(_halving(e, b.fadd))
+        l, o = _halving(sums, b.fadd), _halving(products, b.fadd)
+        if more:
+            (old,) = _exps(b, [b.fsub(earlier, m)])
+            l, o = simd.emit_fma(b, _fp32(b, held[1], at), old, l), simd.emit_fma(b, _fp32(b, held[2], at), old, o)
+        for base, value in zip(held, (m, l, o), strict=True):
+            simd.write(b, b.add(base, at), value, 4)
+        if last:
+            simd.write(b, b.add(out, at), b.fdiv(o, l), 4)
+        beyond = b.add(at, number(BYTES))
+        at.add_incoming(beyond, vectors)
+        line.add_incoming(following, (line_end := b.append_basic_block("line_end")))
+        b.cbranch(b.icmp_signed("<", beyond, following), vectors, line_end)
+        b.position_at_end(line_end)
+        b.cbranch(b.icmp_signed("<", following, end), lines, after)
         b.position_at_end(after)
 
     return group

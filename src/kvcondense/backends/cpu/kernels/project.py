@@ -105,8 +105,8 @@ def _tile(tokens: int, channels: int, native: bool) -> Any:
     return tile
 
 
-# As many sums as registers hold: 24 of 32 with AVX-512 BF16. Widened, a sum takes two of AVX2's 16.
-_HEIGHT, _WIDTH, _LONG = (6, 4, 8) if NATIVE else (4, 4, 8) if target().lanes == _SUMS else (3, 2, 4)
+# As many sums as registers hold: 24 of 32 with AVX-512 BF16. Widened, a sum takes two of AVX2's 16, and operands four.
+_HEIGHT, _WIDTH, _LONG = (6, 4, 8) if NATIVE else (4, 4, 8) if target().lanes == _SUMS else (2, 1, 2)
 _tall, _four, _two = (_tile(n, _WIDTH, NATIVE) for n in (_HEIGHT, min(_HEIGHT, 4), 2))
 _row = _tile(1, _LONG, NATIVE)
 _FEW = 12

@@ -293,6 +293,11 @@ def largest_lane(b: Any, x: Any) -> Any:
 # Arithmetic.
 
 
+def emit_anew(b: Any, x: Any) -> Any:
+    """An integer that LLVM does not know to be the same: what is read from there is read again."""
+    return b.asm(ir.FunctionType(x.type, [x.type]), "", "=r,0", [x], side_effect=False)
+
+
 def emit_fma(b: Any, x: Any, y: Any, z: Any) -> Any:
     """``fma``, for whoever emits instructions."""
     return _call(b, f"llvm.fma.v{LANES}f32", _F, x, y, z)
