@@ -23,7 +23,7 @@ PAGE_ROWS = 64
 class Case:
     """``batch`` requests at position ``start`` bring ``tokens`` tokens each; ``hidden``: as x, to be projected.
 
-    kind: hca, csa or indexer; format: how rows are stored.
+    kind: hca, csa or indexer; format: how rows are stored; narrow: kv_score and state are bf16.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Case:
     start: int
     hidden: bool = False
     format: str = FORMAT
+    narrow: bool = False
 
     @property
     def spec(self) -> CompressorSpec:
@@ -50,7 +51,7 @@ class Case:
         Weights of the projection are among them, returned rows are not.
         """
         spec, end = self.spec, self.start + self.tokens
-        row = 4 * spec.projected
+        row = (2 if self.narrow else 4) * spec.projected
         new = self.tokens * (2 * CONFIG.hidden_size if self.hidden else row)
         # Of a stored row, a window reads one half of the channels if windows overlap.
         stored = min(self.start, spec.window - 1) if self.windows else 0
@@ -72,7 +73,9 @@ CASES = {
     for case in (
         Case("prefill 8192, ratio 128", "hca", 8192, 1, 0),
         Case("prefill 8192, ratio 4", "csa", 8192, 1, 0),
+        Case("prefill 8192 in bf16, ratio 128", "hca", 8192, 1, 0, narrow=True),
         Case("decode 16 on a boundary, ratio 128", "hca", 1, 16, 1023),
+        Case("decode 16 on a boundary in bf16, ratio 128", "hca", 1, 16, 1023, narrow=True),
         Case("decode 16 on a boundary, ratio 4", "csa", 1, 16, 1023),
         Case("decode 16 within a window, ratio 128", "hca", 1, 16, 1000),
         Case("decode 16 within a window, ratio 4", "csa", 1, 16, 1000),
@@ -142,7 +145,8 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
 
     def tokens(count: int) -> torch.Tensor:
         t = torch.randn(case.batch, count, channels, generator=gen, device=device)
-        return t.bfloat16() if case.hidden else t.mul_(1.5)
+        t = t if case.hidden else t.mul_(1.5)
+        return t.bfloat16() if case.hidden or case.narrow else t
 
     history, new, rest = (tokens(n) for n in sizes)
     return Inputs(

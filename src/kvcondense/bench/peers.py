@@ -209,7 +209,7 @@ PEERS: dict[str, tuple[str, Make]] = {
 
 def takes(peer: Make, case: Case) -> bool:
     """True if ``peer`` has the case's compressor and rows; a peer that takes no x says ``hidden = False``."""
-    known = case.kind != "indexer" and case.format == FORMAT
+    known = case.kind != "indexer" and case.format == FORMAT and not case.narrow
     return known and (getattr(peer, "hidden", True) or not case.hidden)
 
 

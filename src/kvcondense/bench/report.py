@@ -31,11 +31,23 @@ def tables(records: Sequence[Record]) -> dict[str, str]:
         found["Steps, warm, medians"] = markdown(records)
     if any("context" in r for r in records):
         found["A token, by context"] = contexts(records)
+    if any("streamed" in r for r in records):
+        found["A long prefill, by tokens"] = streams(records)
     if any("step" in r and "us" in r for r in records):
         found["A whole decode step"] = decode_step(records)
     if any(r.get("runner") in GEMMS for r in records):
         found["Ways to project"] = markdown(records, gemms=True).rstrip("\n")
     return found
+
+
+def streams(records: Sequence[Record]) -> str:
+    """Nanoseconds for each token of a sequence that comes in chunks, and by how much the process grew."""
+    timed = [r for r in records if "streamed" in r]
+    lines = ["| | tokens | ns a token | MB more |", "|---|---|---|---|"]
+    lines += [
+        f"| ratio {r['ratio']} | {r['streamed']} | {1e3 * r['us']:.1f} | {r['grown_bytes'] / 1e6:.1f} |" for r in timed
+    ]
+    return "\n".join(lines)
 
 
 def in_a_file(records: Sequence[Record]) -> str:

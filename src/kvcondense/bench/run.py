@@ -9,14 +9,20 @@ import torch
 
 from kvcondense.bench import device as gpu
 from kvcondense.bench import measure, peers
-from kvcondense.bench.cases import Case, Inputs, make_inputs
-from kvcondense.bench.runners import EmptyLaunch, Gemm, Kvcondense, Runner, gemm_names
+from kvcondense.bench.cases import CONFIG, PAGE_ROWS, Case, Inputs, make_inputs
+from kvcondense.bench.runners import EmptyLaunch, Gemm, InCache, Kvcondense, Runner, gemm_names
+from kvcondense.layout.addresses import RingLayout
 from kvcondense.layout.plan import Plan
+from kvcondense.planning import Planner
+from kvcondense.rope_table import RopeTable
 
 CLOSE = 0.1
 """How far a peer's row may be from the reference's, in RMS of the row; chains in bf16 differ by up to 0.063."""
 CONTEXTS = "token by context, ratio 4"
 """The series that is no case."""
+STREAMS = "long prefill in chunks"
+_STREAMS = (8192, 65536, 1 << 20)
+_CHUNK, _FEWEST_STREAMS = 8192, 3
 _CONTEXTS = (1024, 4096, 16384)
 _STEPS = 8
 
@@ -83,6 +89,8 @@ def run_case(
         else:
             say(f"{case.name}: {runner.name} is not timed, its rows are off by {worst:.3g} of their RMS")
             yield {"case": case.name, "runner": runner.name, "wrong": worst}
+    if on_cpu and ours and not case.hidden and not case.start:
+        timed.append((InCache(inputs, backend), None))
     if case.hidden:
         timed += [(Gemm(inputs, name, backend), None) for name in gemm_names(device)]
     elif not on_cpu:
@@ -140,6 +148,49 @@ def context_series(backend: str, say: Callable[[str], None]) -> Iterator[dict[st
             us = 1e6 * measure.median(seconds) / _STEPS
             say(f"context {length:>6}: {name:<18} {us:8.1f} us a token")
             yield {"context": length, "runner": name, "us": round(us, 2)}
+
+
+def stream_series(backend: str, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Time per token of one sequence in chunks, up to a million tokens, and by how much the process grows meanwhile.
+
+    Chunks bring the same tokens; pages of the cache are used again, as a window of attention that moves on would.
+    """
+    for kind in ("hca", "csa"):
+        inputs = make_inputs(Case("chunk", kind, _CHUNK, 1, 0))
+        for tokens in _STREAMS:
+            runner = _Streaming(inputs, backend, tokens)
+            state = runner.primed()
+            runner.stream(state, _CHUNK)
+            before, seconds = measure.resident(), []
+            turns = max(_FEWEST_STREAMS, _STREAMS[1] // tokens)
+            for _ in range(turns):
+                seconds.append(measure.clock(lambda r=runner, s=state, n=tokens: r.stream(s, n)))
+            us, grown = 1e6 * measure.median(seconds) / tokens, measure.resident() - before
+            ratio = inputs.case.spec.ratio
+            say(f"ratio {ratio:>3}, {tokens:>8} tokens: {us:7.3f} us a token, {grown / 1e6:.1f} MB more")
+            yield {"streamed": tokens, "ratio": ratio, "runner": backend, "us": round(us, 4), "grown_bytes": grown}
+
+
+class _Streaming(Kvcondense):
+    """A request that brings the same chunk again and again, each at its own position."""
+
+    def __init__(self, inputs: Inputs, backend: str, tokens: int) -> None:
+        super().__init__(inputs, backend)
+        self.rope = RopeTable.build(CONFIG, tokens + self.spec.ratio, device=self.device)
+        ring = self.spec.required_ring_rows(0)
+        self.layout = RingLayout(1, ring)
+        self.planner = Planner([(self.spec, self.layout, PAGE_ROWS)])
+
+    def stream(self, state: dict[str, Any], tokens: int) -> None:
+        """``tokens`` of them from position 0 on."""
+        state["pool"].reset([0])
+        rows = _CHUNK // self.spec.ratio
+        slots = torch.full((_CHUNK,), -1)
+        slots[self.spec.ratio - 1 :: self.spec.ratio] = torch.arange(rows)
+        for start in range(0, tokens, _CHUNK):
+            _, (plan,) = self.planner.step([0, _CHUNK], start_positions=[start], state_slots=[0], slot_mapping=slots)
+            state["plan"] = plan
+            self.step(state)
 
 
 class _Stepping(Kvcondense):

@@ -95,7 +95,8 @@ class Kvcondense:
 
     def primed(self) -> dict[str, Any]:
         case = self.inputs.case
-        pool = StatePool.ring(self.spec, case.batch, self.layout.ring_rows, device=self.device)
+        dtype = torch.bfloat16 if case.narrow else torch.float32
+        pool = StatePool.ring(self.spec, case.batch, self.layout.ring_rows, device=self.device, dtype=dtype)
         if not self.checked:
             pool.tags = None
         cache = PagedCache.allocate(
@@ -142,6 +143,16 @@ class Kvcondense:
         return rows.values.view(tokens.shape[0], -1, self.spec.head_dim)
 
 
+class InCache(Kvcondense):
+    """A bare prefill whose tokens are all the same row: what the arithmetic takes when no memory is waited for."""
+
+    def __init__(self, inputs: Inputs, backend: str) -> None:
+        super().__init__(inputs, backend, bare=True)
+        self.new = self.new[:1].expand_as(self.new)
+        self.name, self.note = IN_CACHE, "every token is read from the same row, in the nearest cache"
+
+
+IN_CACHE = "arithmetic alone"
 GEMM = "bf16 GEMM alone"
 GEMMS = (GEMM, "our GEMM alone", "fp32 GEMM alone", "fp32 GEMM in bf16 math mode", "GEMM alone, bf16 to fp32")
 """Ways to project, without anything after it: a floor that is itself a measurement, ours, and what torch offers."""

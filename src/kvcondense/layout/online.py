@@ -19,6 +19,7 @@ from kvcondense.errors import (
 from kvcondense.layout.addresses import check_slots, most_drafts
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.memory import check_written
+from kvcondense.layout.pages import advise
 from kvcondense.layout.state import UNKNOWN, Reads, check_fork, found, slot_index
 from kvcondense.spec import CompressorSpec
 
@@ -83,8 +84,8 @@ class OnlineState:
         layout = OnlineLayout(require_int("num_slots", num_slots, 1), require_int("max_draft", max_draft, 0))
         if spec.overlap:
             raise UnsupportedError("spec", "windows without overlap", f"ratio {spec.ratio} with overlap")
-        acc = torch.empty(num_slots, 3, spec.head_dim, device=device)
-        log = torch.empty(num_slots * max_draft, spec.state_dim, device=device)
+        acc = advise(torch.empty(num_slots, 3, spec.head_dim, device=device))
+        log = advise(torch.empty(num_slots * max_draft, spec.state_dim, device=device))
         folded = torch.full((num_slots,), -1, dtype=torch.int64, device=device)
         tags = torch.full((num_slots, 2), -1, dtype=torch.int64) if acc.device.type == "cpu" else None
         return cls(acc, folded, log, layout, tags)

@@ -19,6 +19,7 @@ from kvcondense.errors import (
 from kvcondense.layout.addresses import PagedLayout, RingLayout, live_starts
 from kvcondense.layout.batch import RaggedBatch, spread
 from kvcondense.layout.memory import check_written
+from kvcondense.layout.pages import advise
 from kvcondense.spec import CompressorSpec
 
 UNKNOWN = -2
@@ -162,7 +163,7 @@ class StatePool:
         require("spec", spec, CompressorSpec)
         if dtype not in STATE_DTYPES:
             raise DtypeError("state dtype", "fp32, bf16 or fp64", dtype)
-        data = torch.empty(layout.num_rows, spec.state_dim, dtype=dtype, device=device)
+        data = advise(torch.empty(layout.num_rows, spec.state_dim, dtype=dtype, device=device))
         tags = torch.full((layout.num_rows,), -1, dtype=torch.int64) if data.device.type == "cpu" else None
         return cls(data, layout, tags)
 

@@ -18,7 +18,7 @@ from kvcondense.bench.context_parallel import CASES as SPLITS
 from kvcondense.bench.context_parallel import run_split
 from kvcondense.bench.decode_step import DECODE_STEP, decode_step
 from kvcondense.bench.fused import LAYERS, run_layer
-from kvcondense.bench.run import CONTEXTS, context_series, run_case
+from kvcondense.bench.run import CONTEXTS, STREAMS, context_series, run_case, stream_series
 from kvcondense.bench.training import CASES as TRAINING_CASES
 from kvcondense.bench.training import run_case as run_training
 from kvcondense.cli.output import Output
@@ -27,7 +27,7 @@ from kvcondense.errors import RangeError, UnsupportedError
 from kvcondense.files.schema import typed
 
 _WHAT = "kvcondense bench"
-_SERIES = {CONTEXTS: context_series, DECODE_STEP: decode_step}
+_SERIES = {CONTEXTS: context_series, STREAMS: stream_series, DECODE_STEP: decode_step}
 """What is timed on a CPU beside the cases."""
 _RATES = {"memory": ("memory", "GB/s"), "cache": ("cache", "GB/s"), "gemm": ("bf16 GEMM", "GFLOP/s")}
 
