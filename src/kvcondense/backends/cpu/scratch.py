@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 _HUGE = 1 << 21
-"""Bytes of a large page, and of memory that is worth some."""
+"""Bytes of a large page."""
+_WORTH = 1 << 18
+"""Bytes of memory that is worth one."""
 
 
 class _Scratch(threading.local):
@@ -24,7 +26,7 @@ class _Scratch(threading.local):
     def of(self, size: int) -> int:
         """Where this many bytes are. No tensor: what a mode of torch makes of one would stay."""
         if self.size < size:
-            self.memory, self.address = _pages(size) if size >= _HUGE else _few(size)
+            self.memory, self.address = _pages(size) if size >= _WORTH else _few(size)
             self.size = size
         return self.address
 

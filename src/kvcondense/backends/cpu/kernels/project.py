@@ -109,7 +109,7 @@ def _tile(tokens: int, channels: int, native: bool) -> Any:
 _HEIGHT, _WIDTH, _LONG = (6, 4, 8) if NATIVE else (4, 4, 8) if target().lanes == _SUMS else (2, 1, 2)
 _tall, _four, _two = (_tile(n, _WIDTH, NATIVE) for n in (_HEIGHT, min(_HEIGHT, 4), 2))
 _row = _tile(1, _LONG, NATIVE)
-_FEW = 12
+_FEW = 100 if target().lanes == _SUMS else 12
 """Tokens of a task from which panels pay."""
 _product_at = fields.view(params.Product)
 
