@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvcondense.bench import decode_step, measure, peers, report, run
+from kvcondense.bench import decode_step, measure, peer_cpp, peers, report, run
 from kvcondense.bench.cases import CASES, Case, make_inputs
 from kvcondense.bench.runners import Kvcondense
 from kvcondense.cli import app
@@ -18,6 +18,8 @@ PREFILL = Case("tiny prefill", "csa", 12, 2, 0)
 DECODE = Case("tiny decode", "hca", 1, 2, 130)
 HIDDEN = Case("tiny from x", "csa", 3, 1, 6, hidden=True)
 ROW = 584
+OURS = {"cpu", "cpu, checked", "cpu, bare", "reference", "arithmetic alone"}
+"""Of a prefill."""
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,9 @@ def quick(monkeypatch):
 
 
 def test_floors_count_every_byte_once():
-    cases = list(CASES.values())
+    names = ("prefill 8192, ratio 128", "prefill 8192, ratio 4", "decode 16 on a boundary, ratio 128",
+             "decode 16 on a boundary, ratio 4", "decode 16 within a window, ratio 128")  # fmt: skip
+    cases = [CASES[name] for name in names]
     # 8192 tokens of 2 * 512 fp32 and 64 rows; with overlap 4 * 512 fp32, 2048 rows, and 4 tokens kept.
     assert cases[0].bytes == 8192 * 4096 + 64 * ROW
     assert cases[1].bytes == 8192 * 8192 + 2048 * ROW + 4 * 8192
@@ -35,6 +39,7 @@ def test_floors_count_every_byte_once():
     # 7 earlier rows, half of each, and 4 rows that the next window needs, the new one among them.
     assert cases[3].bytes == 16 * (8192 + 7 * 8192 // 2 + 1 * 8192 + ROW)
     assert cases[4].bytes == 16 * 2 * 4096
+    assert CASES["prefill 8192 in bf16, ratio 128"].bytes == 8192 * 2048 + 64 * ROW
     projection = CASES["prefill 2048 from x, ratio 128"]
     assert projection.flops == 2 * 2048 * 4096 * 1024
     assert RATES.floor(projection, cold=True) == projection.flops / 1e11
@@ -67,6 +72,7 @@ def test_wrong_rows_are_not_timed(monkeypatch):
             self.weights = type(self.weights)(norm=inputs.norm, ape=inputs.ape * 0 + 3 * torch.randn(inputs.ape.shape))
 
     monkeypatch.setattr(peers, "installed", lambda: [Dropped])
+    monkeypatch.setattr(peer_cpp, "there", lambda: False)
     said = []
     records = list(run.run_case(PREFILL, "cpu", RATES, said.append))
     wrong = [r for r in records if "wrong" in r]
@@ -74,7 +80,7 @@ def test_wrong_rows_are_not_timed(monkeypatch):
     assert wrong[0]["wrong"] > run.CLOSE
     assert "not timed" in said[0]
     timed = {(r["runner"], r["cache"]) for r in records if "us" in r}
-    assert timed == {(n, c) for n in ("cpu", "cpu, checked", "cpu, bare", "reference") for c in ("warm", "cold")}
+    assert timed == {(n, c) for n in OURS for c in ("warm", "cold")}
     assert all(r["us"] > 0 and r["floor_us"] > 0 and r["rounds"] >= 5 for r in records if "us" in r)
 
 
@@ -87,11 +93,12 @@ def test_a_peer_that_raises_is_recorded_and_nobody_else_suffers(monkeypatch):
 
     monkeypatch.setattr(peers, "installed", lambda: [Broken])
     monkeypatch.setattr(peers, "takes", lambda *_: True)
+    monkeypatch.setattr(peer_cpp, "there", lambda: False)
     found = list(run.run_case(PREFILL, "cpu", RATES, print))
     assert [r for r in found if "raised" in r] == [
         {"case": PREFILL.name, "runner": "broken", "raised": "TypeError: no such argument"}
     ]
-    assert {r["runner"] for r in found if "us" in r} == {"cpu", "cpu, checked", "cpu, bare", "reference"}
+    assert {r["runner"] for r in found if "us" in r} == OURS
 
 
 def test_ways_to_project_are_timed_side_by_side(monkeypatch):
@@ -109,6 +116,14 @@ def test_rounds_are_interleaved_and_preparations_are_not_timed(monkeypatch):
     times = measure.interleaved(works, cold=True)
     assert [len(t) for t in times] == [measure._FEWEST] * 2
     assert order[-4:] == ["prepare a", "a", "prepare b", "b"]
+
+
+def test_a_long_prefill_comes_in_chunks(monkeypatch):
+    monkeypatch.setattr(run, "_STREAMS", (8192, 16384))
+    records = list(run.stream_series("cpu", print))
+    assert [(r["streamed"], r["ratio"]) for r in records] == [(8192, 128), (16384, 128), (8192, 4), (16384, 4)]
+    assert all(r["us"] > 0 and r["grown_bytes"] < 1 << 28 for r in records)
+    assert "| ratio 4 | 16384 |" in report.streams(records)
 
 
 def test_a_request_goes_on_from_step_to_step(monkeypatch):

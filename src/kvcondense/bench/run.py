@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvcondense.bench import device as gpu
-from kvcondense.bench import measure, peers
+from kvcondense.bench import measure, peer_cpp, peers
 from kvcondense.bench.cases import CONFIG, PAGE_ROWS, Case, Inputs, make_inputs
 from kvcondense.bench.runners import EmptyLaunch, Gemm, InCache, Kvcondense, Runner, gemm_names
 from kvcondense.layout.addresses import RingLayout
@@ -73,7 +73,8 @@ def run_case(
     if ours and not (case.hidden and on_cpu):
         ours.append(Kvcondense(inputs, backend, bare=True))
     compared: list[tuple[Any, float]] = [(r, distance(r, inputs, expected)) for r in (*ours, reference)]
-    for peer in (*peers.installed(), *extra):
+    cpp = [peer_cpp.Vllm] if on_cpu and peer_cpp.there() else []
+    for peer in (*peers.installed(), *cpp, *extra):
         if peers.takes(peer, case):
             try:
                 runner = peer(inputs)
