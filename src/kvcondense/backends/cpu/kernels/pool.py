@@ -139,7 +139,7 @@ def _group(count: int, row: _Row, *, more: bool, last: bool, rounded: bool) -> A
         m = _halving(z, lambda x, y: simd.emit_at_least(b, x, y))
         earlier = _fp32(b, held[0], at) if more else least
         m = simd.emit_at_least(b, m, earlier)
-        if not _HELD:  # a sum more for each is cheaper than a register that waits in memory
+        if not (_HELD or rounded):  # a sum more for each is cheaper than a register that waits in memory
             anew = simd.emit_anew(b, at)
             z = [score(j, anew) for j in range(count)]
         sums, products, half = [], [], max(count // 2, 1)
