@@ -54,7 +54,8 @@ MUTANTS = (
 )  # fmt: skip
 ADAPTERS = (*BACKENDS, *(f"reference:{kind}" for kind in ADAPTER_STATES), *(f"mutant:{name}" for name in MUTANTS))
 CASES = (
-    "prefill 8192, ratio 128", "prefill 8192, ratio 4", "decode 16 on a boundary, ratio 128",
+    "prefill 8192, ratio 128", "prefill 8192, ratio 4", "prefill 8192 in bf16, ratio 128",
+    "decode 16 on a boundary, ratio 128", "decode 16 on a boundary in bf16, ratio 128",
     "decode 16 on a boundary, ratio 4", "decode 16 within a window, ratio 128", "decode 16 within a window, ratio 4",
     "prefill 2048 from x, ratio 128", "decode 16 from x, ratio 128", "decode 1 from x, ratio 128",
 )  # fmt: skip
