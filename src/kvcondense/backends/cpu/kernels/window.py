@@ -112,10 +112,11 @@ def pooled(call, n, stored, table, following, begin, end, room, out):
         if kind != params.WIDENED:
             pool.group(kind, index, n, here, ahead, begin, end, room.work, span, out)
             continue
+        many = min(n - first, GROUP)
+        pool.pad(room.copied, many, room.zeros, room.nothing)
         for at in range(begin, end, 4 * STAGED):
             size = min(4 * STAGED, end - at)
-            widen(call, min(n - first, GROUP), stored - first, here, at // 4, size // 4, room)
-            pool.pad(room.copied, n - first, room.zeros, room.nothing)
+            widen(call, many, stored - first, here, at // 4, size // 4, room)
             target = room.work + at - begin
             pool.group(params.FP32, index, n, room.copied, room.copied, 0, size, target, span, out + at)
 
