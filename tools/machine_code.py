@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 
 TARGETS = {
@@ -117,5 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import_module("kvcondense")
     main()

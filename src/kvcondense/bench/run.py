@@ -9,11 +9,9 @@ import torch
 
 from kvcondense.bench import device as gpu
 from kvcondense.bench import measure, peer_cpp, peers
-from kvcondense.bench.cases import CONFIG, PAGE_ROWS, Case, Inputs, make_inputs
+from kvcondense.bench.cases import CONFIG, Case, Inputs, make_inputs
 from kvcondense.bench.runners import EmptyLaunch, Gemm, InCache, Kvcondense, Runner, gemm_names
-from kvcondense.layout.addresses import RingLayout
 from kvcondense.layout.plan import Plan
-from kvcondense.planning import Planner
 from kvcondense.rope_table import RopeTable
 
 CLOSE = 0.1
@@ -178,9 +176,6 @@ class _Streaming(Kvcondense):
     def __init__(self, inputs: Inputs, backend: str, tokens: int) -> None:
         super().__init__(inputs, backend)
         self.rope = RopeTable.build(CONFIG, tokens + self.spec.ratio, device=self.device)
-        ring = self.spec.required_ring_rows(0)
-        self.layout = RingLayout(1, ring)
-        self.planner = Planner([(self.spec, self.layout, PAGE_ROWS)])
 
     def stream(self, state: dict[str, Any], tokens: int) -> None:
         """``tokens`` of them from position 0 on."""

@@ -48,9 +48,8 @@ class Watcher:
 
     def _tell(self, line: str) -> None:
         if self._popen is not None and self._popen.stdin is not None:
-            with contextlib.suppress(
-                OSError, ValueError
-            ):  # it was killed, or belongs to the process that forked this one
+            # It was killed, or belongs to the process that forked this one.
+            with contextlib.suppress(OSError, ValueError):
                 self._popen.stdin.write(line.encode())
 
 

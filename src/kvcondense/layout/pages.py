@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import sys
 
 import torch
 
@@ -18,9 +17,14 @@ def advise(t: torch.Tensor) -> torch.Tensor:
     Pages come when they are first written, near the core that does it. Where there are none, or not on Linux, nothing
     happens. One request's state takes 127 rows of ratio 128 together, each in another small page.
     """
-    if type(t) is torch.Tensor and t.device.type == "cpu" and sys.platform == "linux":
-        first = -(-t.data_ptr() // LARGE) * LARGE
-        size = (t.data_ptr() + t.nbytes) // LARGE * LARGE - first
-        if size > 0:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    if type(t) is torch.Tensor and t.device.type == "cpu":
+        ask(t.data_ptr(), t.nbytes)
     return t
+
+
+def ask(address: int, size: int) -> None:
+    """Ask for large pages for those that lie in ``size`` bytes as a whole."""
+    first = -(-address // LARGE) * LARGE
+    inside = (address + size) // LARGE * LARGE - first
+    if inside > 0 and hasattr(mmap, "MADV_HUGEPAGE"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(inside), mmap.MADV_HUGEPAGE)

@@ -8,7 +8,7 @@ import torch
 
 from kvcondense.backends import Step
 from kvcondense.backends.cpu import calls, native, params, scratch
-from kvcondense.backends.cpu.blocks import LINE, address
+from kvcondense.backends.cpu.blocks import address
 from kvcondense.backends.cpu.threads import SERIAL, launch
 from kvcondense.errors import UnsupportedError
 
@@ -72,7 +72,7 @@ class CpuBackend:
         product.out, product.tokens, product.channels = out.data_ptr(), tokens, channels
         product.hidden_bytes = 2 * x.shape[1]
         product.tile_tokens, product.tile_channels = tall, wide
-        product.scratch, product.scratch_bytes = scratch.of(threads * each + LINE), each
+        product.scratch, product.scratch_bytes = scratch.of(threads * each), each
         block = product.pack()
         launch(native.address("project"), address(block), threads)
         return out

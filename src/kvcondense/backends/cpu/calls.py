@@ -54,7 +54,6 @@ def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = T
     call = params.Call()
     call.layer, call.plan = layer.address, work.address
     call.scratch, call.scratch_bytes = scratch.of(threads * scratch_bytes), scratch_bytes
-    call.read_tokens, call.read_stored = _reading(step)
     call.kv_score, call.kv_stride = kv_score.data_ptr(), kv_score.stride(0) * kv_score.itemsize
     call.kv_kind = KINDS[kv_score.dtype]
     call.rows, call.latent = step.rows.data_ptr(), 0 if step.latent is None else step.latent.data_ptr()
@@ -69,18 +68,6 @@ def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = T
         if blocks > 1:
             block.frombytes(bytes(8 * count))
         launch(native.address("condense"), address(block), threads)
-
-
-def _reading(step: Step) -> tuple[int, int]:
-    """How tokens and stored rows are read; a token passes through the state's type, as if it had been there."""
-    tokens, state, gate = KINDS[step.kv_score.dtype], step.state, step.spec.has_gate
-    if state is None or state.dtype is _FP32:
-        direct = tokens == params.FP32 or (tokens == params.BF16 and gate)
-        return tokens if direct else params.WIDENED, params.FP32
-    if tokens != params.BF16 or not gate:
-        return params.WIDENED, params.BF16 if gate else params.WIDENED
-    raw = type(state) is StatePool and state.layout.raw_scores
-    return params.BF16 if raw else params.BF16_ROUNDED, params.BF16
 
 
 def format_block(cache: PagedCache) -> array[int]:

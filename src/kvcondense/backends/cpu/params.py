@@ -141,8 +141,6 @@ class Call(Block):
     plan: Annotated[int, Work]
     scratch: int
     scratch_bytes: int  # of each thread: a Room and what it lists
-    read_tokens: int  # FP32, BF16, BF16_ROUNDED or WIDENED
-    read_stored: int
     kv_score: int
     kv_stride: int  # bytes from token to token
     kv_kind: int  # FP32, BF16 or FP16
@@ -189,9 +187,9 @@ class Room(Block):
 
     @classmethod
     def bytes(cls, head_dim: int, window: int) -> int:
-        """Of a thread's scratch, for windows of as many tokens; it begins at a line."""
+        """Of a thread's scratch, for windows of as many tokens: whole lines."""
         entries = -(-window // GROUP) * GROUP
-        return cls.size + 24 * head_dim + 8 * GROUP * STAGED + ENTRY * (2 * entries + GROUP) + LINE
+        return cls.size + 24 * head_dim + 8 * GROUP * STAGED + ENTRY * (2 * entries + GROUP)
 
 
 PANEL = 2048
@@ -222,7 +220,7 @@ class Product(Block):
     @classmethod
     def bytes(cls) -> int:
         """Of a thread's scratch: two panels and the sums of their products."""
-        return PANEL_ROW * (BLOCK + WIDE) + 4 * CHANNELS * TALL * WIDE + LINE
+        return PANEL_ROW * (BLOCK + WIDE) + 4 * CHANNELS * TALL * WIDE
 
 
 POOL, FINISH = range(2)

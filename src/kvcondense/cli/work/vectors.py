@@ -81,12 +81,14 @@ def _index(folder: Path) -> dict[str, schema.Entry]:
     return index
 
 
-def _read(folder: Path, without: Collection[str]) -> Iterator[tuple[str, Vector, Tensors | None]]:
+def _read(
+    folder: Path, index: dict[str, schema.Entry], without: Collection[str]
+) -> Iterator[tuple[str, Vector, Tensors | None]]:
     """Every vector, and what must come out of it: None if it is left out. Raises, in the end, if all of them were.
 
     Without exact bits, everything else is asked all the same.
     """
-    index, asked, left_out = _index(folder), 0, {*without} - {"exact"}
+    asked, left_out = 0, {*without} - {"exact"}
     for name, entry in index.items():
         vector, expected = schema.read(folder, name, entry)
         left = {word for need in vector.needs for word in need.split()} & left_out
@@ -101,8 +103,9 @@ def _play(output: Output, folder: Path, out: Path, make: Factory, without: Colle
     require_folder("--out", out)
     if out.exists() and out.samefile(folder):
         raise UnsupportedError("--out", "another folder than that of the vectors", out)
-    count, played, failed = len(_index(folder)), 0, 0
-    for name, vector, expected in output.track(_read(folder, without), count, "vectors"):
+    index, played, failed = _index(folder), 0, 0
+    count = len(index)
+    for name, vector, expected in output.track(_read(folder, index, without), count, "vectors"):
         if expected is None:
             continue
         out.mkdir(exist_ok=True)
@@ -121,7 +124,7 @@ def _check(output: Output, folder: Path, against: Path, without: Collection[str]
     counts: dict[str, dict[str, int]] = {}
     found: dict[str, list[str]] = {}
     left: dict[str, list[str]] = {}
-    for name, vector, expected in _read(folder, without):
+    for name, vector, expected in _read(folder, _index(folder), without):
         count = counts.setdefault(vector.invariant, {"right": 0, "wrong": 0, "left out": 0})
         if expected is None:
             count["left out"] += 1

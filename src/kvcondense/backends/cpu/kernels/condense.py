@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 
 from kvcondense.backends.cpu import params
-from kvcondense.backends.cpu.blocks import LINE
 from kvcondense.backends.cpu.kernels import encode, fields, functions, pool, row, window
 from kvcondense.backends.cpu.kernels.functions import kernel
 from kvcondense.backends.cpu.kernels.simd import BYTES, fetch_add, load, splat, store
@@ -37,7 +36,7 @@ def _fold(call, q, begin, stop, first, last, room):
         begin = folded
     if begin < stop:
         logged = window.candidates(call, q, begin, stop, begin, room, room.table)
-        window.fold(call, 0, stop - begin, logged, first, last, room)
+        window.fold(call, stop - begin, logged, first, last, room)
 
 
 @kernel
@@ -147,11 +146,11 @@ def _take(counter, total, chunk):
 def _room(call):
     """This thread's part of the scratch, laid out as ``Room`` lists it."""
     base = call.scratch + fetch_add(call.threads, 1) * call.scratch_bytes
-    room = _room_at((base + LINE - 1) // LINE * LINE)
+    room = _room_at(base)
     spec = call.layer.spec
     row_bytes = 4 * spec.head_dim
     entries = (spec.window + GROUP - 1) // GROUP * GROUP * ENTRY
-    room.zeros = (base + LINE - 1) // LINE * LINE + ROOM
+    room.zeros = base + ROOM
     room.nothing = room.zeros + row_bytes
     room.row = room.nothing + row_bytes
     room.work = room.row + row_bytes

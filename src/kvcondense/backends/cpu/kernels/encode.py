@@ -12,9 +12,8 @@ from numba import int64
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import simd
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
-from kvcondense.backends.cpu.kernels.lanes import Lanes, Operand, expression
-from kvcondense.backends.cpu.kernels.row import bf16_code
-from kvcondense.backends.cpu.kernels.simd import BYTES, F32, I32, LANES, load, round_bf16, splat, store
+from kvcondense.backends.cpu.kernels.lanes import Lanes, Operand, bf16_code, expression, round_bf16
+from kvcondense.backends.cpu.kernels.simd import BYTES, F32, I32, LANES, load, splat, store
 
 _MAGNITUDE, _INFINITY, _MANTISSA = 0x7FFFFFFF, 0x7F800000, 0x7FFFFF
 _NAN = 0x7FC00000
@@ -36,7 +35,7 @@ def _round_shift(n: Lanes, shift: Lanes, ties_to_even: Operand) -> Lanes:
 def _scaled_integer(magnitude: Lanes, exponent: Operand, ties_to_even: Operand) -> Lanes:
     """round(|x| 2^exponent) from the bits of |x|; from 2^22 on something larger than that."""
     biased = magnitude >> 23
-    full = (magnitude & _MANTISSA) | biased.if_less(1, 0, (magnitude & 0) | (1 << 23))
+    full = (magnitude & _MANTISSA) | biased.if_less(1, 0, 1 << 23)
     shift = (150 - biased.at_least(1)) - exponent
     return _round_shift(full, shift.at_least(1).at_most(25), ties_to_even)
 
@@ -77,9 +76,8 @@ def small_float_value(code, size, mantissa, bias, nan_code):
     normal = (magnitude << (23 - mantissa)) + ((127 - bias) << 23)
     step = ((128 - bias - mantissa) << 23).floats()
     value = magnitude.if_less(1 << mantissa, (magnitude.numbers() * step).bits(), normal)
-    nan = (code & 0) | _NAN
-    above = nan_code.if_less(0, value, magnitude.if_less(nan_code, value, nan))
-    value = nan_code.if_equal(minus_zero, code.if_equal(nan_code, nan, value), above)
+    above = nan_code.if_less(0, value, magnitude.if_less(nan_code, value, _NAN))
+    value = nan_code.if_equal(minus_zero, code.if_equal(nan_code, _NAN, value), above)
     return (value | ((code >> (size - 1)) << 31)).floats()
 
 
@@ -87,7 +85,7 @@ def small_float_value(code, size, mantissa, bias, nan_code):
 def _whole(x):
     """Codes of ``formats.elements.Int8``."""
     magnitude = _magnitude(x)
-    number = magnitude.if_less(_INFINITY, _scaled_integer(magnitude, 0, 1).at_most(127), magnitude & 0)
+    number = magnitude.if_less(_INFINITY, _scaled_integer(magnitude, 0, 1).at_most(127), 0)
     return x.bits().if_less(0, 0 - number, number)
 
 
@@ -95,7 +93,7 @@ def _whole(x):
 def _below(x, limit):
     """Bits of |x| where they are less than the limit, those of infinity for NaN; else 0."""
     magnitude = _magnitude(x)
-    return magnitude.if_less(limit, magnitude, magnitude & 0)
+    return magnitude.if_less(limit, magnitude, 0)
 
 
 @expression(I32, I32, I32)
@@ -108,7 +106,7 @@ def _larger(x, y):
 def _clean(x, clean):
     """x, or 0 where it is NaN and nothing stored may be."""
     b = x.bits()
-    return clean.if_equal(0, b, (b & _MAGNITUDE).if_less(_INFINITY + 1, b, b & 0)).floats()
+    return clean.if_equal(0, b, (b & _MAGNITUDE).if_less(_INFINITY + 1, b, 0)).floats()
 
 
 @expression(F32, F32, int64)
@@ -122,7 +120,7 @@ def _finite(x, clean):
 def _one_nan(x):
     """x with one NaN for all of them."""
     b = x.bits()
-    return (b & _MAGNITUDE).if_less(_INFINITY + 1, b, (b & 0) | _NAN).floats()
+    return (b & _MAGNITUDE).if_less(_INFINITY + 1, b, _NAN).floats()
 
 
 @kernel

@@ -22,11 +22,6 @@ class Lanes:
     def __init__(self, builder: Any, value: Any) -> None:
         self.builder, self.value = builder, value
 
-    @property
-    def whole(self) -> bool:
-        """True of int32."""
-        return self.value.type == I32.llvm
-
     def _lift(self, other: Operand) -> Any:
         return other.value if isinstance(other, Lanes) else simd.constant(other, self.value.type)
 
@@ -34,19 +29,16 @@ class Lanes:
         return Lanes(self.builder, getattr(self.builder, name)(self.value, self._lift(other)))
 
     def __add__(self, other: Operand) -> Lanes:
-        return self._do("add" if self.whole else "fadd", other)
+        return self._do("add" if self.value.type == I32.llvm else "fadd", other)
 
     def __sub__(self, other: Operand) -> Lanes:
-        return self._do("sub" if self.whole else "fsub", other)
+        return self._do("sub" if self.value.type == I32.llvm else "fsub", other)
 
     def __rsub__(self, other: int | float) -> Lanes:
         return Lanes(self.builder, self._lift(other)) - self
 
     def __mul__(self, other: Operand) -> Lanes:
         return self._do("fmul", other)
-
-    def __truediv__(self, other: Operand) -> Lanes:
-        return self._do("fdiv", other)
 
     def __and__(self, other: Operand) -> Lanes:
         return self._do("and_", other)
@@ -76,21 +68,20 @@ class Lanes:
         """Integers as fp32."""
         return Lanes(self.builder, self.builder.sitofp(self.value, F32.llvm))
 
-    def if_less(self, than: Operand, yes: Operand, no: Lanes) -> Lanes:
+    def if_less(self, than: Operand, yes: Operand, no: Operand) -> Lanes:
         """``yes`` where this is less, else ``no``. Of integers."""
-        return self._if("<", than, yes, no)
+        return self._if(self.builder.icmp_signed("<", self.value, self._lift(than)), yes, no)
 
-    def if_equal(self, to: Operand, yes: Operand, no: Lanes) -> Lanes:
+    def if_equal(self, to: Operand, yes: Operand, no: Operand) -> Lanes:
         """``yes`` where this is the same, else ``no``. Of integers."""
-        return self._if("==", to, yes, no)
+        return self._if(self.builder.icmp_signed("==", self.value, self._lift(to)), yes, no)
 
-    def _if(self, relation: str, other: Operand, yes: Operand, no: Lanes) -> Lanes:
-        b = self.builder
-        return Lanes(b, b.select(b.icmp_signed(relation, self.value, self._lift(other)), no._lift(yes), no.value))
+    def _if(self, condition: Any, yes: Operand, no: Operand) -> Lanes:
+        return Lanes(self.builder, self.builder.select(condition, self._lift(yes), self._lift(no)))
 
     def at_most(self, high: Operand) -> Lanes:
         """This, or ``high`` where it is larger. Of integers."""
-        return self.if_less(high, self, Lanes(self.builder, self._lift(high)))
+        return self.if_less(high, self, high)
 
     def at_least(self, low: Operand) -> Lanes:
         """This, or ``low`` where it is smaller. Of integers."""
@@ -115,3 +106,28 @@ def _spread(b: Any, value: Any, kind: types.Type) -> Any:
     if kind == types.int64:
         return simd.emit_splat(b, b.trunc(value, I32.llvm.element), I32.llvm)
     return simd.emit_splat(b, value, F32.llvm) if kind == types.float32 else value
+
+
+def nearest_bf16(x: Lanes) -> Lanes:
+    """Bits whose upper half is the nearest bf16, ties to even. Of no NaN."""
+    return x.bits() + 0x7FFF + ((x.bits() >> 16) & 1)
+
+
+def rounded_bf16(x: Lanes) -> Lanes:
+    """``round_bf16``, for whoever emits instructions."""
+    b = x.builder
+    quiet = (x.bits() | 0x7FC00000).value
+    bits = b.select(b.fcmp_unordered("uno", x.value, x.value), quiet, nearest_bf16(x).value)
+    return (Lanes(b, bits) & -0x10000).floats()
+
+
+@expression(F32, F32)
+def round_bf16(x: Lanes) -> Lanes:
+    """To the nearest bf16, ties to even, as fp32. A NaN stays one, with its sign."""
+    return rounded_bf16(x)
+
+
+@expression(I32, F32)
+def bf16_code(x: Lanes) -> Lanes:
+    """The 16 bits of the nearest bf16; every NaN is 0x7FC0."""
+    return (x.bits() & 0x7FFFFFFF).if_less(0x7F800001, nearest_bf16(x) >> 16, 0x7FC0)

@@ -48,20 +48,16 @@ def _copy_step(b: Any, source: Any, to: Any) -> None:
         if NATIVE:
             simd.write(b, place, pairs, 4)
             continue
-        odd = b.bitcast(b.and_(pairs, simd.constant(-0x10000)), simd.F32.llvm)
-        even = b.bitcast(b.shl(pairs, simd.constant(16)), simd.F32.llvm)
+        even, odd = simd.emit_halves(b, pairs)
         simd.write(b, place, odd, 4)
         simd.write(b, b.add(place, ir.Constant(number, BYTES)), even, 4)
 
 
 @simd.operation(types.float32, types.int64)
 def _total(b: Any, sums: Any) -> Any:
-    """All lanes of a sum as one, as ``halving_sum`` of 16 lanes forms it."""
-    parts = [simd.read(b, b.add(sums, ir.Constant(sums.type, BYTES * p)), simd.F32.llvm, 4) for p in range(PARTS)]
-    while len(parts) > 1:
-        half = len(parts) // 2
-        parts = [b.fadd(one, two) for one, two in zip(parts[:half], parts[half:], strict=True)]
-    return simd.reduce_lanes(b, parts[0], b.fadd)
+    """All lanes of a sum as one."""
+    lanes = simd.read(b, sums, ir.VectorType(ir.FloatType(), CHANNELS), 4)
+    return simd.reduce_lanes(b, lanes, b.fadd)
 
 
 def _tile(tokens: int, steps: int) -> Any:

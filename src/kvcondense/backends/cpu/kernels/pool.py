@@ -16,6 +16,7 @@ from numba import types
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import fields, simd
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
+from kvcondense.backends.cpu.kernels.lanes import Lanes, rounded_bf16
 from kvcondense.backends.cpu.kernels.simd import BYTES, fma, load, splat, store
 from kvcondense.backends.cpu.params import CHANNELS, ENTRY, GROUP, Candidate
 from kvcondense.backends.cpu.target import target
@@ -39,11 +40,11 @@ _ZERO = np.float32(0)
 _LEAST = np.float32(np.finfo(np.float32).min)
 
 _AT_ONCE = 2
-"""Exponentials that are formed step by step together."""
+"""Exponentials that are formed step by step together: of 1, 2 and 4, two spill least with AVX2's registers."""
 
 
 def _exps(b: Any, x: list[Any]) -> list[Any]:
-    """``exp`` of several vectors, step by step for all of them: chains one after the other would fill a scheduler."""
+    """``exp`` of several vectors, step by step for all of them."""
 
     def number(value: Any) -> ir.Constant:
         return simd.constant(float(value), simd.F32.llvm)
@@ -133,7 +134,7 @@ def _group(count: int, row: _Row, *, more: bool, last: bool, rounded: bool) -> A
 
         def score(j: int, at: Any) -> Any:
             z = b.fadd(row(b, rows[j][1], at), _fp32(b, rows[j][2], at))
-            return simd.emit_round_bf16(b, z) if rounded else z
+            return rounded_bf16(Lanes(b, z)).value if rounded else z
 
         z = [score(j, at) for j in range(count)]
         m = _halving(z, lambda x, y: simd.emit_at_least(b, x, y))
@@ -171,16 +172,32 @@ def _group(count: int, row: _Row, *, more: bool, last: bool, rounded: bool) -> A
     return group
 
 
-def _groups(row: _Row, *, rounded: bool = False) -> tuple[Any, ...]:
-    """Of a window that is one group; of one that has several, the first and the others."""
+def _groups(row: _Row, *, rounded: bool = False) -> Any:
+    """A function that takes a window's groups: one that is whole, or the first and the others."""
     ends = ((False, True), (False, False), (True, False))
-    return tuple(_group(GROUP, row, more=more, last=last, rounded=rounded) for more, last in ends)
+    whole, first, other = (_group(GROUP, row, more=more, last=last, rounded=rounded) for more, last in ends)
+
+    @inlined
+    def take(index, n, table, ahead, begin, end, work, span, out):
+        if n <= GROUP:
+            whole(table, ahead, begin, end, work, span, out)
+        elif index == 0:
+            first(table, ahead, begin, end, work, span, out)
+        else:
+            other(table, ahead, begin, end, work, span, out)
+
+    return take
+
+
+@kernel
+def finish(acc, begin, end, head_bytes, out):
+    """P = o / l."""
+    for c in range(begin, end, BYTES):
+        store(out + c, load(acc + 2 * head_bytes + c) / load(acc + head_bytes + c))
 
 
 _one, _two, _four = (_group(n, _fp32, more=False, last=True, rounded=False) for n in (1, 2, 4))
-_whole, _first, _other = _groups(_fp32)
-_whole_bf16, _first_bf16, _other_bf16 = _groups(_bf16)
-_whole_rounded, _first_rounded, _other_rounded = _groups(_bf16, rounded=True)
+_of_fp32, _of_bf16, _of_rounded = _groups(_fp32), _groups(_bf16), _groups(_bf16, rounded=True)
 
 
 @kernel
@@ -190,36 +207,20 @@ def group(kind, index, n, table, ahead, begin, end, work, span, out):
     For channel bytes begin .. end - 1 of fp32: m, l and o to ``work``, three rows ``span`` bytes apart, and of the last
     group P to out + begin ... ``ahead``: as many entries, whose lines will be read next.
     """
-    whole = n <= GROUP
-    if kind == params.FP32:
-        if n == 4:
-            _four(table, ahead, begin, end, work, span, out)
-        elif n == 2:
-            _two(table, ahead, begin, end, work, span, out)
-        elif n == 1:
-            _one(table, ahead, begin, end, work, span, out)
-        elif whole:
-            _whole(table, ahead, begin, end, work, span, out)
-        elif index == 0:
-            _first(table, ahead, begin, end, work, span, out)
-        else:
-            _other(table, ahead, begin, end, work, span, out)
-    elif kind == params.BF16:
-        if whole:
-            _whole_bf16(table, ahead, begin, end, work, span, out)
-        elif index == 0:
-            _first_bf16(table, ahead, begin, end, work, span, out)
-        else:
-            _other_bf16(table, ahead, begin, end, work, span, out)
-    elif whole:
-        _whole_rounded(table, ahead, begin, end, work, span, out)
-    elif index == 0:
-        _first_rounded(table, ahead, begin, end, work, span, out)
+    if kind == params.BF16:
+        _of_bf16(index, n, table, ahead, begin, end, work, span, out)
+    elif kind == params.BF16_ROUNDED:
+        _of_rounded(index, n, table, ahead, begin, end, work, span, out)
+    elif n == 4:
+        _four(table, ahead, begin, end, work, span, out)
+    elif n == 2:
+        _two(table, ahead, begin, end, work, span, out)
+    elif n == 1:
+        _one(table, ahead, begin, end, work, span, out)
     else:
-        _other_rounded(table, ahead, begin, end, work, span, out)
-    if not whole and GROUP * (index + 1) >= n:
-        for c in range(0, end - begin, BYTES):
-            store(out + begin + c, load(work + 2 * span + c) / load(work + span + c))
+        _of_fp32(index, n, table, ahead, begin, end, work, span, out)
+    if n > GROUP and GROUP * (index + 1) >= n:
+        finish(work, 0, end - begin, span, out + begin)
 
 
 @kernel
@@ -256,10 +257,3 @@ def fold(table, n, begin, end, acc, head_bytes):
             store(acc + c, simd.at_least(z, m))
             store(total + c, simd.where_less(z, splat(_LEAST), l, l1))
             store(pooled + c, simd.where_less(z, splat(_LEAST), o, o1))
-
-
-@kernel
-def finish(acc, begin, end, head_bytes, out):
-    """P = o / l."""
-    for c in range(begin, end, BYTES):
-        store(out + c, load(acc + 2 * head_bytes + c) / load(acc + head_bytes + c))

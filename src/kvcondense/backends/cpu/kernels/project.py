@@ -12,7 +12,6 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import fields, functions, panels, simd
@@ -30,26 +29,19 @@ _F = ir.VectorType(ir.FloatType(), _SUMS)
 _I = ir.VectorType(ir.IntType(32), _SUMS)
 
 
-def _all(value: float, kind: ir.Type) -> ir.Constant:
-    return ir.Constant(kind, [value] * _SUMS)
-
-
 def _pair_products(b: Any, acc: Any, x: tuple[Any, ...], w: tuple[Any, ...]) -> Any:
     """acc + the products of both halves of each lane, the odd one first."""
-    if len(x) == 1:
+    if NATIVE:
         return simd.emit_pair_products(b, x[0], w[0], acc)
-    function = cgutils.get_or_insert_function(b.module, ir.FunctionType(_F, [_F] * 3), f"llvm.fma.v{_SUMS}f32")
-    return b.call(function, [x[0], w[0], b.call(function, [x[1], w[1], acc])])
+    return simd.emit_fma(b, x[0], w[0], simd.emit_fma(b, x[1], w[1], acc))
 
 
-def _operand(b: Any, pairs: Any, native: bool) -> tuple[Any, ...]:
+def _operand(b: Any, pairs: Any) -> tuple[Any, ...]:
     """32 bf16 as the product takes them: as they are, or widened, even ones and odd ones."""
-    if native:
-        return (b.bitcast(pairs, simd.PAIRS),)
-    return b.bitcast(b.shl(pairs, _all(16, _I)), _F), b.bitcast(b.and_(pairs, _all(-0x10000, _I)), _F)
+    return (b.bitcast(pairs, simd.PAIRS),) if NATIVE else simd.emit_halves(b, pairs)
 
 
-def _tile(tokens: int, channels: int, native: bool) -> Any:
+def _tile(tokens: int, channels: int) -> Any:
     """A kernel for ``tokens`` rows of x times ``channels`` rows of w, its sums in registers."""
 
     @simd.operation(types.void, *[types.int64] * 7)
@@ -75,10 +67,10 @@ def _tile(tokens: int, channels: int, native: bool) -> Any:
         at.add_incoming(number(0), before)
         sums = [[b.phi(_F) for _ in rows_w] for _ in rows_x]
         for acc in (a for line in sums for a in line):
-            acc.add_incoming(_all(0.0, _F), before)
+            acc.add_incoming(simd.constant(0.0, _F), before)
 
         def load(row: Any) -> tuple[Any, ...]:
-            return _operand(b, b.load(pointer(b, b.add(row, at), _I), align=2), native)
+            return _operand(b, b.load(pointer(b, b.add(row, at), _I), align=2))
 
         nexts: list[list[Any]] = [[] for _ in rows_x]
         operands_x = [load(r) for r in rows_x]
@@ -107,8 +99,8 @@ def _tile(tokens: int, channels: int, native: bool) -> Any:
 
 # As many sums as registers hold: 24 of 32 with AVX-512 BF16. Widened, a sum takes two of AVX2's 16, and operands four.
 _HEIGHT, _WIDTH, _LONG = (6, 4, 8) if NATIVE else (4, 4, 8) if target().lanes == _SUMS else (2, 1, 2)
-_tall, _four, _two = (_tile(n, _WIDTH, NATIVE) for n in (_HEIGHT, min(_HEIGHT, 4), 2))
-_row = _tile(1, _LONG, NATIVE)
+_tall, _four, _two = (_tile(n, _WIDTH) for n in (_HEIGHT, min(_HEIGHT, 4), 2))
+_row = _tile(1, _LONG)
 _FEW = 100 if target().lanes == _SUMS else 12
 """Tokens of a task from which panels pay."""
 _product_at = fields.view(params.Product)

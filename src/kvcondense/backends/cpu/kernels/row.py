@@ -8,22 +8,14 @@ import numpy as np
 
 from kvcondense.backends.cpu.kernels import simd
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
-from kvcondense.backends.cpu.kernels.lanes import Lanes, expression
-from kvcondense.backends.cpu.kernels.simd import BYTES, F32, I32, LANES, load, round_bf16, splat, store
+from kvcondense.backends.cpu.kernels.lanes import round_bf16
+from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, load, splat, store
 
 
 @inlined
 def _round_scalar(x):
     """``round_bf16`` of one number."""
     return simd.first_lane(round_bf16(splat(x)))
-
-
-@expression(I32, F32)
-def bf16_code(x):
-    """The 16 bits of the nearest bf16; every NaN is 0x7FC0."""
-    b = x.bits()
-    rounded = (b + 0x7FFF + ((b >> 16) & 1)) >> 16
-    return (b & 0x7FFFFFFF).if_less(0x7F800001, rounded, Lanes(x.builder, simd.constant(0x7FC0)))
 
 
 @kernel

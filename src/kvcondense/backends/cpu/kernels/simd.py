@@ -85,9 +85,9 @@ def operation(result: types.Type, *operands: types.Type) -> Callable[[Callable[.
     return wrap
 
 
-def constant(value: int | float, kind: ir.Type = _I) -> ir.Constant:
+def constant(value: int | float, kind: ir.VectorType = _I) -> ir.Constant:
     """A vector with ``value`` in every lane."""
-    return ir.Constant(kind, [value] * LANES)
+    return ir.Constant(kind, [value] * kind.count)
 
 
 def pointer(builder: Any, address: Any, kind: ir.Type) -> Any:
@@ -129,6 +129,13 @@ def _lanes(*index: int) -> ir.Constant:
 def load(b: Any, address: Any) -> Any:
     """As many fp32 as there are lanes."""
     return read(b, address, _F, 4)
+
+
+def emit_halves(b: Any, pairs: Any) -> tuple[Any, Any]:
+    """Pairs of bf16 in int32, widened to fp32: the even ones, the odd ones."""
+    kind = ir.VectorType(ir.FloatType(), pairs.type.count)
+    even, odd = b.shl(pairs, constant(16, pairs.type)), b.and_(pairs, constant(-0x10000, pairs.type))
+    return b.bitcast(even, kind), b.bitcast(odd, kind)
 
 
 def emit_load_bf16(b: Any, address: Any) -> Any:
@@ -300,7 +307,7 @@ def emit_anew(b: Any, x: Any) -> Any:
 
 def emit_fma(b: Any, x: Any, y: Any, z: Any) -> Any:
     """``fma``, for whoever emits instructions."""
-    return _call(b, f"llvm.fma.v{LANES}f32", _F, x, y, z)
+    return _call(b, f"llvm.fma.v{x.type.count}f32", x.type, x, y, z)
 
 
 @operation(F32, F32, F32, F32)
@@ -327,22 +334,6 @@ def at_least(b: Any, x: Any, low: Any) -> Any:
     return emit_at_least(b, x, low)
 
 
-def emit_round_bf16(b: Any, x: Any) -> Any:
-    """``round_bf16``, for whoever emits instructions."""
-    bits = b.bitcast(x, _I)
-    odd = b.and_(b.lshr(bits, constant(16)), constant(1))
-    rounded = b.add(b.add(bits, constant(0x7FFF)), odd)
-    quiet = b.or_(bits, constant(0x7FC00000))
-    kept = b.select(b.fcmp_unordered("uno", x, x), quiet, rounded)
-    return b.bitcast(b.and_(kept, constant(-0x10000)), _F)
-
-
-@operation(F32, F32)
-def round_bf16(b: Any, x: Any) -> Any:
-    """To the nearest bf16, ties to even, as fp32. A NaN stays one, with its sign."""
-    return emit_round_bf16(b, x)
-
-
 @operation(F32, F32)
 def negative_magnitude(b: Any, x: Any) -> Any:
     """-|x|."""
@@ -358,26 +349,24 @@ def where_less(b: Any, x: Any, y: Any, yes: Any, no: Any) -> Any:
 _typing: Any = infer_global  # its own annotation says that it may give None
 
 
-def _operator(symbol: Callable[..., Any], names: dict[_Vector, str]) -> None:
-    """Vectors of one kind on both sides; as a template, since an overload would be compiled for each use."""
+def _operator(symbol: Callable[..., Any], name: str) -> None:
+    """fp32 on both sides; as a template, since an overload would be compiled for each use."""
 
     class _Typed(AbstractTemplate):
         def generic(self, args: Any, kws: Any) -> Signature | None:  # noqa: ARG002 - as Numba calls it
-            same = len(args) == 2 and args[0] is args[1] and args[0] in names
-            return signature(args[0], *args) if same else None
+            return signature(F32, *args) if args == (F32, F32) else None
 
     _typing(symbol)(_Typed)
-    for kind, name in names.items():
 
-        @lower_builtin(symbol, kind, kind)
-        def lower(context: Any, b: Any, sig: Any, operands: Any, name: str = name) -> Any:  # noqa: ARG001
-            return getattr(b, name)(*operands)
+    @lower_builtin(symbol, F32, F32)
+    def lower(context: Any, b: Any, sig: Any, operands: Any) -> Any:  # noqa: ARG001
+        return getattr(b, name)(*operands)
 
 
-for _symbol, _names in (
-    (operator.add, {F32: "fadd", I32: "add"}),
-    (operator.sub, {F32: "fsub", I32: "sub"}),
-    (operator.mul, {F32: "fmul"}),
-    (operator.truediv, {F32: "fdiv"}),
+for _symbol, _name in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
 ):
-    _operator(_symbol, _names)
+    _operator(_symbol, _name)

@@ -11,6 +11,7 @@ import numpy as np
 
 from kvcondense.backends.cpu.kernels import row
 from kvcondense.backends.cpu.kernels.functions import kernel
+from kvcondense.backends.cpu.kernels.lanes import round_bf16
 from kvcondense.backends.cpu.kernels.simd import BYTES, fetch_add, load, splat, store
 
 
@@ -45,7 +46,7 @@ def _backward(call, e, spec, scratch, sums):
     for c in range(0, 4 * d, BYTES):
         u = load(pooled + c)
         if spec.round_pooled:
-            u = row.round_bf16(u)
+            u = round_bf16(u)
         store(g + c, load(given + c))
         store(y + c, u)
         store(work + c, u * u)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import pool, simd
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
+from kvcondense.backends.cpu.kernels.lanes import bf16_code, round_bf16
 from kvcondense.backends.cpu.kernels.pool import table_at
-from kvcondense.backends.cpu.kernels.row import bf16_code
-from kvcondense.backends.cpu.kernels.simd import LANES, load, round_bf16, store
+from kvcondense.backends.cpu.kernels.simd import LANES, load, store
 from kvcondense.backends.cpu.params import ENTRY, GROUP, STAGED
 
 
@@ -84,10 +84,33 @@ def candidates(call, q, begin, end, current, room, address):
 
 
 @inlined
+def _narrow(call):
+    """Whether there is a bf16 state, through whose type tokens pass as if they had been there."""
+    return call.layer.state_kind == params.BF16 and call.layer.state != 0
+
+
+@inlined
+def _of_tokens(call):
+    """How rows of the call are read: FP32, BF16, BF16_ROUNDED or WIDENED."""
+    kind, gate = call.kv_kind, call.layer.spec.has_gate
+    if kind == params.BF16 and gate:
+        return params.BF16_ROUNDED if _narrow(call) and not call.layer.state_raw else params.BF16
+    return params.FP32 if kind == params.FP32 and not _narrow(call) else params.WIDENED
+
+
+@inlined
+def _of_state(call):
+    """How rows of the state are read."""
+    if not _narrow(call):
+        return params.FP32
+    return params.BF16 if call.layer.spec.has_gate else params.WIDENED
+
+
+@inlined
 def _reading(call, n, stored):
     """How n rows are read of which the first ``stored`` come from the state."""
-    tokens, rows = call.read_tokens, call.read_stored
-    if stored == 0 or tokens == rows:
+    tokens, rows = _of_tokens(call), _of_state(call)
+    if stored <= 0 or tokens == rows:
         return tokens
     if stored >= n:
         return rows
@@ -122,12 +145,12 @@ def pooled(call, n, stored, table, following, begin, end, room, out):
 
 
 @kernel
-def fold(call, begin, n, logged, first, last, room):
-    """Fold n candidates of the room's table into (m, l, o) at its ``work``, those from entry ``begin`` on."""
+def fold(call, n, logged, first, last, room):
+    """Fold the n candidates of the room's table into (m, l, o) at its ``work``."""
     row_bytes = 4 * call.layer.spec.head_dim
-    for j in range(begin, n, GROUP):
+    for j in range(0, n, GROUP):
         count, here = min(GROUP, n - j), room.table + ENTRY * j
-        if call.read_tokens == params.FP32 and call.read_stored == params.FP32:
+        if _of_tokens(call) == params.FP32:
             pool.fold(table_at(here), count, first, last, room.work, row_bytes)
             continue
         for at in range(first, last, 4 * STAGED):
@@ -145,7 +168,7 @@ def widen(call, n, stored, address, channel, channels, room):
     spec = call.layer.spec
     gate, zero = spec.has_gate, room.zeros
     state_kind = call.layer.state_kind
-    rounding = state_kind == params.BF16 and call.layer.state != 0
+    rounding = _narrow(call)
     raw = gate and call.layer.state_raw
     table, copied, buffer = table_at(address), table_at(room.copied), room.copies
     for j in range(n):
