@@ -40,6 +40,12 @@ for name, spec in SPECS.items():
     batch = RaggedBatch.build([0, tokens, 2 * tokens], start_positions=[0, 0], state_slots=[0, 1], draft_rows=2)
     after = RaggedBatch.build([0, 2, 2 + spec.ratio], start_positions=[tokens, tokens - 1], state_slots=[0, 1])
     table = rope(spec, tokens + 2 * spec.ratio)
+    steep = kv.clone()  # some channels' scores are further apart than a pool begins with, beside others that are not
+    steep[:, spec.width :: 3] *= 30
+    for token in (torch.float32, torch.bfloat16):
+        pool = StatePool.ring(spec, 2, spec.required_ring_rows(2) + spec.ratio, dtype=token)
+        rows = condense(spec, steep.to(token), weights(spec), table, batch, state=pool, impl="cpu")
+        keep(f"{name} {token} steep", rows.values)
     for token, state in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32),
                          (torch.bfloat16, torch.bfloat16), (torch.float16, torch.bfloat16)):
         pool = StatePool.ring(spec, 2, spec.required_ring_rows(2) + spec.ratio, dtype=state)
@@ -118,23 +124,23 @@ def test_other_lengths_are_refused(monkeypatch):
         target.__wrapped__()
 
 
-# A loop of a pool takes eight tokens: eight exponentials, of twelve multiplies each.
-SPILLS = {"avx512": (0, 0), "avx2": (12, 0), "neon": (16, 4)}
-"""Most vectors that a loop of a pool stores on the stack, and one of a product."""
+# A loop of a pool takes eight tokens: seven exponentials or eight, of seven multiplies each, and eight rows.
+LIMITS = {"avx512": (15, 0, 0), "avx2": (15, 3, 0), "neon": (20, 0, 4)}
+"""Instructions for a token and vector of fp32; most vectors that a pool's loop stores on the stack, and a product's."""
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="LLVM is built for those")
-@pytest.mark.parametrize("name", SPILLS)
+@pytest.mark.parametrize("name", LIMITS)
 def test_sums_stay_in_registers(name, tmp_path):
     report = tmp_path / "loops.json"
     tool = Path(__file__).parents[2] / "tools" / "machine_code.py"
     subprocess.run([sys.executable, tool, "--target", name, "--json", report], check=True, capture_output=True)
     loops = json.loads(report.read_text())
-    pools = [loop for loop in loops if loop["kernel"] == "condense" and loop["multiplies"] >= 80]
+    pools = [loop for loop in loops if loop["kernel"] == "condense" and loop["multiplies"] >= 7 * 7]
     products = [loop for loop in loops if loop["kernel"] == "project" and loop["multiplies"] >= 8]
     assert len(pools) >= 9
     assert len(products) >= 3
-    assert min(loop["arithmetic"] for loop in pools) <= 8 * 22, "of fp32 rows"
-    most_pool, most_product = SPILLS[name]
+    instructions, most_pool, most_product = LIMITS[name]
+    assert min(loop["arithmetic"] for loop in pools) <= 8 * instructions, "of fp32 rows"
     assert max(loop["spilled"] for loop in pools) <= most_pool
     assert max(loop["spilled"] for loop in products) <= most_product

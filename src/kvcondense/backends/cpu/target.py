@@ -32,6 +32,11 @@ class Target:
         return _turned_on(self.flags)
 
     @property
+    def widest(self) -> int:
+        """fp32 values of its registers, which ``lanes`` is unless another length was forced."""
+        return _widest(self.features)
+
+    @property
     def registers(self) -> int:
         """Vector registers: 16 on x86 without AVX-512, else 32."""
         return 32 if "avx512f" in self.features or "neon" in self.features else 16
@@ -63,11 +68,15 @@ def _turned_on(flags: str) -> frozenset[str]:
     return frozenset(flag[1:] for flag in flags.split(",") if flag.startswith("+"))
 
 
+def _widest(features: frozenset[str]) -> int:
+    return 16 if "avx512f" in features else 8 if {"avx2", "fma"} <= features else 4
+
+
 def lanes_of(flags: str) -> int:
     """fp32 values of a processor's vectors, or as many as KVCONDENSE_LANES says."""
-    forced, features = os.environ.get(_VARIABLE, ""), _turned_on(flags)
+    forced = os.environ.get(_VARIABLE, "")
     if forced:
         if forced not in map(str, WIDTHS):
             raise RangeError(_VARIABLE, "4, 8 or 16", forced)
         return int(forced)
-    return 16 if "avx512f" in features else 8 if {"avx2", "fma"} <= features else 4
+    return _widest(_turned_on(flags))

@@ -16,31 +16,34 @@ from numba import types
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import fields, simd
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
-from kvcondense.backends.cpu.kernels.lanes import Lanes, rounded_bf16
-from kvcondense.backends.cpu.kernels.simd import BYTES, fma, load, splat, store
+from kvcondense.backends.cpu.kernels.lanes import Lanes, round_bf16, rounded_bf16
+from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, fma, load, splat, store
 from kvcondense.backends.cpu.params import CHANNELS, ENTRY, GROUP, Candidate
 from kvcondense.backends.cpu.target import target
 
 table_at = fields.view(Candidate)
 _LINE = 4 * CHANNELS
-"""Bytes of fp32 that a group is pooled by: a cache line."""
+"""Bytes that a prefetch asks for."""
 
-_LOG2E = np.float32(1.4426950408889634)
-_LOG2E_LOW = np.float32(1.4426950408889634 - float(_LOG2E))
-_TO_INTEGER = np.float32(1.5 * 2**23 + 127)
-"""Adding it rounds to an integer k and leaves k + 127 in the low bits."""
+_STEPS = 8
+"""Parts of an octave: 2^(j / 8) comes from a table, so that the rest is within 2^(1 / 16) and three powers do for it."""
+_SCALE = np.float32(_STEPS * 1.4426950408889634)
+_TO_INTEGER = np.float32(1.5 * 2**23 + 127 * _STEPS)
+"""Adding it rounds to an integer k and leaves k + 127 * 8 in the low bits."""
 _LOWEST = np.float32(-88.03)
-_POLYNOMIAL = tuple(
-    np.float32(c)
-    for c in (0.000153225483, 0.00133972824, 0.00961855985, 0.05550340327, 0.24022646248340607, 0.6931471824645996, 1)
+_POWERS = tuple(np.float32(c) for c in (0.00010842084939324164, 0.0037540255220065524, 0.08664339651649303))
+"""Of 2^(r / 8) - 1, |r| <= 0.5, the highest first; 2.5e-8 off at most."""
+_MANTISSAS = tuple(
+    (int(np.float32(2 ** (j / _STEPS)).view(np.uint32)) - 0x3F800000 - (j << 20)) & 0xFFFFFFFF for j in range(_STEPS)
 )
-"""Of 2^r, |r| <= 0.5, the highest power first."""
+"""What j << 20, which comes with the exponent, lacks to be the mantissa of 2^(j / 8)."""
+_APART = np.float32(32)
+"""How much a score may exceed m: below, sums of e^32 and rows up to 10^22 stay far from fp32's largest number."""
 _ONE = np.float32(1)
 _ZERO = np.float32(0)
 _LEAST = np.float32(np.finfo(np.float32).min)
-
-_AT_ONCE = 2
-"""Exponentials that are formed step by step together: of 1, 2 and 4, two spill least with AVX2's registers."""
+_AT_ONCE = 2 if target().registers < 32 else 4
+"""Exponentials that are formed step by step together, which hides their latency: as many as registers hold."""
 
 
 def _exps(b: Any, x: list[Any]) -> list[Any]:
@@ -50,23 +53,25 @@ def _exps(b: Any, x: list[Any]) -> list[Any]:
         return simd.constant(float(value), simd.F32.llvm)
 
     x = [simd.emit_at_least(b, one, number(_LOWEST)) for one in x]
-    t = [simd.emit_fma(b, one, number(_LOG2E), number(_TO_INTEGER)) for one in x]
-    r = [b.fsub(number(_TO_INTEGER), one) for one in t]
-    r = [simd.emit_fma(b, one, number(_LOG2E), rest) for one, rest in zip(x, r, strict=True)]
-    r = [simd.emit_fma(b, one, number(_LOG2E_LOW), rest) for one, rest in zip(x, r, strict=True)]
-    p = [number(_POLYNOMIAL[0])] * len(x)
-    for coefficient in _POLYNOMIAL[1:]:
-        p = [simd.emit_fma(b, one, rest, number(coefficient)) for one, rest in zip(p, r, strict=True)]
-    power = [b.bitcast(b.shl(b.bitcast(one, simd.I32.llvm), simd.constant(23)), simd.F32.llvm) for one in t]
-    return [b.fmul(one, two) for one, two in zip(p, power, strict=True)]
+    t = [simd.emit_fma(b, one, number(_SCALE), number(_TO_INTEGER)) for one in x]
+    k = [b.fsub(number(_TO_INTEGER), one) for one in t]
+    r = [simd.emit_fma(b, one, number(_SCALE), rest) for one, rest in zip(x, k, strict=True)]
+    p = [simd.emit_fma(b, number(_POWERS[0]), rest, number(_POWERS[1])) for rest in r]
+    p = [simd.emit_fma(b, one, rest, number(_POWERS[2])) for one, rest in zip(p, r, strict=True)]
+    p = [b.fmul(one, rest) for one, rest in zip(p, r, strict=True)]
+    whole = [b.bitcast(one, simd.I32.llvm) for one in t]
+    whole = [b.add(b.shl(one, simd.constant(20)), simd.emit_one_of_eight(b, _MANTISSAS, one)) for one in whole]
+    whole = [b.bitcast(one, simd.F32.llvm) for one in whole]
+    return [simd.emit_fma(b, two, one, two) for one, two in zip(p, whole, strict=True)]
 
 
 @simd.operation(simd.F32, simd.F32)
 def exp(b: Any, x: Any) -> Any:
-    """e^x for x <= 0: at most 2 ulp off; 0 below -87.7, where e^x leaves the normal fp32 numbers; NaN stays.
+    """e^x for x <= 88, as weights of a softmax need it: off by less than (2 ulp + |x| 2^-26) e^x; NaN stays.
 
-    2^k 2^r with k = rint(x log2 e) and a polynomial for 2^r, |r| <= 0.5. The integer k + 127 becomes the exponent bits
-    of a factor, and 0 for k = -127.
+    2^((8 k + j) / 8) 2^(r / 8) with 8 k + j = rint(8 x log2 e): k + 127 becomes an exponent, j picks a mantissa, and a
+    polynomial gives the last factor less 1. 1 at 0; 0 at -88.03 and below; above that and below -87.33, where e^x leaves
+    the normal fp32 numbers, something less than 2^-126.
     """
     return _exps(b, [x])[0]
 
@@ -77,8 +82,6 @@ def score(candidate, c):
     return load(candidate.score + c) + load(candidate.bias + c)
 
 
-_HELD = target().registers >= 32
-"""Whether a group's scores stay in registers from their maximum to their exponentials."""
 _Row = Callable[[Any, Any, Any], Any]
 """(builder, address of channel 0, offset of the channel in bytes of fp32) -> a vector of fp32."""
 
@@ -91,83 +94,132 @@ def _bf16(b: Any, row: Any, at: Any) -> Any:
     return simd.emit_load_bf16(b, b.add(row, b.lshr(at, ir.Constant(at.type, 1))))
 
 
-def _halving(values: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
-    """All of them as one: neighbours are combined until one is left."""
-    while len(values) > 1:
-        values = [combine(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
-    return values[0]
+class _Coming:
+    """The rows that a table lists, asked for one after the other: as many bytes for each vector as are read of rows.
+
+    Whole rows, not a column of lines: memory and its own prefetchers read on best where they are.
+    """
+
+    def __init__(self, b: Any, table: Any, begin: Any, end: Any, count: int, size: int) -> None:
+        self.b, self.table, self.size, self.kind = b, table, size, begin.type
+        self.first = self._scaled(begin)
+        self.length = self._scaled(b.sub(end, begin))
+        self.bytes = 2 * count * LANES * size
+
+    def _scaled(self, at: Any) -> Any:
+        return at if self.size == 4 else self.b.lshr(at, self._number(1))
+
+    def _number(self, n: int) -> ir.Constant:
+        return ir.Constant(self.kind, n)
+
+    def begin(self, before: Any) -> None:
+        """Where the loop over vectors begins, whose counters these are."""
+        self.counters = [self.b.phi(self.kind, name) for name in ("row", "offset")]
+        for counter in self.counters:
+            counter.add_incoming(self._number(0), before)
+        self.row, self.offset = self.counters
+
+    def ask(self, parts: int) -> None:
+        """For the next of ``parts`` of a vector's. Rows are kv and score of the first entry, of the second .."""
+        b, many = self.b, self.bytes // parts
+        fields = [self._number(Candidate.offsets[f]) for f in ("kv", "score")]
+        field = b.select(b.trunc(self.row, ir.IntType(1)), fields[1], fields[0])
+        entry = b.add(b.add(self.table, field), b.mul(b.lshr(self.row, self._number(1)), self._number(ENTRY)))
+        address = b.add(b.add(simd.read(b, entry, self.kind, 8), self.first), self.offset)
+        for i in range(0, many, _LINE):
+            simd.emit_prefetch(b, b.add(address, self._number(i)))
+        beyond = b.add(self.offset, self._number(many))
+        done = b.icmp_signed(">=", beyond, self.length)
+        self.offset = b.select(done, self._number(0), beyond)
+        self.row = b.add(self.row, b.zext(done, self.kind))
+
+    def go_on(self, end: Any) -> None:
+        """Where the loop ends."""
+        for counter, value in zip(self.counters, (self.row, self.offset), strict=True):
+            counter.add_incoming(value, end)
+
+
+def _both(values: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
+    """The only one, or both combined."""
+    return combine(*values) if len(values) == 2 else values[0]
 
 
 def _group(count: int, row: _Row, *, more: bool, last: bool, rounded: bool) -> Any:
-    """A kernel for ``count`` tokens: m' = max(m, z_j), l' = l e^(m - m') + sum e^(z_j - m'), o' likewise with K_j.
+    """A kernel for ``count`` tokens: l' = l + sum e^(z_j - m), o' likewise with K_j, and m stays.
+
+    m is the score of the window's first token, whose weight is therefore 1. Where a later score exceeds it by too much
+    nothing is stored: returned is that channel's offset, or ``end``.
 
     row: how rows of kv and score are read; rounded: z becomes bf16. more: there were tokens before, whose m, l and o
     stand in three rows at ``work``, ``span`` bytes apart; last: none come behind, and P = o / l goes to ``out``.
     Meanwhile the lines that ``ahead`` lists are asked for.
     """
+    tokens = range(0 if more else 1, count)
+    chunks = [tokens[i : i + _AT_ONCE] for i in range(0, len(tokens), _AT_ONCE)]
 
-    @simd.operation(types.void, *[types.int64] * 7)
-    def group(b: Any, table: Any, ahead: Any, begin: Any, end: Any, work: Any, span: Any, out: Any) -> None:
+    @simd.operation(types.int64, *[types.int64] * 7)
+    def group(b: Any, table: Any, ahead: Any, begin: Any, end: Any, work: Any, span: Any, out: Any) -> Any:
         def number(n: int) -> ir.Constant:
             return ir.Constant(begin.type, n)
 
-        def entry(of: Any, j: int, field: str) -> Any:
-            return simd.read(b, b.add(of, number(ENTRY * j + Candidate.offsets[field])), of.type, 8)
+        def vector(value: Any) -> ir.Constant:
+            return simd.constant(float(value), simd.F32.llvm)
 
-        rows = [[entry(table, j, f) for f in ("kv", "score", "bias")] for j in range(count)]
-        coming = [entry(ahead, j, f) for j in range(count) for f in ("kv", "score")]
+        def entry(j: int, field: str) -> Any:
+            return simd.read(b, b.add(table, number(ENTRY * j + Candidate.offsets[field])), table.type, 8)
+
+        rows = [[entry(j, f) for f in ("kv", "score", "bias")] for j in range(count)]
         held = [b.sub(b.add(work, b.mul(span, number(i))), begin) for i in range(3)]
-        least = simd.constant(float(_LEAST), simd.F32.llvm)
+        coming = _Coming(b, ahead, begin, end, count, 4 if row is _fp32 else 2)
         before = b.block
-        lines, vectors, after = (b.append_basic_block(name) for name in ("lines", "vectors", "after"))
-        b.branch(lines)
-        b.position_at_end(lines)
-        line = b.phi(begin.type)
-        line.add_incoming(begin, before)
-        following = b.add(line, number(_LINE))
-        for address in coming:
-            simd.emit_prefetch(b, b.add(address, line if row is _fp32 else b.lshr(line, number(1))))
+        vectors, stored, after = (b.append_basic_block(name) for name in ("vectors", "stored", "after"))
         b.branch(vectors)
-        b.position_at_end(vectors)  # a loop of its own: two vectors at once would want twice the registers
+        b.position_at_end(vectors)
+        coming.begin(before)
         at = b.phi(begin.type)
-        at.add_incoming(line, lines)
+        at.add_incoming(begin, before)
 
-        def score(j: int, at: Any) -> Any:
+        def score(j: int) -> Any:
             z = b.fadd(row(b, rows[j][1], at), _fp32(b, rows[j][2], at))
             return rounded_bf16(Lanes(b, z)).value if rounded else z
 
-        z = [score(j, at) for j in range(count)]
-        m = _halving(z, lambda x, y: simd.emit_at_least(b, x, y))
-        earlier = _fp32(b, held[0], at) if more else least
-        m = simd.emit_at_least(b, m, earlier)
-        if not (_HELD or rounded):  # a sum more for each is cheaper than a register that waits in memory
-            anew = simd.emit_anew(b, at)
-            z = [score(j, anew) for j in range(count)]
-        sums, products, half = [], [], max(count // 2, 1)
-        for first in range(0, count, _AT_ONCE):
-            e = _exps(b, [b.fsub(one, m) for one in z[first : first + _AT_ONCE]])
-            for j, one in enumerate(e, first):
+        m = _fp32(b, held[0], at) if more else score(0)
+        l, o, top = ([], [], m) if more else ([vector(_ONE)], [row(b, rows[0][0], at)], m)
+        if not chunks:
+            coming.ask(1)
+        for some in chunks:
+            z = [score(j) for j in some]
+            for one in z:
+                top = simd.emit_at_least(b, top, one)
+            coming.ask(len(chunks))
+            for j, e in zip(some, _exps(b, [b.fsub(one, m) for one in z]), strict=True):
                 k = row(b, rows[j][0], at)
-                if j % half:
-                    products[-1] = simd.emit_fma(b, one, k, products[-1])
+                if j < 2:  # two sums each, of even tokens and of odd ones: one would wait for itself
+                    l, o = [*l, e], [*o, b.fmul(e, k)]
                 else:
-                    products.append(b.fmul(one, k))
-            sums.append(_halving(e, b.fadd))
-        l, o = _halving(sums, b.fadd), _halving(products, b.fadd)
+                    l[j % 2], o[j % 2] = b.fadd(l[j % 2], e), simd.emit_fma(b, e, k, o[j % 2])
+            # Else LLVM reads rows of all chunks at once, and what has to wait goes to the stack.
+            l, o = ([simd.emit_first(b, one) for one in sums] for sums in (l, o))
+            top = simd.emit_first(b, top)
+        near = b.fcmp_ordered("<", b.fsub(top, m), vector(_APART))
+        b.cbranch(simd.emit_all(b, near), stored, after)
+        b.position_at_end(stored)
+        total, pooled = _both(l, b.fadd), _both(o, b.fadd)
         if more:
-            (old,) = _exps(b, [b.fsub(earlier, m)])
-            l, o = simd.emit_fma(b, _fp32(b, held[1], at), old, l), simd.emit_fma(b, _fp32(b, held[2], at), old, o)
-        for base, value in zip(held, (m, l, o), strict=True):
+            total, pooled = (b.fadd(_fp32(b, base, at), new) for base, new in ((held[1], total), (held[2], pooled)))
+        for base, value in list(zip(held, (m, total, pooled), strict=True))[1 if more else 0 :]:
             simd.write(b, b.add(base, at), value, 4)
         if last:
-            simd.write(b, b.add(out, at), b.fdiv(o, l), 4)
+            simd.write(b, b.add(out, at), b.fdiv(pooled, total), 4)
         beyond = b.add(at, number(BYTES))
-        at.add_incoming(beyond, vectors)
-        line.add_incoming(following, (line_end := b.append_basic_block("line_end")))
-        b.cbranch(b.icmp_signed("<", beyond, following), vectors, line_end)
-        b.position_at_end(line_end)
-        b.cbranch(b.icmp_signed("<", following, end), lines, after)
+        at.add_incoming(beyond, stored)
+        coming.go_on(stored)
+        b.cbranch(b.icmp_signed("<", beyond, end), vectors, after)
         b.position_at_end(after)
+        reached = b.phi(begin.type)
+        reached.add_incoming(at, vectors)
+        reached.add_incoming(end, stored)
+        return reached
 
     return group
 
@@ -180,13 +232,62 @@ def _groups(row: _Row, *, rounded: bool = False) -> Any:
     @inlined
     def take(index, n, table, ahead, begin, end, work, span, out):
         if n <= GROUP:
-            whole(table, ahead, begin, end, work, span, out)
-        elif index == 0:
-            first(table, ahead, begin, end, work, span, out)
-        else:
-            other(table, ahead, begin, end, work, span, out)
+            return whole(table, ahead, begin, end, work, span, out)
+        if index == 0:
+            return first(table, ahead, begin, end, work, span, out)
+        return other(table, ahead, begin, end, work, span, out)
 
     return take
+
+
+@inlined
+def _value(kind, row, c):
+    return load(row + c) if kind == params.FP32 else simd.load_bf16(row + c // 2)
+
+
+@inlined
+def _score_of(kind, candidate, c):
+    z = _value(kind, candidate.score, c) + load(candidate.bias + c)
+    return round_bf16(z) if kind == params.BF16_ROUNDED else z
+
+
+@kernel
+def _apart(kind, index, count, table, begin, end, work, span):
+    """``group`` for channels of which some have scores far above m: those get a new m, the group's largest.
+
+    What came before is weighted anew, by e^(m - m'). Channels that keep their m get the bits that ``group`` gives them:
+    the factor is 1 there, and sums have the same order.
+    """
+    entries = table_at(table)
+    total, pooled = work + span, work + 2 * span
+    for at in range(begin, end, BYTES):
+        c = at - begin
+        m = load(work + c) if index else _score_of(kind, entries[0], at)
+        top = m
+        for j in range(count):
+            top = simd.at_least(top, _score_of(kind, entries[j], at))
+        above = simd.at_least(simd.at_least(m, top), splat(_LEAST))
+        highest = simd.where_less(top - m, splat(_APART), m, above)
+        l, o, l1, o1 = splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
+        for j in range(count):
+            e = exp(_score_of(kind, entries[j], at) - highest)
+            k = _value(kind, entries[j].kv, at)
+            if j == 0:
+                l, o = e, e * k
+            elif j == 1:
+                l1, o1 = e, e * k
+            elif j % 2:
+                l1, o1 = l1 + e, fma(e, k, o1)
+            else:
+                l, o = l + e, fma(e, k, o)
+        if count > 1:
+            l, o = l + l1, o + o1
+        if index:
+            old = exp(m - highest)
+            l, o = load(total + c) * old + l, load(pooled + c) * old + o
+        store(work + c, highest)
+        store(total + c, l)
+        store(pooled + c, o)
 
 
 @kernel
@@ -200,6 +301,21 @@ _one, _two, _four = (_group(n, _fp32, more=False, last=True, rounded=False) for 
 _of_fp32, _of_bf16, _of_rounded = _groups(_fp32), _groups(_bf16), _groups(_bf16, rounded=True)
 
 
+@inlined
+def _near(kind, index, n, table, ahead, begin, end, work, span, out):
+    if kind == params.BF16:
+        return _of_bf16(index, n, table, ahead, begin, end, work, span, out)
+    if kind == params.BF16_ROUNDED:
+        return _of_rounded(index, n, table, ahead, begin, end, work, span, out)
+    if n == 4:
+        return _four(table, ahead, begin, end, work, span, out)
+    if n == 2:
+        return _two(table, ahead, begin, end, work, span, out)
+    if n == 1:
+        return _one(table, ahead, begin, end, work, span, out)
+    return _of_fp32(index, n, table, ahead, begin, end, work, span, out)
+
+
 @kernel
 def group(kind, index, n, table, ahead, begin, end, work, span, out):
     """Group ``index`` of the n candidates at ``table``, whose first entry it is; kind: FP32, BF16 or BF16_ROUNDED.
@@ -207,18 +323,20 @@ def group(kind, index, n, table, ahead, begin, end, work, span, out):
     For channel bytes begin .. end - 1 of fp32: m, l and o to ``work``, three rows ``span`` bytes apart, and of the last
     group P to out + begin ... ``ahead``: as many entries, whose lines will be read next.
     """
-    if kind == params.BF16:
-        _of_bf16(index, n, table, ahead, begin, end, work, span, out)
-    elif kind == params.BF16_ROUNDED:
-        _of_rounded(index, n, table, ahead, begin, end, work, span, out)
-    elif n == 4:
-        _four(table, ahead, begin, end, work, span, out)
-    elif n == 2:
-        _two(table, ahead, begin, end, work, span, out)
-    elif n == 1:
-        _one(table, ahead, begin, end, work, span, out)
-    else:
-        _of_fp32(index, n, table, ahead, begin, end, work, span, out)
+    at = begin
+    while True:
+        at = _near(kind, index, n, table, ahead, at, end, work + at - begin, span, out)
+        if at >= end:
+            break
+        # What an entry or two hold of bf16 goes by whole groups, whose rest has no weight.
+        count = n if kind == params.FP32 and n in (1, 2, 4) else GROUP
+        target = work + at - begin
+        _apart(kind, index, count, table, at, at + BYTES, target, span)
+        if n <= GROUP:
+            finish(target, 0, BYTES, span, out + at)
+        at += BYTES
+        if at >= end:
+            break
     if n > GROUP and GROUP * (index + 1) >= n:
         finish(work, 0, end - begin, span, out + begin)
 

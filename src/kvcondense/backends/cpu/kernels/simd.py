@@ -96,7 +96,8 @@ def pointer(builder: Any, address: Any, kind: ir.Type) -> Any:
 
 
 def _call(builder: Any, name: str, kind: ir.Type, *values: Any) -> Any:
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * len(values)), name)
+    signature = ir.FunctionType(kind, [value.type for value in values])
+    function = cgutils.get_or_insert_function(builder.module, signature, name)
     return builder.call(function, values)
 
 
@@ -300,9 +301,49 @@ def largest_lane(b: Any, x: Any) -> Any:
 # Arithmetic.
 
 
-def emit_anew(b: Any, x: Any) -> Any:
-    """An integer that LLVM does not know to be the same: what is read from there is read again."""
-    return b.asm(ir.FunctionType(x.type, [x.type]), "", "=r,0", [x], side_effect=False)
+def emit_all(b: Any, lanes: Any) -> Any:
+    """Whether a condition holds in every lane."""
+    kind = ir.IntType(lanes.type.count)
+    return b.icmp_unsigned("==", b.bitcast(lanes, kind), ir.Constant(kind, -1))
+
+
+def emit_first(b: Any, x: Any) -> Any:
+    """The vector x, computed before anything behind this is read from memory. No instruction.
+
+    Vectors that take more than a register are left alone.
+    """
+    if x.type.count > target().widest:
+        return x
+    register = "w" if "neon" in target().features else "v"
+    return b.asm(ir.FunctionType(x.type, [x.type]), "", f"={register},0,~{{memory}}", [x], side_effect=True)
+
+
+def emit_one_of_eight(b: Any, values: tuple[int, ...], index: Any) -> Any:
+    """In each lane the one of eight 32-bit values that the low three bits of ``index`` name."""
+    count, features = index.type.count, target().features
+    if count == 16 and "avx512f" in features:
+        return _call(b, "llvm.x86.avx512.permvar.si.512", index.type, ir.Constant(index.type, values * 2), index)
+    if "avx2" in features:
+        eight = ir.VectorType(_I32, 8)
+        if count == 16:
+            halves = [b.shuffle_vector(index, index, _lanes(*range(k, k + 8))) for k in (0, 8)]
+            low, high = (emit_one_of_eight(b, values, half) for half in halves)
+            return b.shuffle_vector(low, high, _lanes(*range(16)))
+        wide = index if count == 8 else b.shuffle_vector(index, index, _lanes(*range(4), *range(4)))
+        found = _call(b, "llvm.x86.avx2.permd", eight, ir.Constant(eight, values), wide)
+        return found if count == 8 else b.shuffle_vector(found, found, _lanes(*range(4)))
+    if "neon" in features and count == 4:  # bytes 4 i .. 4 i + 3 of 32
+        bytes_of = ir.VectorType(_I8, 16)
+        low, high = (b.bitcast(ir.Constant(index.type, values[k : k + 4]), bytes_of) for k in (0, 4))
+        first = b.and_(b.shl(index, constant(2, index.type)), constant(28, index.type))
+        places = b.add(b.mul(first, constant(0x01010101, index.type)), constant(0x03020100, index.type))
+        found = _call(b, "llvm.aarch64.neon.tbl2.v16i8", bytes_of, low, high, b.bitcast(places, bytes_of))
+        return b.bitcast(found, index.type)
+    table, found = ir.Constant(ir.VectorType(_I32, 8), values), ir.Constant(index.type, ir.Undefined)
+    for i in range(count):
+        one = b.and_(b.extract_element(index, ir.Constant(_I32, i)), ir.Constant(_I32, 7))
+        found = b.insert_element(found, b.extract_element(table, one), ir.Constant(_I32, i))
+    return found
 
 
 def emit_fma(b: Any, x: Any, y: Any, z: Any) -> Any:
