@@ -147,9 +147,7 @@ def test_scores_that_are_far_apart(name, dtype, steepness):
     x = x.to(dtype)
     batch = RaggedBatch.build([0, x.shape[0]], start_positions=[0], state_slots=[0])
     rows = [
-        condense(
-            spec, x, weights(spec), rope(spec, 1024), batch, state=StatePool.ring(spec, 1), impl=impl
-        ).values
+        condense(spec, x, weights(spec), rope(spec, 1024), batch, state=StatePool.ring(spec, 1), impl=impl).values
         for impl in ("cpu", "reference")
     ]
     assert not torch.isnan(rows[0]).any()

@@ -58,10 +58,20 @@ def _no_executable(library: Any, fndesc: Any, env: Any) -> Any:  # noqa: ARG001 
     return [].append
 
 
+_IDLE = {
+    "WithLifting", "InlineClosureLikes", "GenericRewrites", "RewriteSemanticConstants", "MakeFunctionToJitFunction",
+    "InlineInlinables", "FindLiterallyCalls", "LiteralUnroll", "LiteralPropagationSubPipelinePass", "AnnotateTypes",
+    "InlineOverloads", "NopythonRewrites", "DumpParforDiagnostics",
+}  # fmt: skip
+"""Passes for closures, containers, arrays and reports. Kernels have none, and each pass goes over every function."""
+
+
 class _Pipeline(CompilerBase):
     def define_pipelines(self) -> list[Any]:
         manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        manager.passes = [(_Lowering if of is NativeLowering else of, why) for of, why in manager.passes]
+        manager.passes = [
+            (_Lowering if of is NativeLowering else of, why) for of, why in manager.passes if of.__name__ not in _IDLE
+        ]
         manager.finalize()
         return [manager]
 

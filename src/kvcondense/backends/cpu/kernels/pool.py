@@ -26,7 +26,7 @@ _LINE = 4 * CHANNELS
 """Bytes that a prefetch asks for."""
 
 _STEPS = 8
-"""Parts of an octave: 2^(j / 8) comes from a table, so that the rest is within 2^(1 / 16) and three powers do for it."""
+"""Parts of an octave: 2^(j / 8) comes from a table, so that the rest is within 2^(1 / 16): three powers do."""
 _SCALE = np.float32(_STEPS * 1.4426950408889634)
 _TO_INTEGER = np.float32(1.5 * 2**23 + 127 * _STEPS)
 """Adding it rounds to an integer k and leaves k + 127 * 8 in the low bits."""
@@ -70,8 +70,8 @@ def exp(b: Any, x: Any) -> Any:
     """e^x for x <= 88, as weights of a softmax need it: off by less than (2 ulp + |x| 2^-26) e^x; NaN stays.
 
     2^((8 k + j) / 8) 2^(r / 8) with 8 k + j = rint(8 x log2 e): k + 127 becomes an exponent, j picks a mantissa, and a
-    polynomial gives the last factor less 1. 1 at 0; 0 at -88.03 and below; above that and below -87.33, where e^x leaves
-    the normal fp32 numbers, something less than 2^-126.
+    polynomial gives the last factor less 1. 1 at 0; 0 at -88.03 and below; from there to -87.33, where e^x leaves the
+    normal fp32 numbers, something less than 2^-126.
     """
     return _exps(b, [x])[0]
 
@@ -144,15 +144,15 @@ def _both(values: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
     return combine(*values) if len(values) == 2 else values[0]
 
 
-def _group(count: int, row: _Row, *, more: bool, last: bool, rounded: bool) -> Any:
+def _group(count: int, row: _Row, *, more: bool = False, rounded: bool = False) -> Any:
     """A kernel for ``count`` tokens: l' = l + sum e^(z_j - m), o' likewise with K_j, and m stays.
 
     m is the score of the window's first token, whose weight is therefore 1. Where a later score exceeds it by too much
     nothing is stored: returned is that channel's offset, or ``end``.
 
     row: how rows of kv and score are read; rounded: z becomes bf16. more: there were tokens before, whose m, l and o
-    stand in three rows at ``work``, ``span`` bytes apart; last: none come behind, and P = o / l goes to ``out``.
-    Meanwhile the lines that ``ahead`` lists are asked for.
+    stand in three rows at ``work``, ``span`` bytes apart; else, if none come behind, P = o / l goes to ``out``, which
+    is 0 if some do. Meanwhile the lines that ``ahead`` lists are asked for.
     """
     tokens = range(0 if more else 1, count)
     chunks = [tokens[i : i + _AT_ONCE] for i in range(0, len(tokens), _AT_ONCE)]
@@ -172,7 +172,9 @@ def _group(count: int, row: _Row, *, more: bool, last: bool, rounded: bool) -> A
         held = [b.sub(b.add(work, b.mul(span, number(i))), begin) for i in range(3)]
         coming = _Coming(b, ahead, begin, end, count, 4 if row is _fp32 else 2)
         before = b.block
-        vectors, stored, after = (b.append_basic_block(name) for name in ("vectors", "stored", "after"))
+        names = ("vectors", "stored", "on", "after")
+        vectors, stored, on, after = (b.append_basic_block(name) for name in names)
+        divided = on if more else b.append_basic_block("divided")
         b.branch(vectors)
         b.position_at_end(vectors)
         coming.begin(before)
@@ -209,33 +211,36 @@ def _group(count: int, row: _Row, *, more: bool, last: bool, rounded: bool) -> A
             total, pooled = (b.fadd(_fp32(b, base, at), new) for base, new in ((held[1], total), (held[2], pooled)))
         for base, value in list(zip(held, (m, total, pooled), strict=True))[1 if more else 0 :]:
             simd.write(b, b.add(base, at), value, 4)
-        if last:
+        if more:
+            b.branch(on)
+        else:
+            b.cbranch(b.icmp_signed("==", out, number(0)), on, divided)
+            b.position_at_end(divided)
             simd.write(b, b.add(out, at), b.fdiv(pooled, total), 4)
+            b.branch(on)
+        b.position_at_end(on)
         beyond = b.add(at, number(BYTES))
-        at.add_incoming(beyond, stored)
-        coming.go_on(stored)
+        at.add_incoming(beyond, on)
+        coming.go_on(on)
         b.cbranch(b.icmp_signed("<", beyond, end), vectors, after)
         b.position_at_end(after)
         reached = b.phi(begin.type)
         reached.add_incoming(at, vectors)
-        reached.add_incoming(end, stored)
+        reached.add_incoming(end, on)
         return reached
 
     return group
 
 
 def _groups(row: _Row, *, rounded: bool = False) -> Any:
-    """A function that takes a window's groups: one that is whole, or the first and the others."""
-    ends = ((False, True), (False, False), (True, False))
-    whole, first, other = (_group(GROUP, row, more=more, last=last, rounded=rounded) for more, last in ends)
+    """A function that takes a window's groups: the first and the others."""
+    first, other = (_group(GROUP, row, more=more, rounded=rounded) for more in (False, True))
 
     @inlined
     def take(index, n, table, ahead, begin, end, work, span, out):
-        if n <= GROUP:
-            return whole(table, ahead, begin, end, work, span, out)
         if index == 0:
-            return first(table, ahead, begin, end, work, span, out)
-        return other(table, ahead, begin, end, work, span, out)
+            return first(table, ahead, begin, end, work, span, out if n <= GROUP else 0)
+        return other(table, ahead, begin, end, work, span, 0)
 
     return take
 
@@ -297,7 +302,7 @@ def finish(acc, begin, end, head_bytes, out):
         store(out + c, load(acc + 2 * head_bytes + c) / load(acc + head_bytes + c))
 
 
-_one, _two, _four = (_group(n, _fp32, more=False, last=True, rounded=False) for n in (1, 2, 4))
+_one, _two, _four = (_group(n, _fp32) for n in (1, 2, 4))
 _of_fp32, _of_bf16, _of_rounded = _groups(_fp32), _groups(_bf16), _groups(_bf16, rounded=True)
 
 
