@@ -257,42 +257,38 @@ def _score_of(kind, candidate, c):
 
 
 @kernel
-def _apart(kind, index, count, table, begin, end, work, span):
-    """``group`` for channels of which some have scores far above m: those get a new m, the group's largest.
+def _apart(kind, index, count, table, at, work, span):
+    """``group`` for a vector at ``at`` of which some channels have scores far above m: those get a new m, the largest.
 
     What came before is weighted anew, by e^(m - m'). Channels that keep their m get the bits that ``group`` gives them:
     the factor is 1 there, and sums have the same order.
     """
-    entries = table_at(table)
-    total, pooled = work + span, work + 2 * span
-    for at in range(begin, end, BYTES):
-        c = at - begin
-        m = load(work + c) if index else _score_of(kind, entries[0], at)
-        top = m
-        for j in range(count):
-            top = simd.at_least(top, _score_of(kind, entries[j], at))
-        above = simd.at_least(simd.at_least(m, top), splat(_LEAST))
-        highest = simd.where_less(top - m, splat(_APART), m, above)
-        l, o, l1, o1 = splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
-        for j in range(count):
-            e = exp(_score_of(kind, entries[j], at) - highest)
-            k = _value(kind, entries[j].kv, at)
-            if j == 0:
-                l, o = e, e * k
-            elif j == 1:
-                l1, o1 = e, e * k
-            elif j % 2:
-                l1, o1 = l1 + e, fma(e, k, o1)
-            else:
-                l, o = l + e, fma(e, k, o)
-        if count > 1:
-            l, o = l + l1, o + o1
-        if index:
-            old = exp(m - highest)
-            l, o = load(total + c) * old + l, load(pooled + c) * old + o
-        store(work + c, highest)
-        store(total + c, l)
-        store(pooled + c, o)
+    m = load(work) if index else _score_of(kind, table[0], at)
+    top = m
+    for j in range(count):
+        top = simd.at_least(top, _score_of(kind, table[j], at))
+    above = simd.at_least(simd.at_least(m, top), splat(_LEAST))
+    highest = simd.where_less(top - m, splat(_APART), m, above)
+    l, o, l1, o1 = splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
+    for j in range(count):
+        e = exp(_score_of(kind, table[j], at) - highest)
+        k = _value(kind, table[j].kv, at)
+        if j == 0:
+            l, o = e, e * k
+        elif j == 1:
+            l1, o1 = e, e * k
+        elif j % 2:
+            l1, o1 = l1 + e, fma(e, k, o1)
+        else:
+            l, o = l + e, fma(e, k, o)
+    if count > 1:
+        l, o = l + l1, o + o1
+    if index:
+        old = exp(m - highest)
+        l, o = load(work + span) * old + l, load(work + 2 * span) * old + o
+    store(work, highest)
+    store(work + span, l)
+    store(work + 2 * span, o)
 
 
 @kernel
@@ -329,19 +325,16 @@ def group(kind, index, n, table, ahead, begin, end, work, span, out):
     group P to out + begin ... ``ahead``: as many entries, whose lines will be read next.
     """
     at = begin
-    while True:
+    while at < end:
         at = _near(kind, index, n, table, ahead, at, end, work + at - begin, span, out)
-        if at >= end:
-            break
-        # What an entry or two hold of bf16 goes by whole groups, whose rest has no weight.
-        count = n if kind == params.FP32 and n in (1, 2, 4) else GROUP
-        target = work + at - begin
-        _apart(kind, index, count, table, at, at + BYTES, target, span)
-        if n <= GROUP:
-            finish(target, 0, BYTES, span, out + at)
-        at += BYTES
-        if at >= end:
-            break
+        if at < end:
+            # What an entry or two hold of bf16 goes by whole groups, whose rest has no weight.
+            count = n if kind == params.FP32 and n in (1, 2, 4) else GROUP
+            target = work + at - begin
+            _apart(kind, index, count, table_at(table), at, target, span)
+            if n <= GROUP:
+                finish(target, 0, BYTES, span, out + at)
+            at += BYTES
     if n > GROUP and GROUP * (index + 1) >= n:
         finish(work, 0, end - begin, span, out + begin)
 
