@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvcondense.bench import decode_step, measure, peer_cpp, peers, report, run
+from kvcondense.bench import decode_step, measure, peer_cpp, peer_mlx, peers, report, run
 from kvcondense.bench.cases import CASES, Case, make_inputs
 from kvcondense.bench.runners import Kvcondense
 from kvcondense.cli import app
@@ -94,6 +94,7 @@ def test_a_peer_that_raises_is_recorded_and_nobody_else_suffers(monkeypatch):
     monkeypatch.setattr(peers, "installed", lambda: [Broken])
     monkeypatch.setattr(peers, "takes", lambda *_: True)
     monkeypatch.setattr(peer_cpp, "there", lambda: False)
+    monkeypatch.setattr(peer_mlx, "there", lambda: False)
     found = list(run.run_case(PREFILL, "cpu", RATES, print))
     assert [r for r in found if "raised" in r] == [
         {"case": PREFILL.name, "runner": "broken", "raised": "TypeError: no such argument"}
@@ -189,7 +190,9 @@ def test_bad_arguments_are_errors(arguments, monkeypatch):
 def test_the_baseline_says_where_it_comes_from_and_nobody_was_wrong(tmp_path):
     records = [json.loads(line) for line in BASELINE.read_text().splitlines()]
     assert set(records[0]["machine"]) == {"processor", "threads", "torch", "python", "commit"}
-    assert {r["case"] for r in records if "case" in r} == set(CASES)
+    timed = {r["case"] for r in records if "case" in r}
+    # It may be older than the cases of V4.1.
+    assert {name for name, case in CASES.items() if case.kind != "r2"} <= timed <= set(CASES)
     assert not [r for r in records if "wrong" in r]
     result = CliRunner().invoke(app, ["bench", "--from", str(BASELINE), "--plot", str(tmp_path / "b.png")])
     assert result.exit_code == 0

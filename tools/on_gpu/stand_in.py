@@ -33,7 +33,7 @@ def apply() -> None:
     import torch
     import triton
 
-    from kvcondense.bench import cases, device, fused, peers, records, runners, tune
+    from kvcondense.bench import cases, device, fused, peers, records, tune
 
     if device.home() == "cpu":
         return
@@ -50,7 +50,7 @@ def apply() -> None:
     records.text = lambda record: json.dumps({**record, "stand_in": True}) + "\n"
     peers.installed = list
     config = replace(cases.CONFIG, hidden_size=_HIDDEN)
-    for module in (cases, fused, runners):
+    for module in (cases, fused):
         setattr(module, "CONFIG", config)  # noqa: B010
     cases.DEVICE_CASES.update({name: _tiny(case) for name, case in cases.DEVICE_CASES.items()})
     layers = fused.LAYERS

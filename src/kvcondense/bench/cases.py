@@ -12,10 +12,12 @@ import torch
 from kvcondense.config import ModelConfig
 from kvcondense.formats import FORMATS, get_format
 from kvcondense.spec import CompressorSpec
+from kvcondense.weights import CompressorWeights
 
 # No YaRN: one of the peers has none. It changes a table, not the work.
 CONFIG = replace(ModelConfig.FLASH, name="flash without YaRN", yarn=None)
-FORMAT = "fp8_model1"
+V41 = replace(ModelConfig.V41_FLASH, name="v41 without YaRN", yarn=None)
+FORMAT, V41_FORMAT = "fp8_model1", "fp4_v41"
 PAGE_ROWS = 64
 
 
@@ -23,7 +25,8 @@ PAGE_ROWS = 64
 class Case:
     """``batch`` requests at position ``start`` bring ``tokens`` tokens each; ``hidden``: as x, to be projected.
 
-    kind: hca, csa or indexer; format: how rows are stored; narrow: kv_score and state are bf16.
+    kind: hca, csa or indexer, or r2, V4.1's of ratio 2; format: how rows are stored; narrow: kv_score and state are
+    bf16.
     """
 
     name: str
@@ -36,7 +39,13 @@ class Case:
     narrow: bool = False
 
     @property
+    def config(self) -> ModelConfig:
+        return V41 if self.kind == "r2" else CONFIG
+
+    @property
     def spec(self) -> CompressorSpec:
+        if self.kind == "r2":
+            return CompressorSpec.for_layer(V41, V41.compress_ratios.index(2))
         return getattr(CompressorSpec, self.kind)(CONFIG)
 
     @property
@@ -52,20 +61,20 @@ class Case:
         """
         spec, end = self.spec, self.start + self.tokens
         row = (2 if self.narrow else 4) * spec.projected
-        new = self.tokens * (2 * CONFIG.hidden_size if self.hidden else row)
+        new = self.tokens * (2 * self.config.hidden_size if self.hidden else row)
         # Of a stored row, a window reads one half of the channels if windows overlap.
         stored = min(self.start, spec.window - 1) if self.windows else 0
         kept = min(self.tokens, spec.seed_rows(end))
         fmt = get_format(self.format)
         scales = fmt.scale_shape(1, 1) or ()  # a tensor of their own, or one number for all
         cache = self.windows * (fmt.row_bytes(spec.head_dim) + (4 * math.prod(scales) if scales else 0))
-        weight = 2 * spec.projected * CONFIG.hidden_size if self.hidden else 0
+        weight = 2 * spec.projected * self.config.hidden_size if self.hidden else 0
         return self.batch * (new + stored * row // spec.halves + kept * row + cache) + weight
 
     @property
     def flops(self) -> int:
         """Of the projection."""
-        return 2 * self.batch * self.tokens * CONFIG.hidden_size * self.spec.projected if self.hidden else 0
+        return 2 * self.batch * self.tokens * self.config.hidden_size * self.spec.projected if self.hidden else 0
 
 
 CASES = {
@@ -82,6 +91,9 @@ CASES = {
         Case("prefill 2048 from x, ratio 128", "hca", 2048, 1, 0, hidden=True),
         Case("decode 16 from x, ratio 128", "hca", 1, 16, 1000, hidden=True),
         Case("decode 1 from x, ratio 128", "hca", 1, 1, 1000, hidden=True),
+        Case("prefill 8192, V4.1 ratio 2", "r2", 8192, 1, 0, format=V41_FORMAT),
+        Case("decode 16 on a boundary, V4.1 ratio 2", "r2", 1, 16, 1023, format=V41_FORMAT),
+        Case("decode 16 within a window, V4.1 ratio 2", "r2", 1, 16, 1000, format=V41_FORMAT),
     )
 }
 
@@ -123,7 +135,8 @@ class Inputs:
     """Tensors of a case, the same for everybody. Tokens are x [B, n, D] bf16 or kv_score [B, n, projected] fp32.
 
     history: the tokens before ``start``; new: those of the timed step; rest: those that complete the open window, so
-    that a step without a finished row is compared by the row that follows. w [projected, D], ape [r, N], norm [d].
+    that a step without a finished row is compared by the row that follows. w [projected, D], ape [r, N], which V4.1
+    does without, norm [d].
     """
 
     case: Case
@@ -134,6 +147,11 @@ class Inputs:
     ape: torch.Tensor
     norm: torch.Tensor
 
+    @property
+    def weights(self) -> CompressorWeights:
+        """As kvcondense takes them."""
+        return CompressorWeights(norm=self.norm, ape=self.ape if self.case.spec.has_ape else None, w=self.w)
+
 
 @functools.lru_cache(maxsize=1)
 def make_inputs(case: Case, device: str = "cpu") -> Inputs:
@@ -141,7 +159,7 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     spec, gen = case.spec, torch.Generator(device).manual_seed(0)
     end = case.start + case.tokens
     sizes = (case.start, case.tokens, -end % spec.ratio)
-    channels = CONFIG.hidden_size if case.hidden else spec.projected
+    channels = case.config.hidden_size if case.hidden else spec.projected
 
     def tokens(count: int) -> torch.Tensor:
         t = torch.randn(case.batch, count, channels, generator=gen, device=device)
@@ -154,7 +172,7 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
         history=history,
         new=new,
         rest=rest,
-        w=(torch.randn(spec.projected, CONFIG.hidden_size, generator=gen, device=device) / 40).bfloat16(),
+        w=(torch.randn(spec.projected, case.config.hidden_size, generator=gen, device=device) / 40).bfloat16(),
         ape=0.1 * torch.randn(spec.ratio, spec.width, generator=gen, device=device),
         norm=1 + 0.2 * torch.randn(spec.head_dim, generator=gen, device=device),
     )

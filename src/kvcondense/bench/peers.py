@@ -20,6 +20,7 @@ from kvcondense.stages.hadamard import hadamard
 
 _SINGLE = 5
 """Tokens of the history that are decoded rather than prefilled."""
+_KINDS = ("hca", "csa")
 _LAYERS = {4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
 
 
@@ -208,9 +209,13 @@ PEERS: dict[str, tuple[str, Make]] = {
 
 
 def takes(peer: Make, case: Case) -> bool:
-    """True if ``peer`` has the case's compressor and rows; a peer that takes no x says ``hidden = False``."""
-    known = case.kind != "indexer" and case.format == FORMAT and not case.narrow
-    return known and (getattr(peer, "hidden", True) or not case.hidden)
+    """True if ``peer`` has the case's compressor and rows.
+
+    A peer that takes no x says ``hidden = False``; one that has others than V4's main compressors, which ``kinds`` and
+    rows of which ``format`` it takes.
+    """
+    known = case.kind in getattr(peer, "kinds", _KINDS) and case.format == getattr(peer, "format", FORMAT)
+    return known and not case.narrow and (getattr(peer, "hidden", True) or not case.hidden)
 
 
 def installed() -> list[Make]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvcondense.bench import device as gpu
-from kvcondense.bench import measure, peer_cpp, peers
+from kvcondense.bench import measure, peer_cpp, peer_mlx, peers
 from kvcondense.bench.cases import CONFIG, Case, Inputs, make_inputs
 from kvcondense.bench.runners import EmptyLaunch, Gemm, InCache, Kvcondense, Runner, gemm_names
 from kvcondense.layout.plan import Plan
@@ -72,7 +72,8 @@ def run_case(
         ours.append(Kvcondense(inputs, backend, bare=True))
     compared: list[tuple[Any, float]] = [(r, distance(r, inputs, expected)) for r in (*ours, reference)]
     cpp = [peer_cpp.Vllm] if on_cpu and peer_cpp.there() else []
-    for peer in (*peers.installed(), *cpp, *extra):
+    mlx = [peer_mlx.MlxLm] if on_cpu and peers.takes(peer_mlx.MlxLm, case) and peer_mlx.there() else []
+    for peer in (*peers.installed(), *cpp, *mlx, *extra):
         if peers.takes(peer, case):
             try:
                 runner = peer(inputs)

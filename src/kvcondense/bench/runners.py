@@ -1,4 +1,4 @@
-"""Who is timed: kvcondense's backends here, others in ``peers`` and ``peer_files``. One small interface for all."""
+"""Who is timed: kvcondense's backends here, others in ``peers`` and ``peer_*``. One small interface for all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from kvcondense.api import compress, condense, project
 from kvcondense.backends import Step, get_backend
-from kvcondense.bench.cases import CONFIG, PAGE_ROWS, Inputs
+from kvcondense.bench.cases import PAGE_ROWS, Inputs
 from kvcondense.formats import get_format
 from kvcondense.layout.addresses import RingLayout
 from kvcondense.layout.cache import PagedCache
@@ -18,7 +18,6 @@ from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
 from kvcondense.planning import Planner
 from kvcondense.rope_table import RopeTable
-from kvcondense.weights import CompressorWeights
 
 _TENSOR_SCALE = 0.02
 """Of formats with one scale for the whole cache; it leaves no row saturated."""
@@ -68,9 +67,9 @@ class Kvcondense:
         self.note = f"pool, norm, RoPE, {case.format} store, state" + (
             "; state tags checked" if checked else "; no validation" if bare else ""
         )
-        self.weights = CompressorWeights(norm=inputs.norm, ape=inputs.ape, w=inputs.w)
+        self.weights = inputs.weights
         end = case.start + steps * case.tokens + inputs.rest.shape[1]
-        self.rope = RopeTable.build(CONFIG, end + self.spec.ratio, device=self.device)
+        self.rope = RopeTable.build(case.config, end + self.spec.ratio, device=self.device)
         self.pages = -(-(end // self.spec.ratio + 1) // PAGE_ROWS)
         rows = self.spec.required_ring_rows(steps * case.tokens if case.start else 0)
         self.layout = RingLayout(case.batch, rows)
@@ -189,7 +188,6 @@ class Gemm(_Stateless):
         self.name, self.note = name, "no rows" + ("; result rounded to bf16" if name == GEMM else "")
         x, w = inputs.new.flatten(0, 1), inputs.w
         wide_x, wide_w = (x.float(), w.float()) if name in GEMMS[2:4] else (x, w)
-        weights = CompressorWeights(norm=inputs.norm, ape=inputs.ape, w=w)
 
         def in_math_mode() -> torch.Tensor:
             before = torch.get_float32_matmul_precision()
@@ -201,7 +199,7 @@ class Gemm(_Stateless):
 
         ways: tuple[Callable[[], torch.Tensor], ...] = (
             lambda: torch.nn.functional.linear(x, w),
-            lambda: project(inputs.case.spec, x, weights, impl=backend),
+            lambda: project(inputs.case.spec, x, inputs.weights, impl=backend),
             lambda: torch.nn.functional.linear(wide_x, wide_w),
             in_math_mode,
             lambda: plain_gemm(x, w),

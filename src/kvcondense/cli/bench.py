@@ -57,7 +57,9 @@ def bench(
         bool, typer.Option("--resume", help="Go on with the --json file: cases that it has are not timed again.")
     ] = False,
 ) -> None:
-    """Time a backend beside the reference, transformers and nano-deepseek-v4 where installed, and given peers.
+    """Time a backend beside the reference, peers that are installed, and given ones.
+
+    Installed: transformers, nano-deepseek-v4, vLLM's C++ and, for V4.1, mlx-lm.
 
     Before anyone is timed, its rows are compared with the reference's. Timings are medians of interleaved rounds, warm
     and with cold caches. The floor is the case's bytes over the bandwidth, or its flops over the rate of torch's bf16

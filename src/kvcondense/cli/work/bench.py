@@ -67,8 +67,9 @@ def run(
         output.finish({"cases": [{"case": c.name, "bytes": c.bytes, "flops": c.flops} for c in cases.values()]})
         return None
     chosen = [c for c in cases.values() if not case or any(part in c.name for part in case)]
-    stores = getattr(get_backend(backend), "stores", None)
+    stores, kinds = (getattr(get_backend(backend), name, None) for name in ("stores", "kit"))
     if stores is not None and cases is CASES:  # one that writes some formats only, token by token: few come before
+        chosen = [c for c in chosen if kinds is None or c.kind in kinds]
         chosen = [replace(c, format=stores[0], start=c.start % (2 * c.spec.window)) for c in chosen]
     series = [name for name in _SERIES if cases is CASES and (not case or any(part in name for part in case))]
     if not chosen and not series:
