@@ -71,6 +71,7 @@ for profile, examples in (("kvcondense", 25), ("exhaustive", 100)):  # make test
 settings.load_profile("kvcondense")
 
 torch.set_num_threads(1)  # two workers on two cores; thread counts have a test of their own
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start
 
 
 @pytest.fixture(autouse=True)

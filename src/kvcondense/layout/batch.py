@@ -159,9 +159,10 @@ def copy_fields(target: object, source: object, names: Sequence[str]) -> None:
 
 def spread(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[R] counts -> for each of sum(counts) items its owner, and its running number with that owner."""
-    owner = torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts)
-    before = torch.cumsum(counts, 0) - counts
-    return owner, torch.arange(owner.shape[0], device=counts.device) - before[owner]
+    ends = torch.cumsum(counts, 0)
+    items = torch.arange(int(ends[-1]) if len(ends) else 0, device=counts.device)
+    owner = torch.searchsorted(ends, items, right=True)  # repeat_interleave wakes all threads for the least of them
+    return owner, items - (ends - counts)[owner]
 
 
 def _ints(name: str, value: object, dim: int, device: torch.device | None, rows: int | None = None) -> torch.Tensor:

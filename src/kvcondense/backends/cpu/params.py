@@ -32,6 +32,7 @@ class Spec(Block):
     round_latent: int
     round_rotated: int
     round_row: int  # before a cache quantises it
+    rounded: int  # 1: rows are of bf16 before that
     rotate: int
     rope_dim: int
     eps: Real

@@ -89,11 +89,17 @@ def _whole(x):
     return x.bits().if_less(0, 0 - number, number)
 
 
-@expression(I32, F32, int64)
-def _below(x, limit):
-    """Bits of |x| where they are less than the limit, those of infinity for NaN; else 0."""
-    magnitude = _magnitude(x)
-    return magnitude.if_less(limit, magnitude, 0)
+@expression(I32, F32)
+def _bits(x):
+    """Bits of |x|."""
+    return x.bits() & _MAGNITUDE
+
+
+@expression(I32, F32)
+def _finite_bits(x):
+    """Bits of |x| where it is finite, else 0."""
+    magnitude = x.bits() & _MAGNITUDE
+    return magnitude.if_less(_INFINITY, magnitude, 0)
 
 
 @expression(I32, I32, I32)
@@ -156,15 +162,25 @@ def _small_float_codes(x, part):
 def _plain_codes(begin, end, code, part, factor):
     """Codes of fp32 begin .. end, times ``factor``, of a part that ``_is_plain``."""
     size, mantissa, bias = part.bits, part.mantissa, part.bias
-    max_code, nan_code, times = part.max_code, part.nan_code, splat(factor)
-    for i in range(begin, end, BYTES):
-        value = plain_small_float(load(i) * times, size, mantissa, bias, max_code, nan_code)
+    top, nan, times = part.max_code, part.nan_code, splat(factor)
+    i = begin
+    while size == 8 and i + 4 * BYTES <= end:
+        a = plain_small_float(load(i) * times, 8, mantissa, bias, top, nan)
+        b = plain_small_float(load(i + BYTES) * times, 8, mantissa, bias, top, nan)
+        c = plain_small_float(load(i + 2 * BYTES) * times, 8, mantissa, bias, top, nan)
+        d = plain_small_float(load(i + 3 * BYTES) * times, 8, mantissa, bias, top, nan)
+        simd.store_8s(code, a, b, c, d)
+        i += 4 * BYTES
+        code += 4 * LANES
+    while i < end:
+        value = plain_small_float(load(i) * times, size, mantissa, bias, top, nan)
         if size == 4:
             simd.store_4(code, value)
             code += LANES // 2
         else:
             simd.store_8(code, value)
             code += LANES
+        i += BYTES
 
 
 @inlined
@@ -243,11 +259,20 @@ def _store_scale(address, stored, byte, part):
 
 
 @kernel
-def _largest(begin, end, below):
-    """The largest of the bits of |x| that are less than ``below``, for fp32 begin .. end."""
-    largest = _below(load(begin), below)
+def _largest(begin, end):
+    """The largest of the bits of |x| for fp32 begin .. end: infinity's or more if one of them is not finite."""
+    largest = _bits(load(begin))
     for i in range(begin + BYTES, end, BYTES):
-        largest = _larger(largest, _below(load(i), below))
+        largest = _larger(largest, _bits(load(i)))
+    return simd.largest_lane(largest)
+
+
+@kernel
+def _largest_finite(begin, end):
+    """The same of those that are finite."""
+    largest = _finite_bits(load(begin))
+    for i in range(begin + BYTES, end, BYTES):
+        largest = _larger(largest, _finite_bits(load(i)))
     return simd.largest_lane(largest)
 
 
@@ -266,10 +291,10 @@ def _part(row, part, code, scales, inner):
         if rule == params.TENSOR:
             factor = part.tensor_scale
         elif rule >= 0:
-            amax = _largest(begin, end, _INFINITY + 1)
+            amax = _largest(begin, end)
             infinite = amax >= _INFINITY
             if infinite:
-                amax = _largest(begin, end, _INFINITY)
+                amax = _largest_finite(begin, end)
             amax = max(amax, part.floor)
             stored, factor, byte = _scale_of(amax, part)
             if infinite and part.nan_code < 0 and not clean:
@@ -306,7 +331,8 @@ def put(row, slot, call, work):
     base = call.layer.cache + page * call.layer.page_stride
     outside = call.layer.scales
     inner = form.inner_count
-    rounding = form.round_row == 2 or (form.round_row and call.layer.spec.round_row)
+    spec = call.layer.spec
+    rounding = not spec.rounded and (form.round_row == 2 or (form.round_row and spec.round_row))
     if rounding or inner:
         last = form.parts[form.part_count - 1].last
         for i in range(0, 4 * last, BYTES):

@@ -14,6 +14,7 @@ from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import register_pass
 from numba.core.typed_passes import NativeLowering
+from numba.core.types import unliteral
 
 
 class _Library(CPUCodeLibrary):
@@ -79,8 +80,28 @@ class _Pipeline(CompilerBase):
 _OPTIONS: dict[str, Any] = {
     "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": _Pipeline,
 }  # fmt: skip
-kernel: Any = njit(**_OPTIONS)
-inlined: Any = njit(**_OPTIONS, forceinline=True)
+
+
+def _once(**options: Any) -> Any:
+    """njit for functions that are typed once: Numba would do it anew for each constant that they are called with."""
+
+    def wrap(function: Any) -> Any:
+        made = njit(**_OPTIONS, **options)(function)
+        typed = made.get_call_template
+
+        def of_plain_types(args: Any, kws: Any) -> Any:
+            found = typed(tuple(map(unliteral, args)), kws)
+            assert len(made.overloads) == 1, f"{function.__name__} is called with arguments of several types"
+            return found
+
+        made.get_call_template = of_plain_types
+        return made
+
+    return wrap
+
+
+kernel: Any = _once()
+inlined: Any = _once(forceinline=True)
 entry: Any = njit("void(int64)", **_OPTIONS)
 """Of a kernel: it is lowered when its module is imported."""
 

@@ -18,13 +18,23 @@ def _round_scalar(x):
     return simd.first_lane(round_bf16(splat(x)))
 
 
+@inlined
+def _halved(x, away):
+    return load(x) + load(x + away)
+
+
 @kernel
 def tree_sum(x, n):
     """Sum of n fp32 by repeated halving, as ``numerics.tree_sum`` orders it. Overwrites them."""
+    while n % (8 * LANES) == 0:  # three halvings at once
+        n //= 8
+        for i in range(x, x + 4 * n, BYTES):
+            even = _halved(i, 16 * n) + _halved(i + 8 * n, 16 * n)
+            store(i, even + (_halved(i + 4 * n, 16 * n) + _halved(i + 12 * n, 16 * n)))
     while n % (2 * LANES) == 0:
         n //= 2
-        for i in range(0, 4 * n, BYTES):
-            store(x + i, load(x + i) + load(x + 4 * n + i))
+        for i in range(x, x + 4 * n, BYTES):
+            store(i, _halved(i, 4 * n))
     if n == LANES:
         return simd.halving_sum(load(x))
     while n > 1:

@@ -182,6 +182,14 @@ def store_8(b: Any, address: Any, x: Any) -> None:
     write(b, address, b.trunc(x, ir.VectorType(_I8, LANES)), 1)
 
 
+@operation(types.void, types.int64, I32, I32, I32, I32)
+def store_8s(b: Any, address: Any, *four: Any) -> None:
+    """``store_8`` of four vectors, side by side."""
+    low, high = (b.shuffle_vector(*four[k : k + 2], _lanes(*range(2 * LANES))) for k in (0, 2))
+    all_of = b.shuffle_vector(low, high, _lanes(*range(4 * LANES)))
+    write(b, address, b.trunc(all_of, ir.VectorType(_I8, 4 * LANES)), 1)
+
+
 @operation(types.void, types.int64, I32)
 def store_4(b: Any, address: Any, x: Any) -> None:
     """The low 4 bits of each lane, the even lane in the low nibble."""
