@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kvcondense.backends import Step
-from kvcondense.backends.cpu import calls, native, params, scratch
+from kvcondense.backends.cpu import calls, native, params, scratch, target
 from kvcondense.backends.cpu.blocks import address
 from kvcondense.backends.cpu.threads import SERIAL, launch
 from kvcondense.errors import UnsupportedError
@@ -80,7 +80,7 @@ class CpuBackend:
 
 def _tiles(tokens: int, channels: int, threads: int) -> tuple[int, int]:
     """Tokens and channels of a task. A few tokens share the channels out, more than there are threads if they can."""
-    wide = params.WIDE
+    wide, _ = target.target().panels
     while wide > 16 and -(-tokens // params.TALL) * (channels // wide) < 4 * threads:
         wide //= 2
     return params.TALL, wide

@@ -51,6 +51,11 @@ class Target:
         """True if that beats fp32's products of widened rows: Intel takes two cycles, so that it gains nothing."""
         return self.bf16_products and self.cpu.startswith("znver")
 
+    @property
+    def panels(self) -> tuple[int, int]:
+        """(channels, tokens) of the panels of a product that stay in caches: widened channels take twice the room."""
+        return (64, 24) if self.fast_bf16_products else (32, 12)
+
 
 @functools.cache
 def target() -> Target:

@@ -1,8 +1,9 @@
 """Stage 1 for many tokens: rows are copied once into panels that stay in cache, then multiplied tile by tile.
 
-Panels hold bf16 where the processor multiplies pairs of them, else fp32: part by part of a sum's 16 lanes, as many as
-vectors take, the odd channels of a vector, then the even ones. Sums between chunks of D wait in memory, so that panels
-are small and the order of a sum is that of ``project``. Rows as they lie would often share the sets of a cache.
+Panels hold bf16: part by part of a sum's 16 lanes, as many as vectors take. Where the processor does not multiply pairs
+of bf16, rows of w are widened once, the odd channels of a vector, then the even ones, and those of x when they are
+multiplied: so they take half the first cache. Sums between chunks of D wait in memory, so that panels are small and
+the order of a sum is that of ``project``. Rows as they lie would often share the sets of a cache.
 """
 
 from __future__ import annotations
@@ -16,41 +17,47 @@ from numba import types
 from kvcondense.backends.cpu.kernels import simd
 from kvcondense.backends.cpu.kernels.functions import kernel
 from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, splat, store
-from kvcondense.backends.cpu.params import BLOCK, CHANNELS, PANEL, PANEL_ROW, WIDE
+from kvcondense.backends.cpu.params import CHANNELS, PANEL, W_ROW, X_ROW
 from kvcondense.backends.cpu.target import target
 
 NATIVE = target().fast_bf16_products
+WIDE, BLOCK = target().panels
 PARTS = CHANNELS // LANES
 """Vectors of a sum."""
-TAKEN = PANEL if NATIVE else PANEL // 2
-"""Bytes of a bf16 row that a panel holds."""
 _PART = PANEL // PARTS
-"""Bytes of a part in a panel's row."""
+"""Bytes of a part in a row of bf16."""
+_GROWN = 1 if NATIVE else 2
+"""What rows of channels grow by."""
 _STEP = 4 * CHANNELS
 """Bytes of a bf16 row that all lanes take at once, and of a sum."""
-_GROWN = BYTES if NATIVE else 2 * BYTES
-"""Bytes of a part that come of them."""
 _TOKENS, _ROWS = (6, 4) if target().registers >= 32 else (3, 4)
 """Sums in registers: twelve, three operands and one that changes fill sixteen."""
 _AHEAD = 4
 """Rows by which lines are asked for before they are copied."""
-_LONG, _SHORT = (4, 1) if NATIVE else (4, 2)
-"""Vectors of a loop's turn. A multiple of 32 channels makes one of pairs, or two of fp32: odd and even ones."""
+_LONG = 4 // _GROWN
+"""Vectors of tokens in a loop's turn. A multiple of 32 channels makes one."""
 
 
-@simd.operation(types.void, types.int64, types.int64)
-def _copy_step(b: Any, source: Any, to: Any) -> None:
-    """32 bf16 to a panel; the parts of fp32 lie a part's panel apart."""
-    number = source.type
-    for part in range(PARTS):
-        pairs = simd.read(b, b.add(source, ir.Constant(number, BYTES * part)), simd.I32.llvm, 2)
-        place = b.add(to, ir.Constant(number, _PART * part))
-        if NATIVE:
-            simd.write(b, place, pairs, 4)
-            continue
-        even, odd = simd.emit_halves(b, pairs)
-        simd.write(b, place, odd, 4)
-        simd.write(b, b.add(place, ir.Constant(number, BYTES)), even, 4)
+def _copying(grown: int) -> Any:
+    """32 bf16 to a panel, whose parts lie apart: pairs as they are, or odd ones and even ones widened."""
+
+    @simd.operation(types.void, types.int64, types.int64)
+    def copy_step(b: Any, source: Any, to: Any) -> None:
+        number = source.type
+        for part in range(PARTS):
+            pairs = simd.read(b, b.add(source, ir.Constant(number, BYTES * part)), simd.I32.llvm, 2)
+            place = b.add(to, ir.Constant(number, grown * _PART * part))
+            if grown == 1:
+                simd.write(b, place, pairs, 4)
+            else:
+                even, odd = simd.emit_halves(b, pairs)
+                simd.write(b, place, odd, 4)
+                simd.write(b, b.add(place, ir.Constant(number, BYTES)), even, 4)
+
+    return copy_step
+
+
+_copy_pairs, _copy_widened = _copying(1), _copying(2)
 
 
 @simd.operation(types.float32, types.int64)
@@ -65,8 +72,6 @@ def _tile(tokens: int, steps: int) -> Any:
 
     steps: vectors of a turn; ``size`` must be a multiple of as many.
     """
-    kind = simd.PAIRS if NATIVE else simd.F32.llvm
-    multiply = simd.emit_pair_products if NATIVE else simd.emit_fma
 
     @simd.operation(types.void, *[types.int64] * 4)
     def tile(b: Any, x: Any, w: Any, sums: Any, size: Any) -> None:
@@ -85,14 +90,18 @@ def _tile(tokens: int, steps: int) -> Any:
         offset.add_incoming(number(0), before)
         sums_in = [[b.phi(simd.F32.llvm) for _ in line] for line in old]
         new = [list(line) for line in sums_in]
-        for step in range(steps):
-            here = b.add(offset, number(BYTES * step))
-            x_rows = [simd.read(b, b.add(at(x, PANEL_ROW * i), here), kind, 4) for i in range(tokens)]
+        for half in range(_GROWN * steps):
+            here = at(offset, BYTES * (half // _GROWN))
+            there = at(b.mul(offset, number(_GROWN)), BYTES * half)
+            x_rows = [_operand(b, at(here, X_ROW * i), x, half % 2) for i in range(tokens)]
             for j in range(_ROWS):
-                w_row = simd.read(b, b.add(at(w, PANEL_ROW * j), here), kind, 4)
+                w_row = simd.read(b, b.add(at(w, W_ROW * j), there), simd.PAIRS if NATIVE else simd.F32.llvm, 4)
                 for i in range(tokens):
+                    multiply = simd.emit_pair_products if NATIVE else simd.emit_fma
                     new[i][j] = multiply(b, x_rows[i], w_row, new[i][j])
-        following = b.add(offset, number(BYTES * steps))
+            if not NATIVE:  # else pairs would be kept for their other half, and sums would go to the stack
+                new = [[simd.emit_first(b, one) for one in line] for line in new]
+        following = at(offset, BYTES * steps)
         offset.add_incoming(following, loop)
         for phis, values, starts in zip(sums_in, new, old, strict=True):
             for phi, value, start in zip(phis, values, starts, strict=True):
@@ -107,27 +116,39 @@ def _tile(tokens: int, steps: int) -> Any:
     return tile
 
 
+def _operand(b: Any, offset: Any, x: Any, even: int) -> Any:
+    """A vector of tokens as the product takes it: pairs, or their odd or even halves widened."""
+    address = b.add(x, offset)
+    if NATIVE:
+        return simd.read(b, address, simd.PAIRS, 4)
+    return simd.emit_halves(b, simd.read(b, address, simd.I32.llvm, 4))[1 - even]
+
+
 _tile_6, _tile_3, _tile_2, _tile_1 = (_tile(n, _LONG) for n in (6, 3, 2, 1))
-_short_3, _short_1 = (_tile(n, _SHORT) for n in (3, 1))
+_short_3, _short_1 = (_tile(n, 1) for n in (3, 1))
 
 
 @kernel
-def _copy(source, stride, count, size, panel):
-    """``size`` bytes of ``count`` bf16 rows to a panel."""
+def _copy(source, stride, count, size, panel, row, grown):
+    """``size`` bytes of ``count`` bf16 rows to a panel whose rows are ``row`` bytes long; widened if they grow."""
     for i in range(count):
         for at in range(0, size, _STEP):
             simd.prefetch(source + (i + _AHEAD) * stride + at)
-            _copy_step(source + i * stride + at, panel + i * PANEL_ROW + at // _STEP * _GROWN)
+            place = panel + i * row + at // PARTS * grown
+            if grown == 1:
+                _copy_pairs(source + i * stride + at, place)
+            else:
+                _copy_widened(source + i * stride + at, place)
 
 
 @kernel
 def _products(x, tokens, w, channels, sums, size):
     """Add the products of one part of two panels to the sums, whose rows are WIDE sums long."""
     for n in range(0, channels, _ROWS):
-        rows, t = w + PANEL_ROW * n, 0
+        rows, t = w + W_ROW * n, 0
         while t < tokens:
             left = tokens - t
-            token, target = x + PANEL_ROW * t, sums + _STEP * (WIDE * t + n)
+            token, target = x + X_ROW * t, sums + _STEP * (WIDE * t + n)
             if size % (BYTES * _LONG):
                 if left >= 3:
                     _short_3(token, rows, target, size)
@@ -154,21 +175,19 @@ def multiply(call, token, last, first, end, scratch):
     """Tokens token .. last - 1, at most TALL, times channels first .. end - 1, at most WIDE."""
     tokens, channels, size = last - token, end - first, call.hidden_bytes
     x, w = call.x + token * call.x_stride, call.w + first * call.w_stride
-    x_panel, w_panel = scratch, scratch + PANEL_ROW * BLOCK
-    sums = w_panel + PANEL_ROW * WIDE
+    x_panel, w_panel = scratch, scratch + X_ROW * BLOCK
+    sums = w_panel + W_ROW * WIDE
     for i in range(0, _STEP * WIDE * tokens, BYTES):
         store(sums + i, splat(np.float32(0)))
-    for at in range(0, size, TAKEN):
-        taken = min(TAKEN, size - at)
-        _copy(w + at, call.w_stride, channels, taken, w_panel)
+    for at in range(0, size, PANEL):
+        taken = min(PANEL, size - at)
+        _copy(w + at, call.w_stride, channels, taken, w_panel, W_ROW, _GROWN)
         for t in range(0, tokens, BLOCK):
             count, target = min(BLOCK, tokens - t), sums + _STEP * WIDE * t
-            _copy(x + t * call.x_stride + at, call.x_stride, count, taken, x_panel)
+            _copy(x + t * call.x_stride + at, call.x_stride, count, taken, x_panel, X_ROW, 1)
             for part in range(PARTS):
-                away = _PART * part
-                _products(
-                    x_panel + away, count, w_panel + away, channels, target + BYTES * part, taken // _STEP * _GROWN
-                )
+                rows_x, rows_w = x_panel + _PART * part, w_panel + _GROWN * _PART * part
+                _products(rows_x, count, rows_w, channels, target + BYTES * part, taken // PARTS)
     for i in range(tokens):
         out = call.out + 4 * ((token + i) * call.channels + first)
         for j in range(channels):
