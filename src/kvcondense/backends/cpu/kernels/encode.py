@@ -160,11 +160,11 @@ def _small_float_codes(x, part):
 
 @kernel
 def _plain_codes(begin, end, code, part, factor):
-    """Codes of fp32 begin .. end, times ``factor``, of a part that ``_is_plain``."""
-    size, mantissa, bias = part.bits, part.mantissa, part.bias
+    """Codes of fp32 begin .. end, times or divided by ``factor``, of a part that ``_is_plain``."""
+    size, mantissa, bias, divides = part.bits, part.mantissa, part.bias, part.divides
     top, nan, times = part.max_code, part.nan_code, splat(factor)
     i = begin
-    while size == 8 and i + 4 * BYTES <= end:
+    while size == 8 and not divides and i + 4 * BYTES <= end:
         a = plain_small_float(load(i) * times, 8, mantissa, bias, top, nan)
         b = plain_small_float(load(i + BYTES) * times, 8, mantissa, bias, top, nan)
         c = plain_small_float(load(i + 2 * BYTES) * times, 8, mantissa, bias, top, nan)
@@ -173,7 +173,8 @@ def _plain_codes(begin, end, code, part, factor):
         i += 4 * BYTES
         code += 4 * LANES
     while i < end:
-        value = plain_small_float(load(i) * times, size, mantissa, bias, top, nan)
+        x = load(i) / times if divides else load(i) * times
+        value = plain_small_float(x, size, mantissa, bias, top, nan)
         if size == 4:
             simd.store_4(code, value)
             code += LANES // 2
@@ -188,7 +189,7 @@ def _is_plain(part):
     """Whether ``_plain_codes`` takes the part: whose codes lie side by side, and whose values need no more care."""
     minus_zero = 1 << (part.bits - 1)
     usual = part.element == params.SMALL_FLOAT and part.ties_to_even and part.nan_code != minus_zero
-    return usual and not part.divides and not part.clean and part.tile == 1 and part.scale >= 0
+    return usual and not part.clean and part.tile == 1 and part.scale >= 0
 
 
 @kernel
