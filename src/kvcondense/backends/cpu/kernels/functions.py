@@ -6,15 +6,16 @@ minute for a kernel. Nobody calls them so. The object file is made of the entry'
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-from numba import njit
+from numba import njit, types
 from numba.core.codegen import CPUCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import register_pass
-from numba.core.typed_passes import NativeLowering
-from numba.core.types import unliteral
+from numba.core.typed_passes import NativeLowering, NopythonTypeInference
 
 
 class _Library(CPUCodeLibrary):
@@ -40,6 +41,45 @@ class _Library(CPUCodeLibrary):
         return list(found)
 
 
+_signatures: dict[Any, Any] = {}
+
+
+@contextlib.contextmanager
+def _looked_up_once() -> Iterator[None]:
+    """What an operator makes of its operands' types is found once within: kernels have thousands.
+
+    Numba's lock keeps others out; a function that is compiled for another is inside already.
+    """
+    kind: Any = types.Function
+    if "get_call_type" in vars(kind):
+        yield
+        return
+    find = kind.get_call_type
+
+    def found(self: Any, context: Any, args: Any, kws: Any) -> Any:
+        if kws:
+            return find(self, context, args, kws)
+        key = self, args
+        if key not in _signatures:
+            _signatures[key] = find(self, context, args, kws)
+        return _signatures[key]
+
+    kind.get_call_type = found
+    try:
+        yield
+    finally:
+        del kind.get_call_type
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _Typing(NopythonTypeInference):
+    _name = "kvcondense_typing"
+
+    def run_pass(self, state: Any) -> Any:
+        with _looked_up_once():
+            return super().run_pass(state)
+
+
 @register_pass(mutates_CFG=True, analysis_only=False)
 class _Lowering(NativeLowering):
     _name = "kvcondense_lowering"
@@ -49,7 +89,8 @@ class _Lowering(NativeLowering):
         state.library = _Library(context.codegen(), state.func_id.func_qualname)
         context.get_executable = _no_executable  # of this instance; Numba's lock keeps others out
         try:
-            return super().run_pass(state)
+            with _looked_up_once():
+                return super().run_pass(state)
         finally:
             del context.get_executable
 
@@ -67,12 +108,13 @@ _IDLE = {
 """Passes for closures, containers, arrays and reports. Kernels have none, and each pass goes over every function."""
 
 
+_OURS = {NativeLowering: _Lowering, NopythonTypeInference: _Typing}
+
+
 class _Pipeline(CompilerBase):
     def define_pipelines(self) -> list[Any]:
         manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        manager.passes = [
-            (_Lowering if of is NativeLowering else of, why) for of, why in manager.passes if of.__name__ not in _IDLE
-        ]
+        manager.passes = [(_OURS.get(of, of), why) for of, why in manager.passes if of.__name__ not in _IDLE]
         manager.finalize()
         return [manager]
 
@@ -90,7 +132,7 @@ def _once(**options: Any) -> Any:
         typed = made.get_call_template
 
         def of_plain_types(args: Any, kws: Any) -> Any:
-            found = typed(tuple(map(unliteral, args)), kws)
+            found = typed(tuple(map(types.unliteral, args)), kws)
             assert len(made.overloads) == 1, f"{function.__name__} is called with arguments of several types"
             return found
 
