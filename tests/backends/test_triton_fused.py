@@ -1,6 +1,7 @@
 """The fused projection under Triton's interpreter: equal to projection and step, whatever the chunks and neighbours."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from projected import HIDDEN, NAMES, bf16_weights, check_against_two_steps, play
 
 from kvcondense import KvCondenseError, PagedCache, RaggedBatch, StatePool, compress, explain, project
 from kvcondense.backends import Step
-from kvcondense.backends.triton import TritonBackend, fused
+from kvcondense.backends.triton import TritonBackend, fused, tuning
 from kvcondense.errors import UnsupportedError
 from kvcondense.layout.plan import Plan
 from machine import SPECS, rope
@@ -112,3 +113,37 @@ def test_what_it_cannot_do_has_a_reason():
     assert "latent" in why(x, w, latent=torch.zeros(1, 16))
     assert "tile" in why(x, w, spec=replace(spec, ratio=256, overlap=False))
     assert "validation" in why(x, w, cache=PagedCache.allocate(16, 1, 4, strict=True))
+
+
+def test_the_library_multiplies_where_the_table_says_so_unless_bits_must_not_depend_on_the_batch(monkeypatch):
+    spec, asked = SPECS["csa"], []
+    gen = torch.Generator().manual_seed(5)
+    x, w = torch.randn(130, HIDDEN, generator=gen).bfloat16(), bf16_weights(spec)
+    batch = RaggedBatch.build([0, 130], start_positions=[0], state_slots=[0])
+
+    def mm(a, b, *, out_dtype):
+        asked.append((a.dtype, b.dtype, out_dtype))
+        return a.float() @ b.float()
+
+    monkeypatch.setattr(fused, "by_library", lambda device: True)  # no CPU has such a product
+    monkeypatch.setattr(torch, "mm", mm)
+    rows = {}
+    for invariant in (False, True):
+        backend, state = TritonBackend(batch_invariant=invariant), StatePool.ring(spec, 1)
+        rows[invariant] = compress(spec, x, w, rope(spec, 256), batch, state=state, impl=backend).values
+        assert asked == [(torch.bfloat16, torch.bfloat16, torch.float32)], "once, by the first of them"
+    assert torch.allclose(rows[False], rows[True], rtol=2**-7, atol=1e-3)
+    why = explain(spec, None, w, rope(spec, 256), batch, state=StatePool.ring(spec, 1), x=x)
+    assert "library" in why["triton, tiles"]
+
+
+@pytest.mark.parametrize(
+    ("device", "hip", "interpreting", "arch", "expected"),
+    [("cuda", None, False, "sm_90", True), ("cuda", "6.4", False, "gfx942", False), ("cpu", None, True, "any", False),
+     ("cuda", None, True, "any", False), ("npu", None, False, "Ascend", False)],
+)  # fmt: skip
+def test_where_the_library_multiplies(monkeypatch, device, hip, interpreting, arch, expected):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(fused, "interpreted", lambda: interpreting)
+    with tuning.stand_in(arch):
+        assert fused.by_library(SimpleNamespace(type=device)) is expected

@@ -193,6 +193,7 @@ class _Job:
         return torch.equal(data, self.cache.data)
 
     def project(self) -> float:
-        """How far the backend's projection is from the vendor's, in RMS."""
-        backend: Any = get_backend("triton")
-        return off(backend.project(self.x, self.weights.w, None), self.kv_score)
+        """How far the backend's own projection is from the vendor's, in RMS."""
+        w = self.weights.w
+        assert w is not None
+        return off(TritonBackend(batch_invariant=True).project(self.x, w, None), self.kv_score)

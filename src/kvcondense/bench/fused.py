@@ -87,14 +87,15 @@ class Steps:
 
 
 def ways(inputs: Sequence[Inputs]) -> list[Steps]:
-    """Fused as the table has it, GEMM and step, and, for small steps, the way that longer ones go."""
+    """Fused, even where the table would not; GEMM and step; and, for small steps, the way that longer ones go."""
     backend: Any = get_backend("triton")
+    invariant: Any = replace(backend, batch_invariant=True)
     parts = [Kvcondense(i, "triton", bare=True) for i in inputs]
     x = parts[0].new
     weight = torch.cat([i.w for i in inputs])  # one GEMM for all
     sizes = [i.w.shape[0] for i in inputs]
     steps = [state["step"] for state in (part.primed() for part in parts)]
-    form = _form(backend, steps, x, inputs)
+    form = _form(backend, steps, x, inputs) or _form(invariant, steps, x, inputs)
     found = []
     if form is not None:
         found.append(Steps(f"fused, {form}", parts, lambda s, x, ws: backend.run_fused(form, s, x, ws)))
@@ -107,11 +108,11 @@ def ways(inputs: Sequence[Inputs]) -> list[Steps]:
     found.append(Steps("GEMM + step", parts, unfused))
     if form == "one launch":
 
-        def invariant(steps: Sequence[Step], x: torch.Tensor, ws: Sequence[torch.Tensor]) -> None:
+        def apart(steps: Sequence[Step], x: torch.Tensor, ws: Sequence[torch.Tensor]) -> None:
             for step, w in zip(steps, ws, strict=True):
-                backend.run(replace(step, kv_score=backend.project(x, w, None)))
+                invariant.run(replace(step, kv_score=invariant.project(x, w, None)))
 
-        found.append(Steps("batch-invariant", parts, invariant))
+        found.append(Steps("batch-invariant", parts, apart))
     return found
 
 

@@ -42,8 +42,9 @@ class TritonBackend:
     """Steps on a GPU, in fp32, for head_dim a power of two. ``choice`` stands in for the tuning table's.
 
     From hidden states, steps of at most 64 tokens sum the projection in spans, so that all processors can take part;
-    their bits differ from those of longer steps. With batch_invariant they do not: ``impl=TritonBackend(
-    batch_invariant=True)`` gives a token the same bits in every step, and small steps a projection by few programs.
+    longer ones are projected by the vendor's library where the table has it so, whose bits depend on the batch. With
+    batch_invariant neither: ``impl=TritonBackend(batch_invariant=True)`` gives a token the same bits in every step, and
+    small steps a projection by few programs.
     """
 
     name: str = "triton"
@@ -89,14 +90,15 @@ class TritonBackend:
     def project(self, x: torch.Tensor, w: torch.Tensor, tile: int | None) -> torch.Tensor:
         """x @ w.T; tiles are the kernel's own."""
         del tile
-        return fused.project(x, w)
+        return fused.project(x, w, not self.batch_invariant)
 
     def fused_forms(self, step: Step, x: torch.Tensor, w: torch.Tensor) -> dict[str, str | None]:
         """For each way to do this step from x: None if the table says that it wins, else the reason."""
         one = "it sums in another order than longer steps do" if self.batch_invariant else decode.why_not(step, x, w)
+        worth = fused.why_not_worth(step, x.shape[0], not self.batch_invariant)
         return {
             "one launch": self.why_not(step) or one,
-            "tiles": self.why_not(step) or fused.why_not(step, x, w) or fused.why_not_worth(step, x.shape[0]),
+            "tiles": self.why_not(step) or fused.why_not(step, x, w) or worth,
         }
 
     def run_fused(self, form: str, steps: Sequence[Step], x: torch.Tensor, ws: Sequence[torch.Tensor]) -> None:

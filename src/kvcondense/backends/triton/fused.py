@@ -1,7 +1,7 @@
 """Launches that project: to kv_score, or, fused, to finished rows without kv_score in memory.
 
-All of them sum a product over the hidden channels in the same steps and tiles, so a token has the same bits in any
-batch, fused or not.
+The kernels sum a product over the hidden channels in the same steps and tiles, so a token has the same bits in any
+batch, fused or not. The vendor's library, which stands in for the first of them, promises none.
 """
 
 from __future__ import annotations
@@ -64,8 +64,16 @@ def why_not(step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
     return None
 
 
-def why_not_worth(step: Step, tokens: int) -> str | None:
-    """None if the table says that fusing wins, else what speaks against it."""
+def by_library(device: torch.device) -> bool:
+    """True if the table has the vendor's library form products here, bf16 into fp32. Its bits depend on the batch."""
+    there = device.type == "cuda" and torch.version.hip is None and not interpreted()
+    return there and tuning.library_product(device)
+
+
+def why_not_worth(step: Step, tokens: int, library: bool) -> str | None:
+    """None if the table says that fusing wins, else what speaks against it; library: products may be ``by_library``."""
+    if library and by_library(step.rows.device):
+        return "the table has the library's product, then the step"
     least = tuning.fused_tokens(step.rows.device)
     if least is None or tokens < least:
         return f"{tokens} tokens; the table fuses steps of at least {least}"
@@ -74,10 +82,12 @@ def why_not_worth(step: Step, tokens: int) -> str | None:
     return None
 
 
-def project(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """kv_score [T, projected] fp32."""
+def project(x: torch.Tensor, w: torch.Tensor, library: bool) -> torch.Tensor:
+    """kv_score [T, projected] fp32; library: it may be formed ``by_library``."""
     from kvcondense.backends.triton.kernels import fused
 
+    if library and by_library(x.device):
+        return torch.mm(x, w.T, out_dtype=torch.float32)
     out = torch.empty(x.shape[0], w.shape[0], dtype=torch.float32, device=x.device)
     if x.shape[0] == 0:
         return out

@@ -41,7 +41,8 @@ class Choice:
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """The file: by architecture its source, hardware_cast, counters, fused_tokens, decode_programs, and entries.
+    """The file: by architecture its source, hardware_cast, counters, fused_tokens, library_product,
+    decode_programs, and entries.
 
     An entry is [ratio, head_dim, rows, block, num_warps] and serves steps of at most ``rows`` windows, null any number.
     """
@@ -95,6 +96,11 @@ def threads(device: torch.device) -> bool:
 def fused_tokens(device: torch.device) -> int | None:
     """Least tokens of a step that is fused with its projection on this device; None: no step is."""
     return table().get(architecture(device), table()[ANY])["fused_tokens"]
+
+
+def library_product(device: torch.device) -> bool:
+    """True if a product by the vendor's library, then the step, beats steps that are fused with their projection."""
+    return table().get(architecture(device), table()[ANY])["library_product"]
 
 
 def product_options(arch: str) -> dict[str, Any]:

@@ -197,7 +197,7 @@ def _launch(variant: Variant, arch: str) -> None:
     choice = tuning.choose_for(arch, spec.ratio, spec.window, spec.head_dim, variant.rows)
     x = torch.zeros(_TOKENS, _HIDDEN, dtype=torch.bfloat16)
     if variant.form == "project":
-        fused.project(x, _weight(spec))
+        fused.project(x, _weight(spec), False)
     elif variant.form == "tiles":
         fused.run(_step(variant), x, _weight(spec))
     elif variant.form == "step":
