@@ -122,6 +122,11 @@ class CompressorSpec:
             raise UnsupportedError("layer", f"a layer that owns a compressor ({owners})", layer)
         return ("main", "indexer") if config.compress_ratios[layer] in config.overlap_ratios else ("main",)
 
+    @property
+    def rounded(self) -> bool:
+        """True if norm and RoPE leave rows in bf16, so that a cache's rounding changes none."""
+        return self.rounding.latent and (self.rounding.rotated or not self.rope_dim) and not self.rotate
+
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON holds them."""
         return {**asdict(self), "rounding": self.rounding.value}

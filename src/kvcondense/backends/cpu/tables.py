@@ -66,7 +66,7 @@ def _spec_block(spec: CompressorSpec) -> array[int]:
     block.round_pooled, block.round_latent = spec.rounding.pooled, spec.rounding.latent
     block.round_rotated, block.round_row = spec.rounding.rotated, spec.rounding.row
     block.rotate, block.rope_dim = spec.rotate, spec.rope_dim
-    block.rounded = spec.rounding.latent and (spec.rounding.rotated or not spec.rope_dim) and not spec.rotate
+    block.rounded = spec.rounded
     block.eps = float_bits(spec.eps)
     block.hadamard_scale = float_bits(spec.head_dim**-0.5)
     return block.pack()

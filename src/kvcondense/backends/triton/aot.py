@@ -25,7 +25,8 @@ class Compiled:
     """What came of a variant. error: the compiler's, else None; spills in bytes of a thread's memory.
 
     matrix: instructions of the matrix units (of warp groups, on sm_90) in the assembly; fences: those between copies
-    and matrix units; loads: from global memory, by bits for a thread (both on NVIDIA).
+    and matrix units; loads: from global memory, by bits for a thread (both on NVIDIA). instructions: of the machine
+    code, by name without what a dot follows (SASS; GCN by its whole name), whatever path they are on.
     """
 
     variant: str
@@ -40,6 +41,7 @@ class Compiled:
     matrix: int | None = None
     fences: int | None = None
     loads: dict[str, int] = field(default_factory=dict)
+    instructions: dict[str, int] = field(default_factory=dict)
     error: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -68,7 +70,8 @@ def _compile(variant: Variant, launch: Launch, arch: str) -> Compiled:
     except Exception as error:  # whatever a compiler raises is the finding
         return replace(head, seconds=time.perf_counter() - start, error=_reason(error))
     seconds = time.perf_counter() - start
-    registers, spills = _amd_usage(built) if arch.startswith("gfx") else _nvidia_usage(built)
+    amd = arch.startswith("gfx")
+    registers, spills, instructions = _amd_usage(built) if amd else _nvidia_usage(built)
     return replace(
         head,
         seconds=seconds,
@@ -76,8 +79,9 @@ def _compile(variant: Variant, launch: Launch, arch: str) -> Compiled:
         spills=spills,
         shared=built.metadata.shared,
         matrix=matrix_instructions(built, arch),
-        fences=None if arch.startswith("gfx") else len(re.findall(r"fence\.proxy\.async", built.asm["ptx"])),
-        loads={} if arch.startswith("gfx") else global_loads(built.asm["ptx"]),
+        fences=None if amd else len(re.findall(r"fence\.proxy\.async", built.asm["ptx"])),
+        loads={} if amd else global_loads(built.asm["ptx"]),
+        instructions=instructions,
     )
 
 
@@ -105,27 +109,39 @@ def matrix_instructions(built: Any, arch: str) -> int:
     return len(re.findall(words, built.asm["ptx"]))
 
 
-def _nvidia_usage(built: Any) -> tuple[int | None, int | None]:
-    """(registers of a thread, bytes of stack: where a thread's spills go) as cuobjdump has them."""
+def _nvidia_usage(built: Any) -> tuple[int | None, int | None, dict[str, int]]:
+    """(registers of a thread, bytes of stack: where a thread's spills go, instructions) as cuobjdump has them."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.is_file():
-        return None, None
+        return None, None, {}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    registers, stack = (re.search(rf"{word}:(\d+)", done.stdout) for word in ("REG", "STACK"))
-    return (int(registers[1]), int(stack[1])) if registers and stack else (None, None)
+        usage, code = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
+    registers, stack = (re.search(rf"{word}:(\d+)", usage) for word in ("REG", "STACK"))
+    found = sass_instructions(code)
+    return (int(registers[1]), int(stack[1]), found) if registers and stack else (None, None, found)
 
 
-def _amd_usage(built: Any) -> tuple[int | None, int | None]:
-    """(vector registers of a lane, bytes of scratch memory) as the assembly's notes have them.
+def sass_instructions(code: str) -> dict[str, int]:
+    """Instructions by name in cuobjdump's listing; those that fill its last lines are none."""
+    names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z]\w*)", code, re.MULTILINE)
+    return dict(Counter(name for name in names if name != "NOP").most_common())
+
+
+def _amd_usage(built: Any) -> tuple[int | None, int | None, dict[str, int]]:
+    """(vector registers of a lane, bytes of scratch memory, instructions) as the assembly and its notes have them.
 
     Scalar registers that lanes of vector registers take in do not reach memory, and are not counted.
     """
     text = built.asm["amdgcn"]
     registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
     scratch = re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)
-    return (int(registers[1]), int(scratch[1])) if registers and scratch else (None, None)
+    names = re.findall(r"^\s+((?:v|s|ds|global|buffer|flat|scratch)_\w+)", text, re.MULTILINE)
+    found = dict(Counter(name for name in names if name != "s_nop").most_common())
+    return (int(registers[1]), int(scratch[1]), found) if registers and scratch else (None, None, found)

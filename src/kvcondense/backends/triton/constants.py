@@ -35,7 +35,7 @@ class Constants:
     scores are two tensors; strides in elements, state_multiple: a power of two that divides them, so that rows begin
     where 16 bytes do. window_padded, window_levels: the window as a power of two, and its logarithm; ratio_levels: the
     ratio's. splits: partial sums that make a value of kv_score; 0: it is one. stored: all tokens are read from the
-    state.
+    state. rounds_rows: rows are rounded before the cache takes them.
     """
 
     ratio: int
@@ -73,6 +73,7 @@ class Constants:
     latent: bool
     has_cache: bool
     rows_map: RowMap | None
+    rounds_rows: bool
     scale_part: Part
     hardware_cast: bool
     unroll: int
@@ -114,6 +115,7 @@ def constants(
     # Without counters a launch of its own finishes windows; who writes back an online state then has to be one program.
     block = spec.head_dim if state.kind == "online" and not choice.counters else choice.block
     padded = 1 << (spec.window - 1).bit_length()
+    rows = None if form is None else row_map(form, spec.head_dim, page_rows, exact=not spec.rounding.row)
     return Constants(
         ratio=spec.ratio,
         window=spec.window,
@@ -149,7 +151,8 @@ def constants(
         raw_scores=state.raw_scores,
         latent=latent,
         has_cache=form is not None,
-        rows_map=None if form is None else row_map(form, spec.head_dim, page_rows, exact=not spec.rounding.row),
+        rows_map=rows,
+        rounds_rows=rows is not None and rows.round_row and not spec.rounded,
         scale_part=SCALE_PART,
         hardware_cast=choice.hardware_cast,
         unroll=unroll,

@@ -97,6 +97,7 @@ def _line(r: compiler.Compiled) -> str:
     if r.error is not None:
         return f"{r.arch:<7} {r.variant:<52} {r.kernel:<19} FAILED {r.error}"
     numbers = f"{_number(r.registers):>4} registers {_number(r.spills):>3} spilled {_number(r.shared):>6} B shared"
+    numbers += f" {sum(r.instructions.values()):>5} instructions"
     matrix = f", {r.matrix} matrix" if r.matrix else ""
     unit = "entries" if r.kernel == "plan_kernel" else "channels"
     return f"{r.arch:<7} {r.variant:<52} {r.kernel:<19} {numbers}  {r.num_warps} warps x {r.block} {unit}{matrix}"

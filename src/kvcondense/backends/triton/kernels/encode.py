@@ -51,7 +51,11 @@ def small_float(x, part: tl.constexpr, HARDWARE: tl.constexpr):
     else:
         rebiased = magnitude - ((127 - BIAS) << 23)
         normal = round_shift(rebiased, 23 - MANTISSA, TIES_TO_EVEN)
-        subnormal = scaled_integer(magnitude, BIAS + MANTISSA - 1, TIES_TO_EVEN)
+        if TIES_TO_EVEN:  # a sum with a number whose last bit is a code's rounds as a code does
+            COARSE: tl.constexpr = (151 - BIAS - MANTISSA) << 23
+            subnormal = to_bits(from_bits(magnitude) + from_bits(magnitude * 0 + COARSE)) - COARSE
+        else:
+            subnormal = scaled_integer(magnitude, BIAS + MANTISSA - 1, TIES_TO_EVEN)
         code = tl.where(magnitude >= ((128 - BIAS) << 23), normal, subnormal)
         code = tl.minimum(code, MAX_CODE)
         sign = (b >> (32 - BITS)) & (1 << (BITS - 1))
@@ -290,7 +294,7 @@ def put_part(row, page, at, page_base, scales, scales_stride, c: tl.constexpr, K
 def put(row, slot, cache, scales, page_stride, scales_stride, c: tl.constexpr):
     """Encode row [d] and write it to cache slot ``slot`` (int64)."""
     PAGE_ROWS: tl.constexpr = c.value.rows_map.page_rows
-    ROUND: tl.constexpr = c.value.rows_map.round_row
+    ROUND: tl.constexpr = c.value.rounds_rows
     INNER: tl.constexpr = len(c.value.rows_map.inner)
     PARTS: tl.constexpr = len(c.value.rows_map.parts)
     PAD_BASE: tl.constexpr = c.value.rows_map.pad_base

@@ -79,7 +79,7 @@ def biases(ape, position, half, channel, live, c: tl.constexpr):
     """ape [n, channels] of each position."""
     R: tl.constexpr = c.value.ratio
     N: tl.constexpr = c.value.width
-    phase = (tl.where(live, position, 0) % R).to(tl.int32)
+    phase = (position % R).to(tl.int32)
     return tile(ape, phase * N + half, channel, live)
 
 
@@ -97,13 +97,36 @@ def summed(source, live, other, split_stride, c: tl.constexpr):
 
 
 @triton.jit
-def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, state_table, state,
-         kv_stride, split_stride, table_stride, c: tl.constexpr):  # fmt: skip
-    """P of window ``index`` of request q for ``channel`` [block]: sum e^(z - m) K / sum e^(z - m), by halving trees."""
+def whole_window(kv_score, ape, first, channel, kv_stride, c: tl.constexpr):
+    """kv and z [window, block] of a window all of whose tokens are this step's, from token ``first`` on: no masks."""
+    R: tl.constexpr = c.value.ratio
+    W: tl.constexpr = c.value.window
+    N: tl.constexpr = c.value.width
+    D: tl.constexpr = c.value.head_dim
+    BLOCK: tl.constexpr = c.value.block
+    GATE: tl.constexpr = c.value.has_gate
+    APE: tl.constexpr = c.value.has_ape
+    RAW: tl.constexpr = c.value.raw_scores
+    j = tl.arange(0, W)
+    half = (j >= W - R).to(tl.int32) * (N - D)
+    source = kv_score + first * kv_stride + ((j * kv_stride + half)[:, None] + channel[None, :])
+    kv = as_stored(tl.load(source).to(tl.float32), c)
+    z = tl.zeros([W, BLOCK], tl.float32)
+    if APE:
+        z = tl.load(ape + ((j % R * N + half)[:, None] + channel[None, :]))
+    if GATE:
+        score = tl.load(source + N).to(tl.float32)
+        z = as_stored(score, c) + z if RAW else as_stored(score + z, c)
+    return kv, z
+
+
+@triton.jit
+def candidates(kv_score, ape, q, begin, start, first_token, channel, state_table, state,
+               kv_stride, split_stride, table_stride, c: tl.constexpr):  # fmt: skip
+    """kv and z [padded, block] of positions begin .., from this step or, before ``start``, from the state."""
     R: tl.constexpr = c.value.ratio
     W: tl.constexpr = c.value.window
     PADDED: tl.constexpr = c.value.window_padded
-    LEVELS: tl.constexpr = c.value.window_levels
     N: tl.constexpr = c.value.width
     D: tl.constexpr = c.value.head_dim
     BLOCK: tl.constexpr = c.value.block
@@ -111,12 +134,6 @@ def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, sta
     APE: tl.constexpr = c.value.has_ape
     STATE: tl.constexpr = c.value.has_state
     RAW: tl.constexpr = c.value.raw_scores
-    STORED: tl.constexpr = c.value.stored
-    start = tl.load(start_positions + q)
-    if STORED:
-        start = start * 0 + (index + 1) * R  # none of the tokens is this step's
-    first_token = tl.load(query_start_loc + q) - start
-    begin = (index + 1) * R - W
     j = tl.arange(0, PADDED)
     position = begin + j
     valid = (position >= 0) & (j < W)
@@ -127,13 +144,14 @@ def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, sta
     source = kv_score + offset[:, None] + channel[None, :]
     kv = as_stored(summed(source, fresh[:, None], 0.0, split_stride, c), c)  # [PADDED, block]
     z = tl.zeros([PADDED, BLOCK], tl.float32)
+    # A window begins at a multiple of the ratio: j has the phase of its position, and is known to the compiler.
     if GATE:
         z = summed(source + N, fresh[:, None], 0.0, split_stride, c)
         if APE and not RAW:
-            z += biases(ape, position, half, channel, fresh, c)
+            z += biases(ape, j, half, channel, fresh, c)
         z = as_stored(z, c)
     elif APE:
-        z = biases(ape, position, half, channel, valid, c)
+        z = biases(ape, j, half, channel, valid, c)
     if STATE:
         if (begin < start) & (start > 0):
             stored = valid & (position < start)
@@ -142,8 +160,35 @@ def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, sta
             if GATE:
                 z = tl.where(stored[:, None], tile(scores_of(state, c), row, channel, stored), z)
     if RAW and (GATE and APE):
-        z += biases(ape, position, half, channel, valid, c)
-    z = tl.where(valid[:, None], z, float("-inf"))
+        z += biases(ape, j, half, channel, valid, c)
+    return kv, tl.where(valid[:, None], z, float("-inf"))
+
+
+@triton.jit
+def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, state_table, state,
+         kv_stride, split_stride, table_stride, c: tl.constexpr):  # fmt: skip
+    """P of window ``index`` of request q for ``channel`` [block]: sum e^(z - m) K / sum e^(z - m), by halving trees."""
+    R: tl.constexpr = c.value.ratio
+    W: tl.constexpr = c.value.window
+    PADDED: tl.constexpr = c.value.window_padded
+    LEVELS: tl.constexpr = c.value.window_levels
+    BLOCK: tl.constexpr = c.value.block
+    WHOLE: tl.constexpr = c.value.splits == 0 and c.value.window == c.value.window_padded and not c.value.stored
+    STORED: tl.constexpr = c.value.stored
+    start = tl.load(start_positions + q)
+    if STORED:
+        start = start * 0 + (index + 1) * R  # none of the tokens is this step's
+    first_token = tl.load(query_start_loc + q) - start
+    begin = (index + 1) * R - W
+    if WHOLE:
+        if (begin >= start) & (begin >= 0):
+            kv, z = whole_window(kv_score, ape, first_token + begin, channel, kv_stride, c)
+        else:
+            kv, z = candidates(kv_score, ape, q, begin, start, first_token, channel, state_table, state,
+                               kv_stride, split_stride, table_stride, c)  # fmt: skip
+    else:
+        kv, z = candidates(kv_score, ape, q, begin, start, first_token, channel, state_table, state,
+                           kv_stride, split_stride, table_stride, c)  # fmt: skip
     # The maximum does not depend on an order.
     e = tl.exp(z - tl.max(z, axis=0)[None, :])
     total = rows_sum(e, PADDED, BLOCK, LEVELS)
