@@ -18,11 +18,12 @@ def aot(
     arch: Annotated[
         list[str] | None,
         typer.Option(
-            help="Architecture, sm_NN or gfx9NN; may be given again. Default: all five.",
+            help="Architecture, sm_NN or gfx9NN; may be given again. Default: all of them.",
             autocompletion=completer(names.ARCHITECTURES),
         ),
     ] = None,
     variant: Annotated[list[str] | None, typer.Option(help="A name, or a part of names; may be given again.")] = None,
+    few: Annotated[bool, typer.Option("--few", help="One variant of each form, of each state too on sm_90.")] = False,
     jobs: Jobs = None,
     list_variants: Annotated[bool, typer.Option("--list", help="Print the variants' names and compile none.")] = False,
     quiet: Quiet = False,

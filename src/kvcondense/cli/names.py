@@ -60,6 +60,6 @@ CASES = (
     "prefill 2048 from x, ratio 128", "decode 16 from x, ratio 128", "decode 1 from x, ratio 128",
     "prefill 8192, V4.1 ratio 2", "decode 16 on a boundary, V4.1 ratio 2", "decode 16 within a window, V4.1 ratio 2",
 )  # fmt: skip
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 PAGE_TOKENS = 256
 EXAMPLE_DIM = 512

@@ -17,7 +17,7 @@ from typing import Any
 from kvcondense.backends.triton.launches import Launch
 from kvcondense.backends.triton.variants import Variant, launches
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 
 
 @dataclass(frozen=True)

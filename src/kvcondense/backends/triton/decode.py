@@ -97,7 +97,7 @@ def _launch(jobs: Sequence[tuple[Step, tuple[Any, ...], Constants]], x: torch.Te
     products = sum(c.projected // block * c.splits for _, _, c in jobs)
     others = sum(step.plan.num_windows * c.blocks + step.plan.keep_token.shape[0] for step, _, c in jobs)
     whole, programs = _programs(x.device)
-    options = tuning.product_options(tuning.architecture(x.device))
+    options = tuning.product_options(tuning.architecture(x.device), tiles=False)
     if whole:
         options = {**options, "launch_cooperative_grid": True}
     second, number = jobs[1][1] if two else _NONE, next_launch()

@@ -105,7 +105,7 @@ def project(x: torch.Tensor, w: torch.Tensor, library: bool) -> torch.Tensor:
 
 
 def _products(x: torch.Tensor, c: Constants) -> dict[str, Any]:
-    options = tuning.product_options(tuning.architecture(x.device))
+    options = tuning.product_options(tuning.architecture(x.device), tiles=True)
     return {"c": c, "K": DEPTH, "WIDE": interpreted(), "num_warps": _WARPS, **options}
 
 

@@ -61,7 +61,7 @@ def target(arch: str) -> Any:
         return GPUTarget("cuda", int(arch[3:]), 32)
     if re.fullmatch(r"gfx9\w+", arch):
         return GPUTarget("hip", arch, 64)
-    raise UnsupportedError("arch", "sm_80, sm_90, sm_100, gfx942, gfx950, or another sm_NN or gfx9NN", repr(arch))
+    raise UnsupportedError("arch", "sm_90, gfx942, or another sm_NN or gfx9NN", repr(arch))
 
 
 @contextlib.contextmanager

@@ -103,9 +103,15 @@ def library_product(device: torch.device) -> bool:
     return table().get(architecture(device), table()[ANY])["library_product"]
 
 
-def product_options(arch: str) -> dict[str, Any]:
-    """Options of a kernel that multiplies. Blackwell's assembler spills before it takes all registers there are."""
-    return {"enable_fp_fusion": False, **({"maxnreg": 255} if arch.startswith("sm_1") else {})}
+def product_options(arch: str, tiles: bool) -> dict[str, Any]:
+    """Options of a kernel that multiplies, in long tiles or in a decode step's.
+
+    Where the assembler spills before it takes all registers there are, it is told how many. Without matrix units that
+    read shared memory, sm_120 has too few of them for tiles whose loads run ahead.
+    """
+    told = arch.startswith("sm_1") or (arch.startswith("sm_8") and not tiles)
+    still = tiles and arch.startswith("sm_12")
+    return {"enable_fp_fusion": False, **({"maxnreg": 255} if told else {}), **({"num_stages": 1} if still else {})}
 
 
 def decode_programs(device: torch.device) -> int | None:

@@ -85,6 +85,7 @@ class Variant:
 
 
 PLAN = Variant("hca", "", form="plan")
+_STATELESS = ("plan", "project")
 
 
 @functools.cache
@@ -104,6 +105,18 @@ def specs() -> dict[str, CompressorSpec]:
 def variants() -> tuple[Variant, ...]:
     """Every entry of the tuning table with each state, then every format, type and profile."""
     return tuple(dict.fromkeys(_variants()))
+
+
+def few(arch: str) -> tuple[Variant, ...]:
+    """One of each form and state on sm_90, elsewhere of each form with a ring for V4's main compressors.
+
+    Minutes, not hours.
+    """
+    found = {(v.kind, v.form, v.state, v.multiplies and v.state_type): v for v in reversed(variants())}
+    if arch != "sm_90":
+        near = [v for v in found.values() if v.kind in ("hca", "csa") and (v.state == "ring" or v.form in _STATELESS)]
+        found = {(v.kind, v.form): v for v in near}
+    return tuple(v for v in variants() if v in found.values())
 
 
 def _variants() -> Iterator[Variant]:

@@ -15,19 +15,31 @@ from typing import Any
 
 from kvcondense.backends.triton import aot as compiler
 from kvcondense.backends.triton.launches import target as architecture
+from kvcondense.backends.triton.variants import few as few_of
 from kvcondense.backends.triton.variants import variants
 from kvcondense.cli.output import Output
 from kvcondense.errors import RangeError, UnsupportedError
 
 
 def run(
-    output: Output, *, arch: list[str] | None, variant: list[str] | None, jobs: int | None, list_variants: bool
+    output: Output,
+    *,
+    arch: list[str] | None,
+    variant: list[str] | None,
+    few: bool,
+    jobs: int | None,
+    list_variants: bool,
 ) -> bool | None:
     """Whether all compile and none spills."""
     names = [v.name for v in variants()]
     wanted = [part for part in variant or () if part in names]  # a whole name is not a part of others
     wanted += [name for name in names if any(part in name for part in variant or () if part not in names)]
-    chosen = [v for v in variants() if not variant or v.name in wanted]
+    targets = tuple(dict.fromkeys(arch or compiler.ARCHITECTURES))
+    asked = {
+        target: [v for v in (few_of(target) if few else variants()) if not variant or v.name in wanted]
+        for target in targets
+    }
+    chosen = [v for v in variants() if any(v in part for part in asked.values())]
     if not chosen:
         raise RangeError("--variant", "part of a name that --list prints", variant)
     if list_variants:
@@ -36,16 +48,15 @@ def run(
         output.finish({"variants": [v.name for v in chosen]})
         return None
     check_compiler("aot")
-    targets = tuple(dict.fromkeys(arch or compiler.ARCHITECTURES))
     for target in targets:
         architecture(target)  # a wrong name is an error before any work
-    count = len(chosen)
-    output.say(f"triton {version('triton')}: {count} variants x {len(targets)} architectures")
+    total = sum(map(len, asked.values()))
+    output.say(f"triton {version('triton')}: {total} variants, {len(targets)} architectures")
     results: list[compiler.Compiled] = []
     with workers(jobs, targets) as work:
         for target in targets:
-            found = []
-            for number, kernels in enumerate(work(compiler.compile_variant, chosen, [target] * count), 1):
+            found, count = [], len(asked[target])
+            for number, kernels in enumerate(work(compiler.compile_variant, asked[target], [target] * count), 1):
                 found += kernels
                 for one in kernels:
                     output.say(f"[{number}/{count}] {_line(one)}")
