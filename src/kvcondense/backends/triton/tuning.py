@@ -83,6 +83,11 @@ def _architecture(device: torch.device) -> str:
     return "Ascend" if device.type == "npu" else ANY
 
 
+def _part(arch: str) -> dict[str, Any]:
+    """What the table has for an architecture."""
+    return table().get(arch, table()[ANY])
+
+
 def choose(device: torch.device, spec: CompressorSpec, rows: int) -> Choice:
     """The tiling of a step with ``rows`` windows on this device."""
     return choose_for(architecture(device), spec.ratio, spec.window, spec.head_dim, rows)
@@ -90,17 +95,17 @@ def choose(device: torch.device, spec: CompressorSpec, rows: int) -> Choice:
 
 def threads(device: torch.device) -> bool:
     """True if a program on this device is threads, which barriers join."""
-    return table().get(architecture(device), table()[ANY])["counters"]
+    return _part(architecture(device))["counters"]
 
 
 def fused_tokens(device: torch.device) -> int | None:
     """Least tokens of a step that is fused with its projection on this device; None: no step is."""
-    return table().get(architecture(device), table()[ANY])["fused_tokens"]
+    return _part(architecture(device))["fused_tokens"]
 
 
 def library_product(device: torch.device) -> bool:
     """True if a product by the vendor's library, then the step, beats steps that are fused with their projection."""
-    return table().get(architecture(device), table()[ANY])["library_product"]
+    return _part(architecture(device))["library_product"]
 
 
 def product_options(arch: str, tiles: bool) -> dict[str, Any]:
@@ -116,13 +121,13 @@ def product_options(arch: str, tiles: bool) -> dict[str, Any]:
 
 def decode_programs(device: torch.device) -> int | None:
     """Programs of a processor in launches whose programs wait for one another; None: there are none such."""
-    return table().get(architecture(device), table()[ANY])["decode_programs"]
+    return _part(architecture(device))["decode_programs"]
 
 
 @functools.lru_cache(maxsize=4096)
 def choose_for(arch: str, ratio: int, window: int, head_dim: int, rows: int) -> Choice:
     """The tiling for an architecture by name."""
-    part = table().get(arch, table()[ANY])
+    part = _part(arch)
     for r, d, most, block, num_warps in part["entries"]:
         if (r, d) == (ratio, head_dim) and (most is None or rows <= most):
             return Choice(block, num_warps, part["hardware_cast"], part["counters"])

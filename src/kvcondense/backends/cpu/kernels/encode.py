@@ -259,21 +259,17 @@ def _store_scale(address, stored, byte, part):
     return part.scale_bytes
 
 
-@kernel
-def _largest(begin, end):
-    """The largest of the bits of |x| for fp32 begin .. end: infinity's or more if one of them is not finite."""
-    largest = _bits(load(begin))
-    for i in range(begin + BYTES, end, BYTES):
-        largest = _larger(largest, _bits(load(i)))
-    return simd.largest_lane(largest)
+@inlined
+def _counted(x, finite):
+    return _finite_bits(x) if finite else _bits(x)
 
 
 @kernel
-def _largest_finite(begin, end):
-    """The same of those that are finite."""
-    largest = _finite_bits(load(begin))
+def _largest(begin, end, finite):
+    """The largest of the bits of |x| for fp32 begin .. end, infinity's or more if one is; of ``finite`` ones alone."""
+    largest = _counted(load(begin), finite)
     for i in range(begin + BYTES, end, BYTES):
-        largest = _larger(largest, _finite_bits(load(i)))
+        largest = _larger(largest, _counted(load(i), finite))
     return simd.largest_lane(largest)
 
 
@@ -292,10 +288,10 @@ def _part(row, part, code, scales, inner):
         if rule == params.TENSOR:
             factor = part.tensor_scale
         elif rule >= 0:
-            amax = _largest(begin, end)
+            amax = _largest(begin, end, False)
             infinite = amax >= _INFINITY
             if infinite:
-                amax = _largest_finite(begin, end)
+                amax = _largest(begin, end, True)
             amax = max(amax, part.floor)
             stored, factor, byte = _scale_of(amax, part)
             if infinite and part.nan_code < 0 and not clean:
