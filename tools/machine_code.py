@@ -23,7 +23,7 @@ TARGETS = {
     "neon": ("aarch64-unknown-linux-gnu", "neoverse-n1", "+neon,+fp-armv8"),
 }  # fmt: skip
 """Triple, processor and features, as LLVM calls them; host: this machine's."""
-KERNELS = ("condense", "project")
+KERNELS = ("condense", "encode", "online", "project")
 _VECTOR = re.compile(r"%[xyz]mm\d|\b[vq]\d+\.|\bq\d+\b")
 _STACK = re.compile(r"\(%r[sb]p\)|\[sp")
 _JUMP = re.compile(r"^\s*(?:j[a-z]+|b(?:\.[a-z]+)?|cbn?z|tbn?z)\s.*?(\.LBB\d+_\d+)")

@@ -35,7 +35,7 @@ class CpuBackend:
                 calls.format_block(step.cache)
             except UnsupportedError as error:
                 return str(error)
-        return native.problem()
+        return native.problem(calls.kernels(step.state, step.cache))
 
     def run(self, step: Step) -> None:
         """Do the step. A cache in validation mode is encoded by its format, so that nothing is written if it raises."""
@@ -56,7 +56,7 @@ class CpuBackend:
             return f"x is {x.dtype} and w {w.dtype}; the kernel multiplies bf16"
         if x.shape[1] % 32 or x.shape[1] == 0 or w.shape[0] % 8:
             return f"w is {list(w.shape)}; channels must come in multiples of 8 and the hidden size in multiples of 32"
-        return native.problem()
+        return native.problem(("project",))
 
     def project(self, x: torch.Tensor, w: torch.Tensor, tile: int | None) -> torch.Tensor:  # noqa: ARG002 - not needed
         """x @ w.T with fp32 sums, in an order that depends on the hidden size alone."""

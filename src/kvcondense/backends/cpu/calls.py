@@ -70,6 +70,12 @@ def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = T
         launch(native.address("condense"), address(block), threads)
 
 
+def kernels(state: object, cache: PagedCache | None) -> tuple[str, ...]:
+    """What a step with these is compiled of: nobody waits for what another kind of state or cache needs."""
+    online, cached = isinstance(state, OnlineState), cache is not None
+    return ("condense", *("online",) * online, *("encode",) * cached)
+
+
 def format_block(cache: PagedCache) -> array[int]:
     """How rows lie in the pages of a cache."""
     scale = None if cache.tensor_scale is None else float(cache.tensor_scale)
@@ -107,6 +113,8 @@ def _layer(step: Step) -> _Kept:
     layer.second, layer.second_stride = (
         (0, 0) if second is None else (second.data_ptr(), second.itemsize * second.stride(0))
     )
+    layer.encode = 0 if form is None else native.address("encode")
+    layer.online = native.address("online") if online else 0
     block = layer.pack()
     made = _Kept(block, address(block), of, (rule, form, *read))
     # What was converted, as the scale of a whole cache, may have another value by the next step.

@@ -25,18 +25,10 @@ from kvcondense.backends import private
 from kvcondense.backends.cpu import kept
 from kvcondense.backends.cpu.target import target
 
-STEP, TRAINING, PLAN, MARKS = ("condense", "project"), ("training",), ("plan",), ("marks",)
+STEP, TRAINING, PLAN, MARKS = ("condense", "encode", "online", "project"), ("training",), ("plan",), ("marks",)
 KERNELS = STEP + TRAINING + PLAN + MARKS
 """Modules of ``kernels`` with a function ``entry`` each."""
 _SYMBOL = "kvcondense_{kernel}"
-_ENTRY = """
-define void @{name}(i64 %block) {{
-  %result = alloca ptr
-  %error = alloca ptr
-  %status = call i32 @"{inner}"(ptr %result, ptr %error, i64 %block)
-  ret void
-}}
-"""
 _PATIENCE = 120.0
 """Seconds that a fork waits for a thread that compiles."""
 _lock = threading.RLock()
@@ -80,7 +72,7 @@ def problem(kernels: tuple[str, ...] = STEP) -> str | None:
 
 
 def address(kernel: str) -> int:
-    """Address of a kernel's entry, void(int64). Compiles it if it is not cached, and says so on standard error.
+    """Address of a kernel's entry. Compiles it if it is not cached, and says so on standard error.
 
     Of several threads that ask at once, one compiles; the others wait for it.
     """
@@ -113,13 +105,13 @@ def _stamp() -> str:
         here.parent / "jobs.py",
         here / "blocks.py",
         here / "kept.py",
+        here / "native.py",
         here / "target.py",
         here.parent / "private.py",
         *sorted(here.glob("*params.py")),
         *sorted((here / "kernels").glob("*.py")),
     ):
         digest.update(source.read_bytes())
-    digest.update(_ENTRY.encode())
     return digest.hexdigest()[:24]
 
 
@@ -133,9 +125,8 @@ def optimised(kernel: str, target_machine: Any, triple: str = "") -> Any:
     import llvmlite.binding as llvm
 
     functions = import_module("kvcondense.backends.cpu.kernels.functions")
-    text, inner = functions.module_of(import_module(f"kvcondense.backends.cpu.kernels.{kernel}").entry)
     name = _SYMBOL.format(kernel=kernel)
-    module = llvm.parse_assembly(text + _ENTRY.format(name=name, inner=inner))
+    module = functions.module_of(import_module(f"kvcondense.backends.cpu.kernels.{kernel}").entry, name)
     if triple:
         module.triple, module.data_layout = triple, str(target_machine.target_data)
     for function in module.functions:

@@ -110,6 +110,8 @@ class Layer(Block):
     scales_stride: int  # bytes from page to page
     second: int  # channels beside the pages
     second_stride: int
+    encode: int  # compiled functions that not every layer has: of a cache
+    online: int  # of an online state
 
 
 class Work(Block):

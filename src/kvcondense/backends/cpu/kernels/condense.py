@@ -9,34 +9,16 @@ from __future__ import annotations
 import numpy as np
 
 from kvcondense.backends.cpu import params
-from kvcondense.backends.cpu.kernels import encode, fields, functions, pool, row, window
+from kvcondense.backends.cpu.kernels import fields, functions, pool, row, window
 from kvcondense.backends.cpu.kernels.functions import kernel
-from kvcondense.backends.cpu.kernels.simd import BYTES, fetch_add, load, splat, store
-from kvcondense.backends.cpu.params import CHANNELS, ENTRY, GROUP, STAGED
+from kvcondense.backends.cpu.kernels.integers import fetch_add, invoke, larger, smaller, take
+from kvcondense.backends.cpu.kernels.simd import BYTES, load, splat, store
+from kvcondense.backends.cpu.params import ENTRY, GROUP, STAGED
 
 _MINUS_INFINITY = np.float32(-np.inf)
 _ZERO = np.float32(0)
 _call_at, _room_at = fields.view(params.Call), fields.view(params.Room)
 ROOM = params.Room.size
-
-
-@kernel
-def _fold(call, q, begin, stop, first, last, room):
-    """(m, l, o) at the room's ``work`` of positions begin .. stop - 1 of q: what was folded, the log, this step."""
-    row_bytes, acc = 4 * call.layer.spec.head_dim, room.work
-    slot, start = call.plan.state_table[q], call.plan.start[q]
-    folded = call.layer.folded[slot]
-    stored = begin < start and folded > begin
-    old = call.layer.acc + 3 * row_bytes * slot
-    for c in range(first, last, BYTES):
-        store(acc + c, load(old + c) if stored else splat(_MINUS_INFINITY))
-        store(acc + row_bytes + c, load(old + row_bytes + c) if stored else splat(_ZERO))
-        store(acc + 2 * row_bytes + c, load(old + 2 * row_bytes + c) if stored else splat(_ZERO))
-    if stored:
-        begin = folded
-    if begin < stop:
-        logged = window.candidates(call, q, begin, stop, begin, room, room.table)
-        window.fold(call, stop - begin, logged, first, last, room)
 
 
 @kernel
@@ -58,7 +40,7 @@ def _finish(call, e, index, room):
         row.hadamard(out, spec)
     slot = call.plan.window_slot[e]
     if slot >= 0 and call.store and call.layer.format:
-        encode.put(out, slot, call, work)
+        invoke(call.layer.encode, out, slot, call, work)
 
 
 @kernel
@@ -71,7 +53,7 @@ def _look(call, task, room, table):
         return 0
     ratio = spec.ratio
     begin = call.plan.window_index[e] * ratio
-    return window.candidates(call, q, max(begin + ratio - spec.window, 0), begin + ratio, begin, room, table)
+    return window.candidates(call, q, larger(begin + ratio - spec.window, 0), begin + ratio, begin, room, table)
 
 
 @kernel
@@ -83,14 +65,11 @@ def _window(call, task, stored, table, following, room):
     q, index = call.plan.window_request[e], call.plan.window_index[e]
     if q < 0:
         return
-    parts = d // CHANNELS
-    first, last = 4 * CHANNELS * (parts * block // blocks), 4 * CHANNELS * (parts * (block + 1) // blocks)
-    out, ratio = call.rows + 4 * d * e, spec.ratio
     if call.layer.acc:
-        _fold(call, q, index * ratio, (index + 1) * ratio, first, last, room)
-        pool.finish(room.work, first, last, 4 * d, out)
+        invoke(call.layer.online, call, room, e, block)
     else:
-        count = min(spec.window, (index + 1) * ratio)
+        first, last = window.channels(call, block)
+        out, count = call.rows + 4 * d * e, smaller(spec.window, (index + 1) * spec.ratio)
         window.pooled(call, count, stored, table, following, first, last, room, out)
     if blocks > 1 and fetch_add(call.blocks_done + 8 * e, 1) < blocks - 1:
         return
@@ -101,45 +80,21 @@ def _window(call, task, stored, table, following, room):
 def _windows(call, room):
     """Take windows until there are none, the next one before one is pooled: its first rows are asked for meanwhile."""
     total, chunk = call.windows * call.blocks, call.chunk
-    task = _take(call.next_window, total, chunk)
+    task = take(call.next_window, total, chunk)
     table, following = room.table, room.following
     stored = _look(call, task, room, table) if task >= 0 else 0
-    end = min(task + chunk, total)
+    end = smaller(task + chunk, total)
     while task >= 0:
         coming = task + 1
         if coming >= end:
-            coming = _take(call.next_window, total, chunk)
-            end = min(coming + chunk, total)
+            coming = take(call.next_window, total, chunk)
+            end = smaller(coming + chunk, total)
         ahead, coming_stored = table, 0
         if coming >= 0:
             ahead, coming_stored = following, _look(call, coming, room, following)
         _window(call, task, stored, table, ahead, room)
         table, following = following, table
         task, stored = coming, coming_stored
-
-
-@kernel
-def _open(call, q, room):
-    """Fold what request q commits beyond its last window into its online state."""
-    tokens, start = call.plan.query_start[q + 1] - call.plan.query_start[q], call.plan.start[q]
-    if start < 0 or tokens <= 0:
-        return
-    spec = call.layer.spec
-    ratio, row_bytes = spec.ratio, 4 * spec.head_dim
-    committed = start + tokens - call.plan.drafts[q]
-    _fold(call, q, committed // ratio * ratio, committed, 0, row_bytes, room)
-    slot = call.plan.state_table[q]
-    target = call.layer.acc + 3 * row_bytes * slot
-    for c in range(0, 3 * row_bytes, BYTES):
-        store(target + c, load(room.work + c))
-    call.layer.folded[slot] = committed
-
-
-@kernel
-def _take(counter, total, chunk):
-    """The first of the next ``chunk`` tasks, or -1."""
-    task = fetch_add(counter, chunk)
-    return task if task < total else -1
 
 
 @kernel
@@ -170,16 +125,13 @@ def _work(call):
     room, phases = _room(call), call.phases
     if phases & params.WINDOWS:
         _windows(call, room)
-    while phases & params.OPEN:
-        q = _take(call.next_open, call.requests, 1)
-        if q < 0:
-            break
-        _open(call, q, room)
+    if phases & params.OPEN:
+        invoke(call.layer.online, call, room, -1, 0)
     while phases & params.KEEP:
-        first = _take(call.next_keep, call.keeps, 4)
+        first = take(call.next_keep, call.keeps, 4)
         if first < 0:
             break
-        for k in range(first, min(first + 4, call.keeps)):
+        for k in range(first, smaller(first + 4, call.keeps)):
             window.keep(call, k)
 
 

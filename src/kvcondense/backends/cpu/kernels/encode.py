@@ -10,11 +10,13 @@ import numpy as np
 from numba import int64
 
 from kvcondense.backends.cpu import params
-from kvcondense.backends.cpu.kernels import simd
+from kvcondense.backends.cpu.kernels import fields, functions, simd
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
+from kvcondense.backends.cpu.kernels.integers import larger
 from kvcondense.backends.cpu.kernels.lanes import Lanes, Operand, bf16_code, expression, round_bf16
 from kvcondense.backends.cpu.kernels.simd import BYTES, F32, I32, LANES, load, splat, store
 
+_call_at = fields.view(params.Call)
 _MAGNITUDE, _INFINITY, _MANTISSA = 0x7FFFFFFF, 0x7F800000, 0x7FFFFF
 _NAN = 0x7FC00000
 _E4M3 = (8, 3, 7, 0x7E, 0x7F)
@@ -135,7 +137,7 @@ def _power_of_two(amax_bits, part):
     largest = part.largest
     above = 1 if (amax_bits & _MANTISSA) > (largest & _MANTISSA) else 0
     exponent = (amax_bits >> 23) - (largest >> 23) + above
-    return max(exponent, max(-127, part.floor_exponent))
+    return larger(exponent, larger(-127, part.floor_exponent))
 
 
 @inlined
@@ -233,7 +235,7 @@ def _scale_of(amax_bits, part):
     if rule == params.PLAIN_FP32:
         scale = amax / largest
         return scale, np.float32(1) / scale, 0
-    if rule in (params.E4M3_BYTE, params.E4M3_TIMES, params.E4M3_INVERSE):
+    if rule == params.E4M3_BYTE or rule == params.E4M3_TIMES or rule == params.E4M3_INVERSE:
         size, mantissa, bias, max_code, nan_code = _E4M3
         quotient = amax / largest
         if rule == params.E4M3_TIMES:
@@ -292,7 +294,7 @@ def _part(row, part, code, scales, inner):
             infinite = amax >= _INFINITY
             if infinite:
                 amax = _largest(begin, end, True)
-            amax = max(amax, part.floor)
+            amax = larger(amax, part.floor)
             stored, factor, byte = _scale_of(amax, part)
             if infinite and part.nan_code < 0 and not clean:
                 poisoned = True
@@ -319,9 +321,10 @@ def _part(row, part, code, scales, inner):
             scales += _store_scale(scales, stored, byte, part)
 
 
-@kernel
-def put(row, slot, call, work):
-    """Encode the fp32 row at ``row`` and write it to cache slot ``slot`` of the call."""
+@functions.entry
+def entry(row, slot, block, work):
+    """Encode the fp32 row at ``row`` and write it to cache slot ``slot`` of the call; ``work``: fp32 [d]."""
+    call = _call_at(block)
     form = call.layer.format
     page_rows = form.page_rows
     page, at = slot // page_rows, slot % page_rows

@@ -11,10 +11,12 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core.typeconv.castgraph import Conversion
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, Signature, infer_global, signature
 from numba.extending import (
     infer_getattr,
     lower_builtin,
+    lower_cast,
     lower_getattr_generic,
     lower_setattr_generic,
     models,
@@ -29,9 +31,12 @@ _typing: Any = infer_global  # its own annotation says that it may give None
 
 
 class _Address(types.Type):
-    """Where items of ``size`` bytes lie."""
+    """Where items of ``size`` bytes lie. Functions of other objects take it as an integer."""
 
     size = 8
+
+    def can_convert_to(self, typingctx: Any, other: types.Type) -> Any:  # noqa: ARG002 - as Numba calls it
+        return Conversion.safe if other == types.int64 else None
 
 
 class _Table(_Address):
@@ -78,6 +83,11 @@ def integers(b: Any, address: Any) -> Any:  # noqa: ARG001
 class _AddressModel(models.PrimitiveModel):
     def __init__(self, manager: Any, fe_type: _Address) -> None:
         super().__init__(manager, fe_type, _I64)
+
+
+@lower_cast(_Address, types.int64)
+def _as_integer(context: Any, builder: Any, of: Any, to: Any, address: Any) -> Any:  # noqa: ARG001
+    return address
 
 
 @infer_getattr

@@ -16,6 +16,7 @@ from numba import types
 
 from kvcondense.backends.cpu.kernels import simd
 from kvcondense.backends.cpu.kernels.functions import kernel
+from kvcondense.backends.cpu.kernels.integers import smaller
 from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, splat, store
 from kvcondense.backends.cpu.params import CHANNELS, PANEL, W_ROW, X_ROW
 from kvcondense.backends.cpu.target import target
@@ -180,10 +181,10 @@ def multiply(call, token, last, first, end, scratch):
     for i in range(0, _STEP * WIDE * tokens, BYTES):
         store(sums + i, splat(np.float32(0)))
     for at in range(0, size, PANEL):
-        taken = min(PANEL, size - at)
+        taken = smaller(PANEL, size - at)
         _copy(w + at, call.w_stride, channels, taken, w_panel, W_ROW, _GROWN)
         for t in range(0, tokens, BLOCK):
-            count, target = min(BLOCK, tokens - t), sums + _STEP * WIDE * t
+            count, target = smaller(BLOCK, tokens - t), sums + _STEP * WIDE * t
             _copy(x + t * call.x_stride + at, call.x_stride, count, taken, x_panel, X_ROW, 1)
             for part in range(PARTS):
                 rows_x, rows_w = x_panel + _PART * part, w_panel + _GROWN * _PART * part

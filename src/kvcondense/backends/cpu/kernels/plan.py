@@ -14,6 +14,7 @@ from kvcondense.backends import jobs
 from kvcondense.backends.cpu import plan_params as params
 from kvcondense.backends.cpu.kernels import fields, functions
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
+from kvcondense.backends.cpu.kernels.integers import larger, smaller
 from kvcondense.backends.cpu.kernels.simd import operation, read
 
 _step_at = fields.view(params.Step)
@@ -52,7 +53,7 @@ def _least(column):
     """The lowest entry of a column, 0 if all are higher."""
     low, to = 0, column.to
     for i in range(column.rows):
-        low = min(low, to[i])
+        low = smaller(low, to[i])
     return low
 
 
@@ -67,7 +68,7 @@ def _columns(step):
         if (rows < 0 and i < 3) or (rows >= 0 and per_request and rows != requests):
             return False
         # 0 says that there is none; an empty one may lie anywhere else.
-        column.to = fields.integers(0 if rows < 0 else max(1, step.base + column.offset))
+        column.to = fields.integers(0 if rows < 0 else larger(1, step.base + column.offset))
         if column.bytes:
             _take(column)
     both = step.slots.to and step.state_table.to
@@ -93,7 +94,7 @@ def _batch(step):
             if not given:
                 starts[q] = -1
         if uniform >= 0:
-            drafts[q] = min(uniform, length)
+            drafts[q] = smaller(uniform, length)
         start, draft = starts[q], drafts[q]
         if length < 0 or start < -1 or start > most - length or draft < 0 or draft > length:
             return False
@@ -106,7 +107,7 @@ def _batch(step):
 
 @inlined
 def _live_start(windows, ratio, halves):
-    return max(0, (windows - (halves - 1)) * ratio)
+    return larger(0, (windows - (halves - 1)) * ratio)
 
 
 @kernel
@@ -123,7 +124,7 @@ def _span(job, start, length, draft):
     if job.keep_all:
         return first, last, start
     settled = last if draft == 0 else (start + length - draft) // ratio
-    return first, last, max(start, _live_start(settled, ratio, halves))
+    return first, last, larger(start, _live_start(settled, ratio, halves))
 
 
 @kernel
@@ -147,14 +148,14 @@ def _count(step, job):
                 return False
             windows += last - first
             keeps += start + length - low
-            most = max(most, drafts[q])
+            most = larger(most, drafts[q])
     job.windows = windows
     job.keeps = keeps
     kind, rows, halves = job.kind, job.block_rows, job.halves
     if kind == jobs.ONLINE:
         return halves == 1 and most <= rows
     if kind == jobs.RING or (kind == jobs.PAGED and job.page_tokens > rows):
-        return rows >= halves * job.ratio - 1 + max(1, most)
+        return rows >= halves * job.ratio - 1 + larger(1, most)
     return True
 
 
@@ -245,7 +246,7 @@ def _windows(step, job):
             out[count + e] = window
             out[2 * count + e] = slot
             e += 1
-            largest, lowest, highest = max(largest, window), min(lowest, slot), max(highest, slot)
+            largest, lowest, highest = larger(largest, window), smaller(lowest, slot), larger(highest, slot)
             if slot >= 0 and _seen(step, slot, True):
                 shared = True
     job.last_window = largest
@@ -283,7 +284,7 @@ def _keeps(step, job):
             slot = slots[q]
             if slot < 0 or slot >= job.blocks or _seen(step, slot, True):
                 return False
-            row = slot * rows + low % max(rows, 1)
+            row = slot * rows + low % larger(rows, 1)
             overwrites = overwrites or (kind == jobs.RING and last > first and end - oldest > rows)
         for position in range(low, end):
             if paged:

@@ -329,7 +329,7 @@ def group(kind, index, n, table, ahead, begin, end, work, span, out):
         at = _near(kind, index, n, table, ahead, at, end, work + at - begin, span, out)
         if at < end:
             # What an entry or two hold of bf16 goes by whole groups, whose rest has no weight.
-            count = n if kind == params.FP32 and n in (1, 2, 4) else GROUP
+            count = n if kind == params.FP32 and (n == 4 or n == 2 or n == 1) else GROUP
             target = work + at - begin
             _apart(kind, index, count, table_at(table), at, target, span)
             if n <= GROUP:

@@ -16,8 +16,9 @@ from numba import types
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import fields, functions, panels, simd
 from kvcondense.backends.cpu.kernels.functions import kernel
+from kvcondense.backends.cpu.kernels.integers import fetch_add, smaller
 from kvcondense.backends.cpu.kernels.panels import NATIVE
-from kvcondense.backends.cpu.kernels.simd import fetch_add, pointer
+from kvcondense.backends.cpu.kernels.simd import pointer
 from kvcondense.backends.cpu.target import target
 
 _SUMS = params.CHANNELS
@@ -145,7 +146,7 @@ def _work(call):
         if task >= total:
             break
         token, first = task // columns * tall, task % columns * wide
-        last, end = min(tokens, token + tall), min(channels, first + wide)
+        last, end = smaller(tokens, token + tall), smaller(channels, first + wide)
         if last - token < _FEW:
             _rows(call, token, last, first, end)
         else:

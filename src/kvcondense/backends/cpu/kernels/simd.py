@@ -224,12 +224,6 @@ def prefetch(b: Any, address: Any) -> None:
     emit_prefetch(b, address)
 
 
-@operation(types.int64, types.int64, types.int64)
-def fetch_add(b: Any, address: Any, x: Any) -> Any:
-    """Add to a counter that threads share; the value before. Orders the memory accesses around it."""
-    return b.atomic_rmw("add", pointer(b, address, _I64), x, "acq_rel")
-
-
 # Lanes.
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import fields, functions, pool, training_rows
 from kvcondense.backends.cpu.kernels.functions import kernel
+from kvcondense.backends.cpu.kernels.integers import fetch_add, smaller
 from kvcondense.backends.cpu.kernels.pool import exp, score, table_at
-from kvcondense.backends.cpu.kernels.simd import BYTES, fetch_add, load, store
+from kvcondense.backends.cpu.kernels.simd import BYTES, load, store
 from kvcondense.backends.cpu.params import ENTRY, GROUP
 
 _pool_at, _rows_at = fields.view(params.TrainingPool), fields.view(params.TrainingRows)
@@ -91,9 +92,9 @@ def _work(call):
         if task >= total:
             break
         at, block = task // blocks, task % blocks
-        begin, end = 4 * channels * block, 4 * min(channels * (block + 1), d)
+        begin, end = 4 * channels * block, 4 * smaller(channels * (block + 1), d)
         sums = call.bias_gradient + 4 * n * d * at
-        for e in range(strip * at, min(strip * (at + 1), windows)):
+        for e in range(strip * at, smaller(strip * (at + 1), windows)):
             if back:
                 _backward(call, e, begin, end, scratch, sums)
             else:

@@ -11,8 +11,9 @@ import numpy as np
 
 from kvcondense.backends.cpu.kernels import row
 from kvcondense.backends.cpu.kernels.functions import kernel
+from kvcondense.backends.cpu.kernels.integers import fetch_add, smaller
 from kvcondense.backends.cpu.kernels.lanes import round_bf16
-from kvcondense.backends.cpu.kernels.simd import BYTES, fetch_add, load, splat, store
+from kvcondense.backends.cpu.kernels.simd import BYTES, load, splat, store
 
 
 @kernel
@@ -79,7 +80,7 @@ def work(call):
         if at * strip >= count:
             break
         sums = call.gamma_gradient + 4 * d * at
-        for e in range(at * strip, min((at + 1) * strip, count)):
+        for e in range(at * strip, smaller((at + 1) * strip, count)):
             if back:
                 _backward(call, e, spec, scratch, sums)
             else:

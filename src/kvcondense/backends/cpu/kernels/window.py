@@ -5,10 +5,11 @@ from __future__ import annotations
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import pool, simd
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
+from kvcondense.backends.cpu.kernels.integers import larger, smaller
 from kvcondense.backends.cpu.kernels.lanes import bf16_code, round_bf16
 from kvcondense.backends.cpu.kernels.pool import table_at
 from kvcondense.backends.cpu.kernels.simd import LANES, load, store
-from kvcondense.backends.cpu.params import ENTRY, GROUP, STAGED
+from kvcondense.backends.cpu.params import CHANNELS, ENTRY, GROUP, STAGED
 
 
 @inlined
@@ -24,6 +25,13 @@ def load_as(kind, base, channel):
 @inlined
 def _size(kind):
     return 4 if kind == params.FP32 else 2
+
+
+@inlined
+def channels(call, block):
+    """The bytes of fp32 channels, first .. last - 1, of one of the blocks that windows are pooled in."""
+    parts = call.layer.spec.head_dim // CHANNELS
+    return 4 * CHANNELS * (parts * block // call.blocks), 4 * CHANNELS * (parts * (block + 1) // call.blocks)
 
 
 @kernel
@@ -80,7 +88,7 @@ def candidates(call, q, begin, end, current, room, address):
         candidate.score = score if gate else zero
         candidate.bias = bias
     pool.pad(address, end - begin, zero, room.nothing)
-    return min(max(start - begin, 0), end - begin)
+    return smaller(larger(start - begin, 0), end - begin)
 
 
 @inlined
@@ -107,6 +115,11 @@ def _of_state(call):
 
 
 @inlined
+def _is_bf16(reading):
+    return reading == params.BF16 or reading == params.BF16_ROUNDED
+
+
+@inlined
 def _reading(call, n, stored):
     """How n rows are read of which the first ``stored`` come from the state."""
     tokens, rows = _of_tokens(call), _of_state(call)
@@ -115,8 +128,7 @@ def _reading(call, n, stored):
     if stored >= n:
         return rows
     # A stored score is a bf16 already: rounding it again changes nothing.
-    bf16 = (params.BF16, params.BF16_ROUNDED)
-    return params.BF16_ROUNDED if tokens in bf16 and rows in bf16 else params.WIDENED
+    return params.BF16_ROUNDED if _is_bf16(tokens) and _is_bf16(rows) else params.WIDENED
 
 
 @kernel
@@ -135,10 +147,10 @@ def pooled(call, n, stored, table, following, begin, end, room, out):
         if kind != params.WIDENED:
             pool.group(kind, index, n, here, ahead, begin, end, room.work, span, out)
             continue
-        many = min(n - first, GROUP)
+        many = smaller(n - first, GROUP)
         pool.pad(room.copied, many, room.zeros, room.nothing)
         for at in range(begin, end, 4 * STAGED):
-            size = min(4 * STAGED, end - at)
+            size = smaller(4 * STAGED, end - at)
             widen(call, many, stored - first, here, at // 4, size // 4, room)
             target = room.work + at - begin
             pool.group(params.FP32, index, n, room.copied, room.copied, 0, size, target, span, out + at)
@@ -149,12 +161,12 @@ def fold(call, n, logged, first, last, room):
     """Fold the n candidates of the room's table into (m, l, o) at its ``work``."""
     row_bytes = 4 * call.layer.spec.head_dim
     for j in range(0, n, GROUP):
-        count, here = min(GROUP, n - j), room.table + ENTRY * j
+        count, here = smaller(GROUP, n - j), room.table + ENTRY * j
         if _of_tokens(call) == params.FP32:
             pool.fold(table_at(here), count, first, last, room.work, row_bytes)
             continue
         for at in range(first, last, 4 * STAGED):
-            size = min(4 * STAGED, last - at)
+            size = smaller(4 * STAGED, last - at)
             widen(call, count, logged - j, here, at // 4, size // 4, room)
             pool.fold(table_at(room.copied), count, 0, size, room.work + at, row_bytes)
 
