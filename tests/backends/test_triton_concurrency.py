@@ -19,6 +19,7 @@ from kvcondense.backends.triton import runtime as triton_runtime
 from kvcondense.backends.triton.kernels import arrive, condense, online
 from kvcondense.backends.triton.kernels import decode as decode_kernels
 from kvcondense.backends.triton.tuning import Choice
+from kvcondense.layout import plan as plans
 from kvcondense.layout.plan import Plan
 from machine import SPECS, rope
 
@@ -161,6 +162,7 @@ def test_concurrency_with_what_an_aborted_launch_left(small, monkeypatch):
     for seed in SEEDS:
         step, x, w = DECODES["a window of one"]()[0]
         place = seed % step.plan.counters.shape[0]
+        blocks = w.shape[0] // decode.block_of([w.shape[0]])
         step.plan.counters[place] = (1 + seed) * ((12345 << 32) + 1)
         with side_by_side(Model(seed), monkeypatch):
             decode.run([step], x, [w])
@@ -170,6 +172,8 @@ def test_concurrency_with_what_an_aborted_launch_left(small, monkeypatch):
         elif place == step.plan.num_windows:  # the barrier's arrivals
             assert spoilt(step)
             assert bool(step.state.data.flatten(0, -2)[step.plan.keep_row].isnan().any(-1).all())
+        elif 0 <= place - step.plan.num_windows - plans.BARRIERS < blocks:  # a block of projected channels
+            assert spoilt(step)
         fresh = DECODES["a window of one"]()[0][0]
         step.plan.copy_(fresh.plan)
         assert not step.plan.counters.any()
@@ -287,6 +291,15 @@ def last_that_trusts_its_counter(counter, launch, PROGRAMS: tl.constexpr):
     return (before >= PROGRAMS - 1).to(tl.int64)
 
 
+@triton.jit
+def last_that_comes_first(counter, launch, PROGRAMS: tl.constexpr):
+    number = arrive.number_of(launch)
+    before = arrive.arrived(tl.atomic_add(counter, number), number)
+    if before == PROGRAMS - 1:
+        tl.atomic_add(counter, -PROGRAMS * number, sem="relaxed")
+    return (before == 0).to(tl.int64)
+
+
 BARRIERS = (
     barrier_that_does_not_wait,
     barrier_that_does_not_release,
@@ -342,3 +355,28 @@ def test_concurrency_mutants_of_the_last_block_die(mutant, kind, monkeypatch):
 
     assert any(dies(seed) for seed in SEEDS)
     assert BACKEND.name == "triton"
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [last_that_does_not_release, last_that_trusts_its_counter, last_that_comes_first],
+    ids=lambda m: m.fn.__name__,
+)
+def test_concurrency_mutants_of_the_last_span_die(mutant, small, monkeypatch):
+    """Whoever adds up the partial sums of a block of channels has to be the last, and to see what the others stored."""
+    make = DECODES["a window of one"]
+    expected = decode_once(make())
+    monkeypatch.setattr(decode_kernels, "last_of", mutant)
+    monkeypatch.setattr(torch, "empty", torch.zeros)  # NaN in memory would show what a plausible number hides
+
+    def dies(seed):
+        small(6)  # a span for each, which take turns often: soon they would meet at the barrier, which hides much
+        jobs = make()
+        plan, dirty = jobs[0][0].plan, mutant is last_that_trusts_its_counter
+        if dirty:
+            plan.counters[plan.num_windows + plans.BARRIERS :] = (12345 << 32) + 1
+        with side_by_side(Model(seed, switch=0.8, drain=0.02), monkeypatch):
+            steps = decode_once(jobs)
+        return not same(steps, expected) and not (dirty and spoilt(steps[0]))
+
+    assert any(dies(seed) for seed in SEEDS)

@@ -16,7 +16,9 @@ from kvcondense.layout.state import Reads
 from kvcondense.spec import CompressorSpec
 
 WINDOW_FIELDS = ("window_request", "window_index", "window_slot")
-BARRIERS, _MOST = 4, torch.iinfo(torch.int64).max
+BARRIERS, COLUMNS, _MOST = 4, 256, torch.iinfo(torch.int64).max
+COUNTERS = BARRIERS + COLUMNS
+"""Of a plan, behind those of its windows."""
 KEEP_FIELDS = ("keep_token", "keep_request", "keep_position", "keep_row")
 
 
@@ -42,9 +44,10 @@ class Plan:
     keep_token, keep_request, keep_position, keep_row [K]: token t at position p of request q goes to a state row.
     Entries of -1 in window_request or keep_token are padding and stand at the end. overwrites: a kept row may take the
     place of a stored row that a window of this step reads, so that rows must be kept after all windows were read.
-    counters [E + 4] int64, zero: scratch of backends, which leave it zero: windows, then barriers. One stream at a time
-    may use a plan; rows of steps that meet on one are NaN. extremes: what a step reaches at most. given: the batch that
-    the plan was built for; ``batch`` is another one where a static plan made requests inert.
+    counters [E + 260] int64, zero: scratch of backends, which leave it zero: windows, barriers, blocks of projected
+    channels. One stream at a time may use a plan; rows of steps that meet on one are NaN. extremes: what a step reaches
+    at most. given: the batch that the plan was built for; ``batch`` is another one where a static plan made requests
+    inert.
     """
 
     ratio: int
@@ -314,7 +317,7 @@ def _work(
 
 
 def _counters(windows: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(windows.shape[0] + BARRIERS, dtype=torch.int64, device=windows.device)
+    return torch.zeros(windows.shape[0] + COUNTERS, dtype=torch.int64, device=windows.device)
 
 
 def _overwrites(

@@ -20,7 +20,7 @@ from kvcondense.backends.cpu.threads import entry
 from kvcondense.backends.jobs import Job, Rule, rule_of
 from kvcondense.layout.batch import MOST_POSITIONS, IntTensor, RaggedBatch
 from kvcondense.layout.extremes import Extremes, Slots
-from kvcondense.layout.plan import BARRIERS, Plan
+from kvcondense.layout.plan import COUNTERS, Plan
 
 Column = tuple[int, int, int, int, int, int]
 _FIELDS = tuple(field.name for field in fields(RaggedBatch))
@@ -131,7 +131,7 @@ class NativePlanner:
             windows, _, largest, lowest, highest, shared, overwrites = said
             slots = Slots(lowest, highest, bool(shared))
             reached = Extremes(block[_TOKENS], largest * spec.ratio + 1 if windows else 0, slots, dense=True)
-            counters = memory.new_zeros(windows + BARRIERS)  # steps write them, and nothing else of a plan
+            counters = memory.new_zeros(windows + COUNTERS)  # steps write them, and nothing else of a plan
             plan = Plan(
                 spec.ratio, spec.overlap, batch, layout, page_rows, request, window, slot, token, owner, position, row,
                 bool(overwrites), counters, reached, batch,

@@ -34,8 +34,8 @@ class Constants:
     state_rows: rows of a ring, a page or a draft log; page_tokens: positions that share a page; state_apart: kv and
     scores are two tensors; strides in elements, state_multiple: a power of two that divides them, so that rows begin
     where 16 bytes do. window_padded, window_levels: the window as a power of two, and its logarithm; ratio_levels: the
-    ratio's. splits: partial sums that make a value of kv_score; 0: it is one. stored: all tokens are read from the
-    state. rounds_rows: rows are rounded before the cache takes them.
+    ratio's. splits: partial sums of which this launch makes kv_score; 0: it is given. stored: all tokens are read from
+    the state. rounds_rows: rows are rounded before the cache takes them.
     """
 
     ratio: int

@@ -30,14 +30,17 @@ from kvcondense.backends.triton.runtime import (
 )
 from kvcondense.backends.triton.tuning import Choice
 from kvcondense.layout.online import OnlineState
+from kvcondense.layout.plan import COLUMNS
 
 TOKENS = 64
 """Most tokens of a step."""
 _BLOCKS = (32, 16)
 WARPS = 4
 _SPLITS = 8
-_TILE = 1024
-"""Elements of a pooled tile, [window, channels]."""
+_TILE, _LINE = 1024, 32
+"""Elements of a pooled tile, [window, channels], and channels that it has at least: 128 bytes of a row."""
+_Job = tuple[Step, tuple[Any, ...], Constants]
+"""A step, what the kernel takes for it, and its constants."""
 _NONE = (None,) * 4, (None,) * 6, (None,) * 4, (None,) * 3, (None,) * 8, 0, 0, 0
 """A compressor's arguments where there is none."""
 
@@ -51,6 +54,8 @@ def why_not(step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
     reason = why_not_project(x, w)
     if reason is not None:
         return reason
+    if _blocks([w.shape[0]]) > COLUMNS:
+        return f"{w.shape[0]} projected channels; a launch counts {COLUMNS} blocks of {block_of([w.shape[0]])}"
     if isinstance(step.state, OnlineState):
         return "an online state is folded token by token"
     if step.cache is not None and step.cache.strict:
@@ -68,9 +73,14 @@ def block_of(projected: Sequence[int]) -> int:
     return next(b for b in _BLOCKS if all(p % b == 0 for p in projected))
 
 
+def _blocks(projected: Sequence[int]) -> int:
+    """Products' blocks of these numbers of projected channels."""
+    return sum(projected) // block_of(projected)
+
+
 def choice(window: int, head_dim: int) -> Choice:
     """How the windows of such a step are cut; programs have WARPS warps whatever they do."""
-    return Choice(max(min(head_dim, _TILE // (1 << (window - 1).bit_length())), 1), WARPS)
+    return Choice(min(head_dim, max(_TILE // (1 << (window - 1).bit_length()), _LINE)), WARPS)
 
 
 def run(steps: Sequence[Step], x: torch.Tensor, ws: Sequence[torch.Tensor]) -> None:
@@ -79,14 +89,21 @@ def run(steps: Sequence[Step], x: torch.Tensor, ws: Sequence[torch.Tensor]) -> N
     left = [(step, *_arguments(step, x, w)) for step, w in zip(steps, ws, strict=True)]
     while left:
         # Two that cut windows into blocks count them, each with counters of its own.
-        two = len(left) > 1 and not (
-            left[0][2].blocks > 1 and left[1][2].blocks > 1 and left[0][0].plan.counters is left[1][0].plan.counters
+        two = (
+            len(left) > 1
+            and not (_cut(left[0]) and _cut(left[1]) and left[0][0].plan.counters is left[1][0].plan.counters)
+            and _blocks([c.projected for _, _, c in left[:2]]) <= COLUMNS
         )
         _launch(left[: 1 + two], x)
         left = left[1 + two :]
 
 
-def _launch(jobs: Sequence[tuple[Step, tuple[Any, ...], Constants]], x: torch.Tensor) -> None:
+def _cut(job: _Job) -> bool:
+    """Whether windows are pooled in blocks of channels."""
+    return job[2].blocks > 1
+
+
+def _launch(jobs: Sequence[_Job], x: torch.Tensor) -> None:
     """One launch; where programs cannot wait for one another, one for each part."""
     from kvcondense.backends.triton.kernels import decode as kernels
 

@@ -14,7 +14,7 @@ from kvcondense.backends.triton import tuning
 from kvcondense.backends.triton.runtime import interpreted, on_device, why_no_device
 from kvcondense.layout.batch import MOST_POSITIONS, RaggedBatch
 from kvcondense.layout.extremes import Bounds, Extremes
-from kvcondense.layout.plan import BARRIERS, KEEP_FIELDS, WINDOW_FIELDS, Plan, may_overwrite
+from kvcondense.layout.plan import COUNTERS, KEEP_FIELDS, WINDOW_FIELDS, Plan, may_overwrite
 
 BLOCK, INTERPRETED_BLOCK, WARPS = 256, 32, 8
 """Requests, windows or kept rows that a program takes at a time, and its warps."""
@@ -115,7 +115,7 @@ class _Place:
     @property
     def strides(self) -> tuple[int, int, int]:
         """From one array to the next: of requests, of windows (with the counters) and of kept rows."""
-        return _aligned(self.requests + 1), _aligned(self.windows + BARRIERS), _aligned(self.keeps)
+        return _aligned(self.requests + 1), _aligned(self.windows + COUNTERS), _aligned(self.keeps)
 
     @property
     def size(self) -> int:
@@ -151,7 +151,7 @@ class _Place:
             **{name: part(windows + i * per_window, self.windows) for i, name in enumerate(WINDOW_FIELDS)},
             **{name: part(keeps + i * per_keep, self.keeps) for i, name in enumerate(KEEP_FIELDS)},
             overwrites=may_overwrite(spec, layout, bounds.query_len),
-            counters=part(windows + 3 * per_window, self.windows + BARRIERS),
+            counters=part(windows + 3 * per_window, self.windows + COUNTERS),
             extremes=Extremes.of_static(bounds.tokens, bounds.positions, cache_rows),
             given=batch,
         )

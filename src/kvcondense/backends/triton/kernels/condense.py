@@ -12,7 +12,7 @@ import triton.language as tl
 from kvcondense.backends.triton.kernels.arrive import last_of
 from kvcondense.backends.triton.kernels.bits import bf16_bits
 from kvcondense.backends.triton.kernels.encode import put
-from kvcondense.backends.triton.kernels.pool import pool, row_offset, scores_of, summed, values_of
+from kvcondense.backends.triton.kernels.pool import fresh_values, pool, row_offset, scores_of, values_of
 from kvcondense.backends.triton.kernels.row import hadamard, rms_norm, rope
 
 
@@ -42,7 +42,7 @@ def finish(pooled, e, index, gamma, cos, sin, rows, latent, window_slot, cache, 
 
 
 @triton.jit
-def keep(k, kv_score, ape, keep_token, keep_position, keep_row, state, kv_stride, split_stride, sound,
+def keep(k, kv_score, ape, keep_token, keep_position, keep_row, state, kv_stride, sound,
          c: tl.constexpr):  # fmt: skip
     """Row k of those to keep: [kv | score + ape], or raw scores, of its token to its state row; skips padding (-1).
 
@@ -59,10 +59,10 @@ def keep(k, kv_score, ape, keep_token, keep_position, keep_row, state, kv_stride
         source = kv_score + token * kv_stride + channel
         offset = row_offset(tl.load(keep_row + k), c) + channel
         store_as_state(
-            values_of(state, c) + offset, tl.where(sound, summed(source, None, None, split_stride, c), float("nan")), c
+            values_of(state, c) + offset, tl.where(sound, fresh_values(source, None, None, c), float("nan")), c
         )
         if GATE:
-            z = summed(source + N, None, None, split_stride, c)
+            z = fresh_values(source + N, None, None, c)
             if APE and not RAW:
                 z += tl.load(ape + (tl.load(keep_position + k) % R) * N + channel)
             store_as_state(scores_of(state, c) + offset, tl.where(sound, z, float("nan")), c)
@@ -82,7 +82,7 @@ def store_as_state(target, x, c: tl.constexpr):
 def window_task(
     task, kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions, state_table, state,
     window_request, window_index, window_slot, cache, scales, counters,
-    kv_stride, split_stride, table_stride, page_stride, scales_stride, launch, sound, c: tl.constexpr,
+    kv_stride, table_stride, page_stride, scales_stride, launch, sound, c: tl.constexpr,
 ):  # fmt: skip
     """Pool a block of channels of window ``task // blocks``; whoever pools the last one finishes the row.
 
@@ -98,7 +98,7 @@ def window_task(
         index = tl.load(window_index + e)
         channel = (task % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
         pooled = pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, state_table, state,
-                      kv_stride, split_stride, table_stride, c)  # fmt: skip
+                      kv_stride, table_stride, c)  # fmt: skip
         pooled = tl.where(sound, pooled, float("nan"))
         if BLOCKS == 1:
             finish(pooled, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
@@ -127,10 +127,10 @@ def condense_kernel(
     if program < window_programs:
         window_task(program, kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions,
                     state_table, state, window_request, window_index, window_slot, cache, scales, counters,
-                    kv_stride, 0, table_stride, page_stride, scales_stride, launch, sound, c)  # fmt: skip
+                    kv_stride, table_stride, page_stride, scales_stride, launch, sound, c)  # fmt: skip
     elif STATE:
         keep(program - window_programs, kv_score, ape, keep_token, keep_position, keep_row, state,
-             kv_stride, 0, sound, c)  # fmt: skip
+             kv_stride, sound, c)  # fmt: skip
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """A decode or verify step from hidden states in one launch, for one compressor or for two that read the same ones.
 
 All programs stream the weights: each multiplies all tokens with a block of projected channels over a span of the hidden
-ones, and stores partial sums. Then all wait for all, and go on with windows and kept rows, which add the partial sums
-up in the order of the spans. Neither tokens nor neighbours change a sum: shapes are those of ``M`` tokens always.
+ones, and stores partial sums; whoever stores a block's last ones adds them up, in the order of the spans. Then all wait
+for all, and go on with windows and kept rows. Neither tokens nor neighbours change a sum: shapes are those of ``M``
+tokens always.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvcondense.backends.triton.kernels.arrive import grid_barrier
+from kvcondense.backends.triton.kernels.arrive import grid_barrier, last_of
 from kvcondense.backends.triton.kernels.condense import keep, window_task
 from kvcondense.backends.triton.kernels.fused import product
+from kvcondense.layout.plan import BARRIERS as _BARRIERS
 
+BARRIERS: tl.constexpr = tl.constexpr(_BARRIERS)
 STREAM: tl.constexpr = tl.constexpr(1)
 WINDOWS: tl.constexpr = tl.constexpr(2)
 KEEPS: tl.constexpr = tl.constexpr(4)
@@ -21,9 +24,12 @@ ALL: tl.constexpr = tl.constexpr(7)
 
 
 @triton.jit
-def stream(task, x, w, partials, tokens, hidden, x_stride, w_stride, split_stride, P: tl.constexpr,
+def stream(task, counter, launch, x, w, partials, tokens, hidden, x_stride, w_stride, split_stride, P: tl.constexpr,
            M: tl.constexpr, B: tl.constexpr, K: tl.constexpr, S: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Sums of M tokens over span ``task % S`` of the hidden channels, for B of P projected channels."""
+    """Sums of M tokens over span ``task % S`` of the hidden channels, for B of P projected channels.
+
+    Those of all spans come to stand where the first one's stood; NaN, unless the block's counter counts them alone.
+    """
     column = (task // S) * B + tl.arange(0, B)
     span = tl.cdiv(hidden, K * S) * K
     first = (task % S) * span
@@ -35,8 +41,15 @@ def stream(task, x, w, partials, tokens, hidden, x_stride, w_stride, split_strid
     total = tl.zeros([M, B], tl.float32)
     for i in range(first, tl.minimum(first + span, hidden), K):
         total = product(tl.load(source + i, mask=live[:, None], other=0.0), tl.load(weight + i), total, WIDE)
-    target = partials + (task % S) * split_stride + token[:, None] * P + column[None, :]
-    tl.store(target, total, mask=live[:, None])
+    target = partials + token[:, None] * P + column[None, :]
+    tl.store(target + (task % S) * split_stride, total, mask=live[:, None])
+    if S > 1:
+        last = last_of(counter, launch, S)
+        if last != 0:
+            total = tl.load(target, mask=live[:, None], other=0.0, cache_modifier=".cg")
+            for s in tl.static_range(1, S):
+                total += tl.load(target + s * split_stride, mask=live[:, None], other=0.0, cache_modifier=".cg")
+            tl.store(target, tl.where(last > 0, total, float("nan")), mask=live[:, None])
 
 
 @triton.jit
@@ -47,15 +60,17 @@ def following(before):
 
 
 @triton.jit
-def stream_all(before, x, own, tokens, hidden, x_stride, c: tl.constexpr,
+def stream_all(before, counters, launch, x, own, tokens, hidden, x_stride, c: tl.constexpr,
                M: tl.constexpr, B: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """This program's share of a compressor's products; items so far."""
+    """This program's share of a compressor's products; items so far. counters: one for each block of channels."""
     P: tl.constexpr = c.value.projected
     S: tl.constexpr = c.value.splits
     ITEMS: tl.constexpr = P // B * S
     w, partials, w_stride, split_stride = own[0], own[1], own[2], own[3]
     for task in range(following(before), ITEMS, tl.num_programs(0)):
-        stream(task, x, w, partials, tokens, hidden, x_stride, w_stride, split_stride, P, M, B, K, S, WIDE)
+        counter = counters + (before + task) // S
+        stream(task, counter, launch, x, w, partials, tokens, hidden, x_stride, w_stride, split_stride,
+               P, M, B, K, S, WIDE)  # fmt: skip
     return before + ITEMS
 
 
@@ -64,15 +79,15 @@ def windows_all(before, own, layer, windows, stored, count, table_stride, launch
     """This program's share of a compressor's windows; items so far."""
     P: tl.constexpr = c.value.projected
     BLOCKS: tl.constexpr = c.value.blocks
-    partials, split_stride = own[1], own[3]
+    kv_score = own[1]
     ape, gamma, cos, sin, query_start_loc, start_positions = layer
     window_request, window_index, window_slot, counters = windows
     rows, latent, state_table, state, cache, scales, page_stride, scales_stride = stored
     items = count * BLOCKS
     for task in range(following(before), items, tl.num_programs(0)):
-        window_task(task, partials, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions,
+        window_task(task, kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions,
                     state_table, state, window_request, window_index, window_slot, cache, scales, counters,
-                    P, split_stride, table_stride, page_stride, scales_stride, launch, sound, c)  # fmt: skip
+                    P, table_stride, page_stride, scales_stride, launch, sound, c)  # fmt: skip
     return before + items
 
 
@@ -81,12 +96,11 @@ def keeps_all(before, own, layer, keeps, stored, items, sound, c: tl.constexpr):
     """This program's share of a compressor's kept rows; items so far."""
     P: tl.constexpr = c.value.projected
     STATE: tl.constexpr = c.value.has_state
-    partials, split_stride = own[1], own[3]
+    kv_score = own[1]
     keep_token, keep_position, keep_row = keeps
     if STATE:
         for k in range(following(before), items, tl.num_programs(0)):
-            keep(k, partials, layer[0], keep_token, keep_position, keep_row, stored[3],
-                 P, split_stride, sound, c)  # fmt: skip
+            keep(k, kv_score, layer[0], keep_token, keep_position, keep_row, stored[3], P, sound, c)
     return before + items
 
 
@@ -101,15 +115,16 @@ def decode_kernel(
 ):  # fmt: skip
     """Step of one compressor, or of TWO. ordered: what is kept may replace what a window reads, and waits for it.
 
-    The barriers' counters lie behind those of the first one's windows. PHASE: ALL of it, or one part after the other,
-    where programs cannot wait for one another. What counts, and so changes from step to step, is a number by itself:
-    Triton compiles a tuple anew for other numbers in it.
+    The counters of barriers and blocks of channels lie behind those of the first one's windows. PHASE: ALL of it, or
+    one part after the other, where programs cannot wait for one another. What counts, and so changes from step to step,
+    is a number by itself: Triton compiles a tuple anew for other numbers in it.
     """
     sound = tl.full((), 1, tl.int1)
+    blocks = windows[3] + count + BARRIERS
     if (PHASE == STREAM) | (PHASE == ALL):
-        before = stream_all(0, x, own, tokens, hidden, x_stride, c, M, B, K, WIDE)
+        before = stream_all(0, blocks, launch, x, own, tokens, hidden, x_stride, c, M, B, K, WIDE)
         if TWO:
-            stream_all(before, x, own_2, tokens, hidden, x_stride, c_2, M, B, K, WIDE)
+            stream_all(before, blocks, launch, x, own_2, tokens, hidden, x_stride, c_2, M, B, K, WIDE)
     if PHASE == ALL:
         sound = grid_barrier(windows[3] + count, launch)
     after = tl.program_id(0) * 0

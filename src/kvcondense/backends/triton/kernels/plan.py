@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kvcondense.backends import jobs as _jobs
-from kvcondense.layout.plan import BARRIERS as _BARRIERS
+from kvcondense.layout.plan import COUNTERS as _COUNTERS
 
 (
     AT,  # where the plan's memory begins, in integers
@@ -47,7 +47,7 @@ TABLE: tl.constexpr = tl.constexpr(2)
 STATELESS: tl.constexpr = tl.constexpr(_jobs.STATELESS)
 PAGED: tl.constexpr = tl.constexpr(_jobs.PAGED)
 ONLINE: tl.constexpr = tl.constexpr(_jobs.ONLINE)
-BARRIERS: tl.constexpr = tl.constexpr(_BARRIERS)
+COUNTERS: tl.constexpr = tl.constexpr(_COUNTERS)
 ALIGNED: tl.constexpr = tl.constexpr(16)
 """Integers between which arrays begin, so that no kernel that reads a plan is compiled for odd addresses."""
 PER_REQUEST: tl.constexpr = tl.constexpr(6)
@@ -234,7 +234,7 @@ def plan_windows(job, out, side, target, gap, slot_mapping, block_table, BLOCK: 
     page_rows, last_page = tl.load(job + PAGE_ROWS).to(tl.int32), tl.load(job + LAST_PAGE)
     ends = out + 4 * side
     last = tl.load(ends + requests - 1)
-    for first in range(0, size + BARRIERS, BLOCK):
+    for first in range(0, size + COUNTERS, BLOCK):
         item = (first + tl.arange(0, BLOCK)).to(tl.int64)
         inside, live = item < size, item < last
         owner, begin = owner_of(ends, item, requests, levels, span)
@@ -253,7 +253,7 @@ def plan_windows(job, out, side, target, gap, slot_mapping, block_table, BLOCK: 
         tl.store(target + item, tl.where(live, owner, -1), mask=inside)
         tl.store(target + gap + item, tl.where(live, window, -1), mask=inside)
         tl.store(target + 2 * gap + item, tl.where(live, slot, -1), mask=inside)
-        tl.store(target + 3 * gap + item, item * 0, mask=item < size + BARRIERS)
+        tl.store(target + 3 * gap + item, item * 0, mask=item < size + COUNTERS)
 
 
 @triton.jit
@@ -300,7 +300,7 @@ def plan_kernel(
     """
     job = jobs + tl.program_id(0) * SIZE
     kind = tl.load(job + KIND)
-    side, gap = aligned(tl.load(job + REQUESTS) + 1), aligned(tl.load(job + WINDOWS) + BARRIERS)
+    side, gap = aligned(tl.load(job + REQUESTS) + 1), aligned(tl.load(job + WINDOWS) + COUNTERS)
     keep_gap = aligned(tl.load(job + KEEPS))
     out = memory + tl.load(job + AT)
     windows = out + PER_REQUEST * side

@@ -84,16 +84,14 @@ def biases(ape, position, half, channel, live, c: tl.constexpr):
 
 
 @triton.jit
-def summed(source, live, other, split_stride, c: tl.constexpr):
-    """kv_score at ``source`` where ``live``, else ``other``, as fp32; partial sums are added up in their order."""
-    SPLITS: tl.constexpr = c.value.splits
-    if SPLITS == 0:
-        x = tl.load(source, mask=live, other=other).to(tl.float32)
-    else:  # other programs of this launch wrote them: not from a cache of one's own
+def fresh_values(source, live, other, c: tl.constexpr):
+    """kv_score at ``source`` where ``live``, else ``other``, as fp32."""
+    MADE_HERE: tl.constexpr = c.value.splits > 0
+    if MADE_HERE:  # other programs of this launch wrote it: not from a cache of one's own
         x = tl.load(source, mask=live, other=other, cache_modifier=".cg")
-        for s in tl.static_range(1, SPLITS):
-            x += tl.load(source + s * split_stride, mask=live, other=other, cache_modifier=".cg")
-    return x
+    else:
+        x = tl.load(source, mask=live, other=other)
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -122,7 +120,7 @@ def whole_window(kv_score, ape, first, channel, kv_stride, c: tl.constexpr):
 
 @triton.jit
 def candidates(kv_score, ape, q, begin, start, first_token, channel, state_table, state,
-               kv_stride, split_stride, table_stride, c: tl.constexpr):  # fmt: skip
+               kv_stride, table_stride, c: tl.constexpr):  # fmt: skip
     """kv and z [padded, block] of positions begin .., from this step or, before ``start``, from the state."""
     R: tl.constexpr = c.value.ratio
     W: tl.constexpr = c.value.window
@@ -142,11 +140,11 @@ def candidates(kv_score, ape, q, begin, start, first_token, channel, state_table
     half = (j >= W - R).to(tl.int64) * (N - D)
     offset = tl.where(fresh, first_token + position, 0) * kv_stride + half
     source = kv_score + offset[:, None] + channel[None, :]
-    kv = as_stored(summed(source, fresh[:, None], 0.0, split_stride, c), c)  # [PADDED, block]
+    kv = as_stored(fresh_values(source, fresh[:, None], 0.0, c), c)  # [PADDED, block]
     z = tl.zeros([PADDED, BLOCK], tl.float32)
     # A window begins at a multiple of the ratio: j has the phase of its position, and is known to the compiler.
     if GATE:
-        z = summed(source + N, fresh[:, None], 0.0, split_stride, c)
+        z = fresh_values(source + N, fresh[:, None], 0.0, c)
         if APE and not RAW:
             z += biases(ape, j, half, channel, fresh, c)
         z = as_stored(z, c)
@@ -166,7 +164,7 @@ def candidates(kv_score, ape, q, begin, start, first_token, channel, state_table
 
 @triton.jit
 def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, state_table, state,
-         kv_stride, split_stride, table_stride, c: tl.constexpr):  # fmt: skip
+         kv_stride, table_stride, c: tl.constexpr):  # fmt: skip
     """P of window ``index`` of request q for ``channel`` [block]: sum e^(z - m) K / sum e^(z - m), by halving trees."""
     R: tl.constexpr = c.value.ratio
     W: tl.constexpr = c.value.window
@@ -185,10 +183,10 @@ def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, sta
             kv, z = whole_window(kv_score, ape, first_token + begin, channel, kv_stride, c)
         else:
             kv, z = candidates(kv_score, ape, q, begin, start, first_token, channel, state_table, state,
-                               kv_stride, split_stride, table_stride, c)  # fmt: skip
+                               kv_stride, table_stride, c)  # fmt: skip
     else:
         kv, z = candidates(kv_score, ape, q, begin, start, first_token, channel, state_table, state,
-                           kv_stride, split_stride, table_stride, c)  # fmt: skip
+                           kv_stride, table_stride, c)  # fmt: skip
     # The maximum does not depend on an order.
     e = tl.exp(z - tl.max(z, axis=0)[None, :])
     total = rows_sum(e, PADDED, BLOCK, LEVELS)
