@@ -87,12 +87,14 @@ def renamed(value, word):
 
 
 def bench_page(tmp_path, word):
-    """The report of the committed timings with hostile names."""
+    """The report of some of the committed timings with hostile names."""
     head, *records = [json.loads(line) for line in BASELINE.read_text(encoding="utf-8").splitlines()]
     head = renamed(head, word)
     head["machine"][word] = word
     head["rates"][word] = 1e9
-    lines = [head, *(r if "complete" in r else renamed(r, word) for r in records)]
+    many = ("decode 16", "prefill 2048")  # cases of kinds that the others show, and whose pictures take long
+    few = [r for r in records if not r.get("complete", r.get("case", "")).startswith(many)]
+    lines = [head, *(r if "complete" in r else renamed(r, word) for r in few)]
     source, made = tmp_path / "records.jsonl", tmp_path / "bench.html"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     run("bench", "--from", source, "--report", made)

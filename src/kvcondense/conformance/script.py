@@ -10,17 +10,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from kvcondense.config import ModelConfig
 from kvcondense.conformance import generator, patterns
 from kvcondense.conformance.adapter import Setup
 from kvcondense.conformance.cases import Case, Op
-from kvcondense.conformance.compressors import Compressor, config_of
+from kvcondense.conformance.compressors import Compressor, rope_of
 from kvcondense.conformance.inputs import Inputs, Piece
 from kvcondense.layout.batch import RaggedBatch
-from kvcondense.rope_table import RopeTable
 
 _FAR_ELEMENTS = 1 << 31
-_TABLES: dict[ModelConfig, RopeTable] = {}
 
 
 @dataclass(frozen=True)
@@ -142,7 +139,7 @@ class Script:
         if any(op.inert for op in case.ops):  # what -1 is where it is clamped
             self._slots.sort(key=lambda slot: slot == 0)
         positions = case.first + longest
-        rope = _rope(config_of(spec), positions + 1)
+        rope = rope_of(spec, positions + 1)
         self.setup = Setup(
             spec, self.inputs.weights(), rope, slots, case.max_draft, base + used, size, positions, self.what.format
         )
@@ -242,14 +239,6 @@ class Script:
         twin.touched = set(range(first // self.spec.ratio, request.done // self.spec.ratio))
         twin.done = request.done
         return twin
-
-
-def _rope(config: ModelConfig, positions: int) -> RopeTable:
-    """A table of one's own. The longest of a model is kept: a row does not depend on those behind it."""
-    kept = _TABLES.get(config)
-    if kept is None or kept.cos.shape[0] < positions:
-        kept = _TABLES[config] = RopeTable.build(config, 1 << (positions - 1).bit_length())
-    return RopeTable(kept.cos[:positions].clone(), kept.sin[:positions].clone())
 
 
 def _with_inert(batch: RaggedBatch, count: int) -> RaggedBatch:
