@@ -13,6 +13,8 @@ from functools import cache, wraps
 from inspect import ismodule
 from math import prod
 
+import numpy as np
+
 MOST = 4096
 """Numbers of kernels that are kept as tensors: none of them is ever written to."""
 
@@ -40,7 +42,8 @@ def patch_once():
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = patch_lang
-    _keep_types(tl, interpreter)
+    if hasattr(interpreter.interpreter_semantic, "_cast_to_computation_type"):  # older ones: slow, as they are
+        _keep_types(tl, interpreter)
 
 
 def _keep_types(tl, interpreter):
@@ -120,6 +123,12 @@ def _keep_types(tl, interpreter):
     def item(self, index, full=core.tuple.__getitem__):
         return self.values[index] if type(index) is int else full(self, index)
 
+    def convert(data, source, target, rounding, full=interpreter._convert_float):
+        """bf16 to fp32 is a shift; what the interpreter makes of subnormal numbers stays its own."""
+        if (source.name, target.name) == ("bf16", "fp32") and not ((data - 1 & 0x7FFF) < 0x7F).any():
+            return data.astype(np.uint32) << 16
+        return full(data, source, target, rounding)
+
     def patch_attr(obj, name, member, _, scope):
         inner = member.__wrapped__ if member.__code__ is checked else member
 
@@ -141,6 +150,7 @@ def _keep_types(tl, interpreter):
     core.block_type.__init__, core.tensor.__init__ = block_type, tensor
     core._unwrap_if_constexpr = unwrap
     core.tuple.__eq__, core.tuple.__getitem__ = equal, item
+    interpreter._convert_float = convert
     interpreter._get_np_dtype, interpreter._patch_attr = np_dtype, patch_attr
     semantic.broadcast_impl_value, semantic.binary_op_type_checking_impl = broadcast, operands
     semantic._cast_to_computation_type = computed
