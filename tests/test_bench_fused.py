@@ -19,8 +19,8 @@ RATES = measure.Rates(memory=1e9, cache=1e10, gemm=1e11)
 
 @pytest.fixture
 def small(monkeypatch):
-    """Few hidden channels, and a clock that runs everybody once."""
-    config = replace(CONFIG, hidden_size=256)
+    """Two spans of hidden channels, and a clock that runs everybody once."""
+    config = replace(CONFIG, hidden_size=128)
     for module in (cases, fused):
         monkeypatch.setattr(module, "CONFIG", config)
     cases.make_inputs.cache_clear()

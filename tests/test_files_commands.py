@@ -81,7 +81,7 @@ def test_killed_at_random_and_resumed_the_file_is_that_of_one_go(given, tmp_path
         seen.add(CacheFile.load(out).position)  # whole, whenever it was killed
     assert killed >= 3
     assert len(seen) > 3
-    invoke(*typed, "--resume")
+    invoke(*words(model, hidden, out, "--resume"))  # what is left, without a file after every other token
     assert out.read_bytes() == whole
     assert names(tmp_path) == ["out"]
 

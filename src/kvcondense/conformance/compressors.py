@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from kvcondense.config import ModelConfig
 from kvcondense.errors import KvCondenseError, RangeError, UnsupportedError
 from kvcondense.formats import FORMATS, CacheFormat
+from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec, Rounding
 
 # Flash with narrow heads: real theta, YaRN and eps; ratios 4 (overlapping) and 128.
@@ -25,6 +26,7 @@ SMALL = tuple(_NAMED)
 REAL = ("csa head_dim=512 rope_dim=64", "hca head_dim=512 rope_dim=64", "indexer head_dim=128 rope_dim=64")
 """DeepSeek-V4's own sizes, for kernels that have them built in."""
 _PAGE_ROWS = 4
+_TABLES: dict[ModelConfig, RopeTable] = {}
 
 
 def _flag(text: str) -> bool:
@@ -63,6 +65,15 @@ class Compressor:
 def config_of(spec: CompressorSpec) -> ModelConfig:
     """A model with such heads: what a RoPE table is built from."""
     return replace(CONFIG, head_dim=spec.head_dim, rope_dim=spec.rope_dim)
+
+
+def rope_of(spec: CompressorSpec, positions: int) -> RopeTable:
+    """A table of one's own. The longest of a model is kept: a row does not depend on those behind it."""
+    config = config_of(spec)
+    kept = _TABLES.get(config)
+    if kept is None or kept.cos.shape[0] < positions:
+        kept = _TABLES[config] = RopeTable.build(config, 1 << (positions - 1).bit_length())
+    return RopeTable(kept.cos[:positions].clone(), kept.sin[:positions].clone())
 
 
 @functools.cache

@@ -13,10 +13,9 @@ import torch
 from kvcondense.conformance import generator, patterns
 from kvcondense.conformance.adapter import Setup
 from kvcondense.conformance.cases import Case, Op
-from kvcondense.conformance.compressors import Compressor, config_of
+from kvcondense.conformance.compressors import Compressor, rope_of
 from kvcondense.conformance.inputs import Inputs, Piece
 from kvcondense.layout.batch import RaggedBatch
-from kvcondense.rope_table import RopeTable
 
 _FAR_ELEMENTS = 1 << 31
 
@@ -140,7 +139,7 @@ class Script:
         if any(op.inert for op in case.ops):  # what -1 is where it is clamped
             self._slots.sort(key=lambda slot: slot == 0)
         positions = case.first + longest
-        rope = RopeTable.build(config_of(spec), positions + 1)
+        rope = rope_of(spec, positions + 1)
         self.setup = Setup(
             spec, self.inputs.weights(), rope, slots, case.max_draft, base + used, size, positions, self.what.format
         )

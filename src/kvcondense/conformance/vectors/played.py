@@ -8,13 +8,12 @@ import torch
 
 from kvcondense.conformance import stored
 from kvcondense.conformance.adapter import Adapter, Factory, Setup
-from kvcondense.conformance.compressors import config_of
+from kvcondense.conformance.compressors import rope_of
 from kvcondense.conformance.inputs import Inputs, Piece
 from kvcondense.conformance.play import raw, seed
 from kvcondense.conformance.vectors.schema import JUNK, Op, Vector
 from kvcondense.formats import get_format
 from kvcondense.layout.batch import RaggedBatch
-from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
 
 Tensors = dict[str, torch.Tensor]
@@ -49,7 +48,7 @@ def _inputs(vector: Vector, given: Tensors) -> Inputs:
 
 def _setup(vector: Vector, inputs: Inputs) -> Setup:
     spec = inputs.spec
-    rope = RopeTable.build(config_of(spec), vector.max_positions + 1)
+    rope = rope_of(spec, vector.max_positions + 1)
     sizes = (vector.num_slots, vector.max_draft, vector.num_pages, vector.page_rows, vector.max_positions)
     return Setup(spec, inputs.weights(), rope, *sizes, get_format(vector.format))
 
