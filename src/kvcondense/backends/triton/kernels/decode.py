@@ -24,6 +24,15 @@ ALL: tl.constexpr = tl.constexpr(7)
 
 
 @triton.jit
+def add_spans(target, live, sound, split_stride, S: tl.constexpr):
+    """Partial sums of S spans, which other programs have stored, to where the first one's stand; NaN if not sound."""
+    total = tl.load(target, mask=live[:, None], other=0.0, cache_modifier=".cg")
+    for s in tl.static_range(1, S):
+        total += tl.load(target + s * split_stride, mask=live[:, None], other=0.0, cache_modifier=".cg")
+    tl.store(target, tl.where(sound, total, float("nan")), mask=live[:, None])
+
+
+@triton.jit
 def stream(task, counter, launch, x, w, partials, tokens, hidden, x_stride, w_stride, split_stride, P: tl.constexpr,
            M: tl.constexpr, B: tl.constexpr, K: tl.constexpr, S: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """Sums of M tokens over span ``task % S`` of the hidden channels, for B of P projected channels.
@@ -46,10 +55,7 @@ def stream(task, counter, launch, x, w, partials, tokens, hidden, x_stride, w_st
     if S > 1:
         last = last_of(counter, launch, S)
         if last != 0:
-            total = tl.load(target, mask=live[:, None], other=0.0, cache_modifier=".cg")
-            for s in tl.static_range(1, S):
-                total += tl.load(target + s * split_stride, mask=live[:, None], other=0.0, cache_modifier=".cg")
-            tl.store(target, tl.where(last > 0, total, float("nan")), mask=live[:, None])
+            add_spans(target, live, last > 0, split_stride, S)
 
 
 @triton.jit
