@@ -26,8 +26,8 @@ class Compiled:
 
     matrix: instructions of the matrix units (of warp groups, on sm_90) in the assembly; fences: those between copies
     and matrix units; loads: from global memory, by bits for a thread (both on NVIDIA). instructions: of the machine
-    code, by name without what a dot follows (SASS; GCN by its whole name), whatever path they are on. listing: that code
-    with the lines of source that it came from, where it is asked for.
+    code, by name without what a dot follows (SASS; GCN by its whole name), whatever path they are on. listing: that
+    code with the lines of source that it came from, where it is asked for.
     """
 
     variant: str

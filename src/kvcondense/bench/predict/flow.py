@@ -121,7 +121,7 @@ class Flow:
 
     def count(self, runs: Runs) -> Counts:
         """Instructions of a program (the mean over programs) by kind, and the bytes of a lane that they move."""
-        number, moved, operands = Counter[str](), Counter[str](), 0.0
+        number, moved, operands, flops = Counter[str](), Counter[str](), 0.0, 0.0
         times = self.times(runs)
         for at in self.order:
             for i in self.blocks[at].code:
@@ -129,18 +129,26 @@ class Flow:
                 number[i.kind] += often  # type: ignore[assignment]  # a mean need not be whole
                 moved[i.kind] += often * i.width  # type: ignore[assignment]
                 operands += often * _shared_operands(i)
-        return Counts(dict(number), dict(moved), operands)
+                flops += often * _flops(i)
+        return Counts(dict(number), dict(moved), operands, flops)
 
 
 @dataclass(frozen=True)
 class Counts:
     """instructions: of a warp, by kind; lane_bytes: of a lane, by kind; operands: bytes that products of a warp read
-    from shared memory by themselves (sm_90).
+    from shared memory by themselves (sm_90); flops: of a warp's products, where their names say their shapes
+    (not those of sm_100).
     """
 
     instructions: dict[str, float]
     lane_bytes: dict[str, float]
     operands: float = 0.0
+    flops: float = 0.0
+
+
+def _flops(i: Instruction) -> float:
+    """Of a warp: a quarter of what its group of four multiplies, or its own."""
+    return 2.0 * math.prod(i.shape) / (4 if i.name.startswith("HGMMA") else 1) if i.shape else 0.0
 
 
 def _shared_operands(i: Instruction) -> float:

@@ -41,7 +41,7 @@ _SASS_KINDS = (
     (r"FADD|FMUL|FFMA|IMAD|FADD2|FFMA2|FMUL2", "fp32"),
     (r"U\w+|R2UR|S2UR", "uniform"),
     (r"BRA|EXIT|BSSY|BSYNC|CALL|RET|WARPSYNC|NOP|DEPBAR|LDGDEPBAR|MEMBAR|FENCE|LDC|CCTL|ERRBAR|SYNCS|NANOSLEEP"
-     r"|WARPGROUP|BREAK|YIELD|CGAERRBAR|BMOV|ELECT|LDTM|STTM", "other"),
+     r"|S2R|WARPGROUP|BREAK|YIELD|CGAERRBAR|BMOV|ELECT|LDTM|STTM", "other"),
     (r"\w+", "integer"),
 )  # fmt: skip
 _GCN_KINDS = (
@@ -112,8 +112,7 @@ def _sass(text: str) -> Iterator[Instruction | Label]:
             places = _SASS_LINE.findall(line)
             if fresh:  # the innermost line comes first; those that follow repeat where it was inlined
                 lines, fresh = [], False
-            lines = [places[0]] if not lines else lines
-            lines = [*lines, *places[1:]]
+            lines = [*(lines or places[:1]), *places[1:]]
             chain = _chain(tuple(lines))
             continue
         label = _SASS_LABEL.match(line)
@@ -134,7 +133,7 @@ def _sass(text: str) -> Iterator[Instruction | Label]:
 def _sass_width(name: str, kind: str) -> int:
     if kind not in ("load", "store", "atomic", "shared_load", "shared_store", "shuffle"):
         return 0
-    if name.startswith("LDSM") or name.startswith("STSM"):
+    if name.startswith(("LDSM", "STSM")):
         count = re.search(r"\.([124])$", name)
         return 4 * int(count[1]) if count else 4
     bits = re.search(r"\.(128|64|U?S?16|U?S?8)\b", name)

@@ -131,11 +131,11 @@ MACHINES: Mapping[str, Machine] = MappingProxyType({
     ),
     "sm_90": Machine(
         "H100 SXM", 1.83e9, 132, 3.35e12, 5120 * 1.83e9, 989.4e12, 65536, 228 << 10, 2048, 32, 0.25, 0.5,
-        f"datasheet; the clock at which 132 processors reach 989.4 TFLOP/s; L2 as in PMC10448217; {_ARITHMETIC}",
+        f"datasheet; clock: 989.4 TFLOP/s of 132 processors; L2: PMC10448217, table 3; {_ARITHMETIC}",
     ),
     "sm_100": Machine(
-        "B200", 1.85e9, 148, 8e12, 5120 * 1.85e9, 2250e12, 65536, 228 << 10, 2048, 32, 0.25, 0.5,
-        f"datasheet; the clock at which 148 processors reach 2250 TFLOP/s; L2 as wide as H100's, assumed; {_ARITHMETIC}",
+        "B200", 1.85e9, 148, 8e12, 10240 * 1.85e9, 2250e12, 65536, 228 << 10, 2048, 32, 0.25, 0.5,
+        f"datasheet; clock: 2250 TFLOP/s of 148 processors; each die's L2 as wide as H100's, assumed; {_ARITHMETIC}",
     ),
     "sm_120": Machine(
         "RTX 5090", 2.41e9, 170, 1.792e12, 5120 * 2.41e9, 209.5e12, 65536, 100 << 10, 1536, 24, 0.25, 0.25,

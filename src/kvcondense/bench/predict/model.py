@@ -10,7 +10,8 @@ instructions, for the mean program of W warps, the bounds in seconds are
     issue       b W (all instructions / instructions a cycle) / clock
     fp32, integer, special    b W (instructions of that kind x their cycles) / clock; on AMD one unit does all: vector
     shared      b W (lanes x bytes of a lane + operands of products) / (shared bytes a cycle x clock)
-    product     b (flops / n) / (product rate / processors)
+    product     b (flops of a program) / (product rate / processors): its tile's, or those of its instructions if they
+                are more, as where two warps multiply the same
 
 and a program alone on the chip takes its chain (``warp``): loads that wait for loads, barriers, arithmetic in order. So
 
@@ -43,7 +44,8 @@ LATENCY = "latency"
 @dataclass(frozen=True)
 class Predicted:
     """Of one launch, in microseconds: in all, each bound, the chain; what decides; programs, those that a processor
-    runs at once, waves; bytes and flops as ``Kernel`` has them; instructions of a mean program's warp.
+    runs at once, waves; bytes and flops as ``Kernel`` has them, and the flops of its instructions where those say
+    theirs; instructions of a mean program's warp.
     """
 
     kernel: str
@@ -58,6 +60,7 @@ class Predicted:
     memory_bytes: float = 0.0
     cache_bytes: float = 0.0
     flops: float = 0.0
+    code_flops: float = 0.0
     warps: int = 0
     registers: int = 0
     shared_bytes: int = 0
@@ -102,6 +105,7 @@ def of_kernel(kernel: Kernel, launched: Launched | None, machine: Machine) -> Pr
         kernel.name, 0.0, "", {}, 1e6 * launched.chain / machine.clock, 0.0, kernel.programs, resident, waves,
         warps=launched.warps, registers=launched.registers, shared_bytes=launched.shared,
         instructions=launched.counts.instructions,
+        code_flops=kernel.programs * launched.warps * launched.counts.flops,
     )  # fmt: skip
     return _predicted(kernel, bounds_of(kernel, launched, machine), machine, about)
 
@@ -140,7 +144,9 @@ def bounds_of(kernel: Kernel, launched: Launched, machine: Machine) -> dict[str,
         "issue": seconds(sum(number.values()) / machine.slots),
         **units,
         "shared": seconds((machine.lanes * lanes + counts.operands) / machine.shared),
-        "product": busiest * kernel.flops / kernel.programs / (machine.product_rate / machine.processors),
+        "product": busiest
+        * max(kernel.flops / kernel.programs, warps * counts.flops)
+        / (machine.product_rate / machine.processors),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,17 +78,15 @@ def rows(found: Sequence[records.Record]) -> tuple[tuple[str, ...], list[tuple[s
     return head, table
 
 
-def kernel_rows(found: Sequence[records.Record]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The same of the launches: how many programs, of what size, how many at once, and the longest bounds."""
-    head = ("launch", "us", "chain", "programs", "at once", "waves", "registers", "shared", "longest bounds, us")
-    table = []
-    for k in (k for r in found for k in r["kernels"]):
-        longest = sorted(k["bounds"].items(), key=lambda item: -item[1])[:3]
-        bounds = ", ".join(f"{name} {_number(us)}" for name, us in longest if us >= 0.05)
-        own = (k["programs"], k["resident"], k["waves"], k["registers"], k["shared_bytes"])
-        counts = tuple(str(n) if k["warps"] else "-" for n in own)
-        table.append((k["kernel"], _number(k["us"]), _number(k["chain_us"]), *counts, bounds))
-    return head, table
+def launch_lines(record: records.Record) -> Iterator[str]:
+    """A case's launches, a line each: how many programs, how many at once on a processor, and the longest bounds."""
+    for k in record["kernels"]:
+        longest = sorted(k["bounds"].items(), key=lambda item: -item[1])[:2]
+        parts = [f"{name} {_number(us)}" for name, us in longest if us >= 0.05]
+        if k["warps"]:
+            size = f"{k['programs']} programs, {k['resident']} at once, {k['registers']} registers"
+            parts = [size, f"chain {_number(k['chain_us'])}", *parts]
+        yield f"  {k['kernel']:<10} {_number(k['us']):>6} us: {', '.join(parts)}"
 
 
 def _number(us: float) -> str:

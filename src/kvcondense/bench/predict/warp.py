@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from kvcondense.bench.predict.flow import Flow, Loop, Runs
@@ -163,8 +162,9 @@ def registers(i: Instruction) -> tuple[tuple[str, ...], tuple[str, ...]]:
     wide = re.search(r"\.(64|128)\b", i.name)
     count = max(_WIDE[wide[1]] if wide else 2 if "WIDE" in i.name or i.name == "CS2R" else 1, _product_size(i))
     written = [name for text in results for name in _names(text, count if text.startswith(("R", "UR")) else 1)]
-    read = [name for text in operands for name in _names(text, count if i.kind.endswith("store") else 1)]
-    return tuple(written), tuple([*read, *_names(i.guard, 1), *_condition(i, written)])
+    data = i.kind.endswith("store")  # an address has the width that it is written with
+    read = [name for text in operands for name in _names(text, count if data and "[" not in text else 1)]
+    return tuple(written), (*read, *_names(i.guard, 1), *_condition(i))
 
 
 def _product_size(i: Instruction) -> int:
@@ -172,9 +172,8 @@ def _product_size(i: Instruction) -> int:
     return i.shape[0] * i.shape[1] // (128 if i.name.startswith("HGMMA") else 32) if i.shape else 1
 
 
-def _condition(i: Instruction, written: Iterable[str]) -> list[str]:
+def _condition(i: Instruction) -> list[str]:
     """Of GCN: what a branch looks at, which its name says."""
-    del written
     return [word for word in ("vcc", "scc", "exec") if i.name.startswith(f"s_cbranch_{word}")]
 
 

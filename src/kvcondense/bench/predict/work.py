@@ -262,10 +262,11 @@ def _decode(parts: Sequence[Part], arch: str) -> Kernel:
             f"keeps_all{mark}": k / programs,
         }
     runs = Runs(times, trips)
-    apart = sum(windows) + sum(kept) <= programs  # else a program may have windows and kept rows
-    none = {name: 0.0 for name in trips if name.startswith("keeps_all")}
-    no_window = {name: 0.0 for name in trips if name.startswith("windows_all")}
-    ways = (Runs(times, {**trips, **none}), Runs(times, {**trips, **no_window})) if apart else (runs,)
+    after = [name for name in trips if not name.startswith("stream")]
+    if sum(windows) + sum(kept) <= programs:  # each program has one of them at most
+        ways = tuple(Runs(times, {**trips, **dict.fromkeys((a for a in after if a != one), 0.0)}) for one in after)
+    else:
+        ways = (runs,)
     return Kernel("one launch", variant, launch, programs, memory, asked, flops, runs, ways)
 
 

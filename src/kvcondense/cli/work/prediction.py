@@ -37,8 +37,9 @@ def run(output: Output, arch: str, case: list[str] | None, fused: bool, measured
         log.add(table.record_of(predict(one, arch, machine), timings))
     found = log.records[1:]
     output.table(*table.rows(found))
-    if case:
-        output.say()
-        output.table(*table.kernel_rows(found))
+    for record in found if case else ():
+        output.say(f"\n{record['case']}")
+        for line in table.launch_lines(record):
+            output.say(line)
     if measured is not None and not any("measured_us" in r for r in found):
         output.say(f"\n--measured {measured} has no timing of these cases in these forms")
