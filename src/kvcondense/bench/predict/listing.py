@@ -12,9 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import kvcondense
-
-KERNELS = Path(kvcondense.__file__).parent / "backends" / "triton" / "kernels"
+KERNELS = Path(__file__).parents[2] / "backends" / "triton" / "kernels"
 """Where the kernels' sources are."""
 KINDS = (
     "fp32", "integer", "special", "uniform", "load", "store", "atomic", "shared_load", "shared_store", "shuffle",
