@@ -119,7 +119,7 @@ import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
-from kvcondense.backends.triton.aot import _listing
+from kvcondense.backends.triton.aot import listing_of
 from kvcondense.backends.triton.launches import target
 from kvcondense.bench.predict.flow import Flow, Runs
 from kvcondense.bench.predict.listing import read
@@ -136,7 +136,7 @@ signature = {"x": "*fp32", "y": "*fp32"}
 for arch in ("sm_90", "gfx942"):
     source = ASTSource(known, signature, {}, {(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]})
     built = triton.compile(source, target=target(arch), options={"num_warps": 4})
-    flow = Flow(read(_listing(built, arch.startswith("gfx")), arch))
+    flow = Flow(read(listing_of(built, arch.startswith("gfx")), arch))
     counts = flow.count(Runs())
     half = flow.count(Runs({"known": 0.5}))
     print(arch, *(counts.instructions.get(k, 0) for k in ("special", "load", "store", "matrix", "barrier")),
@@ -253,12 +253,15 @@ def test_as_many_programs_are_resident_as_there_is_room_for():
     assert residents(launched(warps=8, registers_=128), MACHINES["gfx942"]) == 2
 
 
-def timings(path, device="NVIDIA H100 80GB HBM3"):
+def timings(path, device: str | None = "NVIDIA H100 80GB HBM3"):
     machine = {"cpu": "x", **({"device": device} if device else {})}
     rates = {"memory": 2.5e12, "cache": 5e12, "gemm": 7e14, "cached": 5e7}
     case = "prefill 1 x 8192, ratio 4"
     lines = [{"machine": machine, "rates": rates}]
-    for runner, cache, us in (("triton, bare", "warm", 20.0), ("triton, bare", "cold", 40.0), ("vllm", "cold", 1.0)):
+    for runner, cache, us in (
+        ("triton, bare", "warm", 20.0), ("triton, bare", "cold", 40.0), ("vllm", "cold", 1.0),
+        ("an empty launch", "warm", 1.5), ("an empty launch", "cold", 9.0),
+    ):  # fmt: skip
         lines.append({"case": case, "runner": runner, "cache": cache, "us": us, "floor_us": 22.0})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -267,6 +270,7 @@ def timings(path, device="NVIDIA H100 80GB HBM3"):
 def test_measured_times_stand_beside(tmp_path):
     machine, found = table.measured(timings(tmp_path / "t"), "--measured", H100)
     assert (machine.copy_rate, machine.product_rate) == (2.5e12, 7e14), "measured rates need no assumed part"
+    assert machine.launch == pytest.approx(1.5e-6)
     launch = Predicted("windows", 32.0, "memory", {})
     answer = Answer("prefill 1 x 8192, ratio 4", "step", 32.0, 22.0, "memory", 1, 0, (launch,))
     record = table.record_of(answer, found)

@@ -85,7 +85,7 @@ def compile_launch(variant: Variant, launch: Launch, arch: str, *, listing: bool
         fences=None if amd else len(re.findall(r"fence\.proxy\.async", built.asm["ptx"])),
         loads={} if amd else global_loads(built.asm["ptx"]),
         instructions=instructions,
-        listing=_listing(built, amd) if listing else "",
+        listing=listing_of(built, amd) if listing else "",
     )
 
 
@@ -139,7 +139,7 @@ def _asked(tool: str, options: list[str], built: Any) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _listing(built: Any, amd: bool) -> str:
+def listing_of(built: Any, amd: bool) -> str:
     """Machine code with lines of source, and where those were inlined. Raises FileNotFoundError without nvdisasm."""
     return built.asm["amdgcn"] if amd else _asked("nvdisasm", ["-c", "-gi"], built)
 

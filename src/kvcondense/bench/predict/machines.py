@@ -1,8 +1,7 @@
-"""What the model knows of each architecture's chip: one table of published figures, and two assumed ones. None is
-measured here.
+"""What the model knows of each architecture's chip: published figures with their sources, and what is assumed, by name.
 
-A datasheet's numbers are peaks. ``COPY``, ``PRODUCT`` and ``CACHE`` are the parts of them that are assumed to be
-reached; ``kvcondense bench`` measures the first two.
+Nothing here was measured. A datasheet's numbers are peaks: ``COPY``, ``PRODUCT`` and ``CACHE`` are the parts of them
+that are assumed to be reached. ``kvcondense bench`` measures the first two, and a launch.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ class Machine:
     registers [32 bit], shared_bytes, threads, programs: that a processor has for programs at once; each: bytes of
     shared memory that a program takes beside its own; fp32, integer, special: cycles; issue: cycles between two
     instructions of one warp; slots: instructions of any kind in a cycle; units: kinds of instructions by what does them
-    one after the other; launch: seconds from the end of one kernel to
-    the first instruction of the next; copy_part, product_part: of memory and product that are reached, 1 where the rate
-    was measured; latencies: cycles, by kind.
+    one after the other; launch: seconds from the end of one kernel to the first instruction of the next, assumed;
+    copy_part, product_part: of memory and product that are reached, 1 where the rate was measured; latencies: cycles,
+    by kind.
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from kvcondense.bench.fused import LAYERS, Layer
 from kvcondense.bench.predict.machines import Machine
 from kvcondense.bench.predict.model import Answer
 from kvcondense.bench.predict.work import LIBRARY, ONE_LAUNCH, OWN, STEP, TILES
+from kvcondense.bench.runners import EmptyLaunch
 from kvcondense.errors import UnsupportedError
 
 CASES: Mapping[str, Case | Layer] = {**DEVICE_CASES, **LAYERS}
@@ -50,7 +52,9 @@ def _timing(answer: Answer, timings: Iterable[records.Record]) -> records.Record
 
 
 def measured(path: Path, argument: str, machine: Machine) -> tuple[Machine, list[records.Record]]:
-    """Timings of ``kvcondense bench --backend triton --json``, and the machine with the rates that were measured then.
+    """Timings of ``kvcondense bench --backend triton --json``, and the machine with what was measured with them.
+
+    That is the rates of a copy and of a product, and an empty launch.
 
     Raises UnsupportedError for any other file, and for one made on a CPU.
     """
@@ -59,8 +63,10 @@ def measured(path: Path, argument: str, machine: Machine) -> tuple[Machine, list
     if device is None:
         raise UnsupportedError(argument, "timings of a GPU", f"{path}, whose machine has no device")
     rates: dict[str, Any] = head.get("rates") or {}
+    empty = [r["us"] / 1e6 for r in rest if (r.get("runner"), r.get("cache")) == (EmptyLaunch.name, "warm")]
     return replace(
         machine,
+        launch=statistics.median(empty) if empty else machine.launch,
         memory=rates.get("memory", machine.memory), copy_part=1.0 if "memory" in rates else machine.copy_part,
         product=rates.get("gemm", machine.product), product_part=1.0 if "gemm" in rates else machine.product_part,
     ), rest  # fmt: skip

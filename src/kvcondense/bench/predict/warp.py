@@ -40,7 +40,8 @@ class _State:
     def later(self, cycles: float) -> _State:
         """Everything by so much."""
         ready = {name: at + cycles for name, at in self.ready.items()}
-        return _State(self.time + cycles, ready, [c + cycles for c in self.copies], self.open + cycles, self.stored)
+        copies = [at + cycles for at in self.copies]
+        return _State(self.time + cycles, ready, copies, self.open + cycles, self.stored + cycles)
 
 
 def alone(flow: Flow, runs: Runs, machine: Machine, warps: int) -> float:
@@ -153,7 +154,7 @@ def registers(i: Instruction) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Registers that an instruction writes and reads; a condition that it runs under is read."""
     operands = list(i.operands)
     results: list[str] = []
-    if i.kind not in _NO_RESULT or i.name.startswith(("LDC", "ULDC", "R2UR")):
+    if i.kind not in _NO_RESULT or i.name.startswith(("LDC", "S2R", "LDTM")):
         results = [operands.pop(0)] if operands and not i.name.startswith("LDGSTS") else []
         while operands and results and re.fullmatch(r"U?P[\dT]+|vcc", operands[0]):
             results.append(operands.pop(0))
