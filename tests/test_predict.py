@@ -281,6 +281,11 @@ def test_measured_times_stand_beside(tmp_path):
     assert head[-2:] == ("measured", "ratio")
     assert [row[-1] for row in rows] == ["1.25", "-"]
     assert len(table.rows([other])[0]) == 5
+    longest = [{**record, "case": max(table.CASES, key=len), "form": "library, step", "predicted_us": 12345.6}]
+    head, rows = table.rows(longest)
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    assert sum(widths) + 2 * (len(widths) - 1) <= 100
+    assert "".join(row[0].strip() for row in rows).replace(" ", "") == longest[0]["case"].replace(" ", "")
 
 
 def test_the_command_shows_measured_times(tmp_path):

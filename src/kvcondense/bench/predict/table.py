@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,8 @@ _RUNNERS = {
     OWN: ("batch-invariant",),
 }
 """By form, who in the bench runs it without the host's time."""
+_NAME = 44
+"""Columns of a case's name, so that a row has at most 100; what is longer goes on below."""
 
 
 def record_of(answer: Answer, timings: Iterable[records.Record] = ()) -> records.Record:
@@ -78,9 +81,11 @@ def rows(found: Sequence[records.Record]) -> tuple[tuple[str, ...], list[tuple[s
     head = ("case", "us", "floor", "bound", "form", *(("measured", "ratio") if timed else ()))
     table = []
     for r in found:
-        row = (r["case"], _number(r["predicted_us"]), _number(r["floor_us"]), r["bound"], r["form"])
+        name, *below = textwrap.wrap(r["case"], _NAME, subsequent_indent="  ")
+        row = (name, _number(r["predicted_us"]), _number(r["floor_us"]), r["bound"], r["form"])
         more = (_number(r["measured_us"]), f"{r['ratio']:.2f}") if "measured_us" in r else ("-", "-")
         table.append((*row, *(more if timed else ())))
+        table += [(part, *("",) * (len(head) - 1)) for part in below]
     return head, table
 
 
