@@ -54,22 +54,40 @@ class Case:
         return (self.start + self.tokens) // self.spec.ratio - self.start // self.spec.ratio
 
     @property
+    def row_bytes(self) -> int:
+        """Of a token's kv_score, and of its row in the state."""
+        return (2 if self.narrow else 4) * self.spec.projected
+
+    @property
+    def kept_bytes(self) -> int:
+        """State rows that later windows need."""
+        return self.batch * min(self.tokens, self.spec.seed_rows(self.start + self.tokens)) * self.row_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Rows of the cache, and their scales."""
+        fmt = get_format(self.format)
+        scales = fmt.scale_shape(1, 1) or ()  # a tensor of their own, or one number for all
+        row = fmt.row_bytes(self.spec.head_dim) + (4 * math.prod(scales) if scales else 0)
+        return self.batch * self.windows * row
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the projection, if there is one."""
+        return 2 * self.spec.projected * self.config.hidden_size if self.hidden else 0
+
+    @property
     def bytes(self) -> int:
         """Bytes that must be read or written once: inputs, stored rows that windows need, kept rows, cache rows.
 
         Weights of the projection are among them, returned rows are not.
         """
-        spec, end = self.spec, self.start + self.tokens
-        row = (2 if self.narrow else 4) * spec.projected
-        new = self.tokens * (2 * self.config.hidden_size if self.hidden else row)
+        spec = self.spec
+        new = self.tokens * (2 * self.config.hidden_size if self.hidden else self.row_bytes)
         # Of a stored row, a window reads one half of the channels if windows overlap.
         stored = min(self.start, spec.window - 1) if self.windows else 0
-        kept = min(self.tokens, spec.seed_rows(end))
-        fmt = get_format(self.format)
-        scales = fmt.scale_shape(1, 1) or ()  # a tensor of their own, or one number for all
-        cache = self.windows * (fmt.row_bytes(spec.head_dim) + (4 * math.prod(scales) if scales else 0))
-        weight = 2 * spec.projected * self.config.hidden_size if self.hidden else 0
-        return self.batch * (new + stored * row // spec.halves + kept * row + cache) + weight
+        read = self.batch * (new + stored * self.row_bytes // spec.halves)
+        return read + self.kept_bytes + self.cache_bytes + self.weight_bytes
 
     @property
     def flops(self) -> int:

@@ -11,9 +11,18 @@ from kvcondense.cli import names
 from kvcondense.cli.output import Quiet
 from kvcondense.cli.paths import ReportFile
 from kvcondense.cli.values import completer, one_of
+from kvcondense.cli.voids import Void
 
 EXAMPLE = "Example: kvcondense bench --backend cpu --json timings.jsonl --plot timings.png"
 FAILS = "rows of the backend are wrong, or a case raised"
+_OF_TIMINGS = (
+    "backend", "context_parallel", "peer_file", "training", "bundle", "from_file", "plot", "report_file", "resume",
+)  # fmt: skip
+VOID = (
+    Void("list_cases", ("predict", "measured")),
+    Void("predict", _OF_TIMINGS),
+    Void("predict", ("measured",), missing=True),
+)
 
 
 def bench(
@@ -42,6 +51,15 @@ def bench(
     from_file: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Show timings of an earlier --json instead.")
     ] = None,
+    predict: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ARCH", help="Time nothing: what the model says of a GPU, sm_90 ...", **one_of(names.ARCHITECTURES)
+        ),
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="GPU timings of an earlier --json, beside --predict's.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw bars to a picture.")] = None,
     report_file: ReportFile = None,
     quiet: Quiet = False,
@@ -69,4 +87,9 @@ def bench(
     with --context-parallel, rows with those of one process, and bytes with those of gathering all.
     Each timing is in the --json file as soon as it is made; --resume goes on with a file of the same machine, versions
     and sources. A case that raises is recorded, and the others go on.
+
+    With --predict, nothing is run: the kernels of the GPU's cases are compiled (minutes for all of them), and their
+    machine code, their bytes and a table of the chip's published figures give the time, what decides it, and the floor;
+    with --case, each launch too, and with --json every number. --measured puts timings beside, and takes their rates.
+    Example: kvcondense bench --predict sm_90 --case "prefill 1 x 8192, ratio"
     """

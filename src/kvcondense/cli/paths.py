@@ -38,7 +38,7 @@ WRITTEN = {
     "plot": Written((".png", ".svg", ".pdf"), "matplotlib"),
     "report_file": Written((".html", ".htm"), "matplotlib"),
 }
-READ = ("hidden", "source", "replay", "from_file")
+READ = ("hidden", "source", "replay", "from_file", "measured")
 FOLDERS = ("checkpoint",)
 PLACES = ("folder", "outputs", "against")
 """Folders that their commands look at themselves: ``require_folder``."""

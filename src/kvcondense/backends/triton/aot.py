@@ -26,7 +26,8 @@ class Compiled:
 
     matrix: instructions of the matrix units (of warp groups, on sm_90) in the assembly; fences: those between copies
     and matrix units; loads: from global memory, by bits for a thread (both on NVIDIA). instructions: of the machine
-    code, by name without what a dot follows (SASS; GCN by its whole name), whatever path they are on.
+    code, by name without what a dot follows (SASS; GCN by its whole name), whatever path they are on. listing: that
+    code with the lines of source that it came from, where it is asked for.
     """
 
     variant: str
@@ -43,10 +44,11 @@ class Compiled:
     loads: dict[str, int] = field(default_factory=dict)
     instructions: dict[str, int] = field(default_factory=dict)
     error: str | None = None
+    listing: str = field(default="", repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON, without the listing."""
+        return {name: value for name, value in asdict(self).items() if name != "listing"}
 
 
 def compile_variant(variant: Variant, arch: str) -> list[Compiled]:
@@ -59,10 +61,11 @@ def compile_variant(variant: Variant, arch: str) -> list[Compiled]:
         asked = launches(variant, arch)
     except Exception as error:
         return [Compiled(variant.name, arch, "", 0, 0, time.perf_counter() - start, error=_reason(error))]
-    return [_compile(variant, launch, arch) for launch in asked]
+    return [compile_launch(variant, launch, arch) for launch in asked]
 
 
-def _compile(variant: Variant, launch: Launch, arch: str) -> Compiled:
+def compile_launch(variant: Variant, launch: Launch, arch: str, *, listing: bool = False) -> Compiled:
+    """Compile one kernel, as the variant's step launches it; a failure is reported, too."""
     head = Compiled(variant.name, arch, launch.name, launch.block, launch.options["num_warps"], 0.0)
     start = time.perf_counter()
     try:
@@ -82,6 +85,7 @@ def _compile(variant: Variant, launch: Launch, arch: str) -> Compiled:
         fences=None if amd else len(re.findall(r"fence\.proxy\.async", built.asm["ptx"])),
         loads={} if amd else global_loads(built.asm["ptx"]),
         instructions=instructions,
+        listing=listing_of(built, amd) if listing else "",
     )
 
 
@@ -111,21 +115,33 @@ def matrix_instructions(built: Any, arch: str) -> int:
 
 def _nvidia_usage(built: Any) -> tuple[int | None, int | None, dict[str, int]]:
     """(registers of a thread, bytes of stack: where a thread's spills go, instructions) as cuobjdump has them."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.is_file():
+    if not (_tools() / "cuobjdump").is_file():
         return None, None, {}
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        )
+    usage, code = (_asked("cuobjdump", [flag], built) for flag in ("--dump-resource-usage", "--dump-sass"))
     registers, stack = (re.search(rf"{word}:(\d+)", usage) for word in ("REG", "STACK"))
     found = sass_instructions(code)
     return (int(registers[1]), int(stack[1]), found) if registers and stack else (None, None, found)
+
+
+def _tools() -> Path:
+    """Where Triton's package has NVIDIA's."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def _asked(tool: str, options: list[str], built: Any) -> str:
+    """What one of them prints of a kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        command = [_tools() / tool, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def listing_of(built: Any, amd: bool) -> str:
+    """Machine code with lines of source, and where those were inlined. Raises FileNotFoundError without nvdisasm."""
+    return built.asm["amdgcn"] if amd else _asked("nvdisasm", ["-c", "-gi"], built)
 
 
 def sass_instructions(code: str) -> dict[str, int]:

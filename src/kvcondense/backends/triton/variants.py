@@ -123,7 +123,7 @@ def _variants() -> Iterator[Variant]:
     kinds = specs()
     for kind, spec in kinds.items():
         main = _MAIN[kind]
-        for rows in _row_classes(spec):
+        for rows in row_classes(spec):
             for state in ("ring", "paged", "") + (() if spec.overlap else ("online",)):
                 yield Variant(kind, state, format=main, rows=rows)
         for form in FORMATS.values():
@@ -163,7 +163,7 @@ def of_model(
         rows = max(1, page_tokens // spec.ratio)
         held = "ring" if state == "online" and spec.overlap else state
         one = Variant(kind, held, format=form, drafts=drafts, page_rows=rows, spec=spec)
-        found += [replace(one, rows=most) for most in _row_classes(spec)]
+        found += [replace(one, rows=most) for most in row_classes(spec)]
         small = replace(one, tokens="bf16", form="decode")
         if held != "online":
             found += [replace(small, form="tiles"), small]
@@ -184,7 +184,7 @@ def _fits(form: Any, spec: CompressorSpec) -> bool:
 
 
 @functools.cache
-def _row_classes(spec: CompressorSpec) -> tuple[int, ...]:
+def row_classes(spec: CompressorSpec) -> tuple[int, ...]:
     """A number of rows for every entry that the tuning table has for this compressor, on any architecture."""
     found = {1 << 20}
     for part in tuning.table().values():

@@ -22,7 +22,7 @@ from kvcondense.bench.run import CONTEXTS, STREAMS, context_series, run_case, st
 from kvcondense.bench.training import CASES as TRAINING_CASES
 from kvcondense.bench.training import run_case as run_training
 from kvcondense.cli.output import Output
-from kvcondense.cli.work import page
+from kvcondense.cli.work import page, prediction
 from kvcondense.errors import RangeError, UnsupportedError
 from kvcondense.files.schema import typed
 
@@ -44,11 +44,16 @@ def run(
     bundle: bool,
     list_cases: bool,
     from_file: Path | None,
+    predict: str | None,
+    measured: Path | None,
     plot: Path | None,
     report_file: Path | None,
     resume: bool,
 ) -> bool | None:
     """Whether the backend's rows are right and no case raised."""
+    if predict is not None:
+        prediction.run(output, predict, case, fused, measured)
+        return None
     on_gpu = backend == "triton"
     if fused + training + context_parallel + bundle > 1:
         raise UnsupportedError("--fused", "one of --fused, --training, --context-parallel and --bundle", "more")

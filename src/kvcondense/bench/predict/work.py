@@ -1,0 +1,285 @@
+"""What a case launches on an architecture: kernels, their programs, how often their code runs, and what they move.
+
+The form is the one that the backend takes there; how windows and kept rows are cut is read from what the kernels are
+compiled for. Bytes of memory are those that a kernel must read or write once. Bytes of the last cache are what all its
+programs ask for together: each reads anew what others have read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from kvcondense.backends.triton import decode, fused, tuning
+from kvcondense.backends.triton.constants import Constants
+from kvcondense.backends.triton.launches import Launch
+from kvcondense.backends.triton.variants import Variant, launches, row_classes
+from kvcondense.bench.cases import PAGE_ROWS, Case
+from kvcondense.bench.fused import Layer
+from kvcondense.bench.predict.flow import Runs
+from kvcondense.bench.predict.machines import MACHINES
+from kvcondense.layout.addresses import RingLayout
+from kvcondense.layout.plan import Plan
+from kvcondense.planning import Planner
+
+ONE_LAUNCH, TILES, LIBRARY, OWN, STEP = "one launch", "tiles", "library, step", "product, step", "step"
+_BF16, _FP32 = 2, 4
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch. variant, launch: what is compiled, None for the vendor's library, whose code is not looked at.
+
+    programs; runs: how often code runs in the mean over them; ways: what single programs may run, of which the slowest
+    counts; memory, cache: bytes; flops: of products, with the rows that a tile has more than there are tokens.
+    """
+
+    name: str
+    variant: Variant | None
+    launch: Launch | None
+    programs: int
+    memory: float
+    cache: float
+    flops: float = 0.0
+    runs: Runs = field(default_factory=Runs)
+    ways: tuple[Runs, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A compressor's share of a layer: its case and the plan of its step."""
+
+    case: Case
+    plan: Plan
+
+    @property
+    def windows(self) -> int:
+        return self.plan.num_windows
+
+    @property
+    def kept(self) -> int:
+        return self.plan.keep_token.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        return self.case.batch * self.case.tokens
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the rows that a step returns, fp32."""
+        return _FP32 * self.windows * self.case.spec.head_dim
+
+    @property
+    def drafts_bytes(self) -> int:
+        """Of kept rows beyond those that ``Case.bytes`` counts: a step whose tokens are drafts keeps all of them."""
+        return self.kept * self.case.row_bytes - self.case.kept_bytes
+
+    def step_bytes(self) -> int:
+        """Of a step, from x or kv_score as the case is: ``Case.bytes``, rows, and drafts."""
+        return self.case.bytes + self.row_bytes + self.drafts_bytes
+
+    def of_windows(self) -> dict[str, float]:
+        """How often parts of ``pool`` run: of all windows those whose tokens are all this step's, and of the others
+        those that read the state.
+        """
+        case, spec = self.case, self.case.spec
+        ends = range(case.start // spec.ratio + 1, (case.start + case.tokens) // spec.ratio + 1)
+        begins = [end * spec.ratio - spec.window for end in ends]
+        whole = sum(begin >= case.start for begin in begins)
+        other = len(begins) - whole
+        stored = sum(begin < case.start for begin in begins) if case.start else 0
+        share = stored / other if other else 0.0
+        found = {"candidates>state_row": share, "candidates>tile": share}
+        if begins and not case.hidden:
+            found |= {"whole_window": whole / len(begins), "candidates": other / len(begins)}
+        return found
+
+
+def plan_of(case: Case) -> Plan:
+    """The plan of a case's step, as the bench runs it: in rings, each request's tokens as drafts once it has begun."""
+    spec, batch = case.spec, case.batch
+    drafts = case.tokens if case.start else 0
+    pages = -(-((case.start + case.tokens) // spec.ratio + 1) // PAGE_ROWS)
+    layout = RingLayout(batch, spec.required_ring_rows(drafts))
+    return Planner([(spec, layout, PAGE_ROWS)]).step(
+        query_start_loc=torch.arange(batch + 1) * case.tokens,
+        start_positions=torch.full((batch,), case.start),
+        state_slots=torch.arange(batch),
+        block_table=torch.arange(batch * pages).view(batch, -1),
+        draft_rows=drafts,
+    )[1][0]
+
+
+def form_of(parts: Sequence[Part], arch: str) -> str:
+    """How the backend does a step on an architecture, as ``TritonBackend.fused_forms`` has it there."""
+    case = parts[0].case
+    if not case.hidden:
+        return STEP
+    with tuning.stand_in(arch):
+        device = torch.device("cpu")
+        one_launch, least = tuning.decode_programs(device) is not None, tuning.fused_tokens(device)
+        library = tuning.library_product(device) and arch.startswith("sm_")
+    if one_launch and parts[0].tokens <= decode.TOKENS:
+        return ONE_LAUNCH
+    if library:
+        return LIBRARY
+    fits = all(p.windows * p.case.spec.ratio <= 2 * p.tokens for p in parts)
+    return TILES if least is not None and parts[0].tokens >= least and fits else OWN
+
+
+def work_of(what: Case | Layer, arch: str) -> tuple[str, list[Kernel]]:
+    """The form of a case or of a layer on an architecture, and what it launches, in order."""
+    cases = what.cases if isinstance(what, Layer) else (what,)
+    parts = [Part(case, plan_of(case)) for case in cases]
+    form = form_of(parts, arch)
+    if form == ONE_LAUNCH:
+        return form, [_decode(parts, arch)]
+    if form == TILES:
+        return form, [kernel for part in parts for kernel in _tiles(part, arch)]
+    found = [_library(parts)] if form == LIBRARY else [_product(p, arch) for p in parts] if form == OWN else []
+    return form, [*found, *(kernel for part in parts for kernel in _step(part, arch))]
+
+
+def _variant(part: Part, form: str) -> Variant:
+    """What is compiled for a part. Numbers of rows and of drafts are those of their class: one kernel serves each."""
+    case, narrow = part.case, "bf16" if part.case.narrow else "fp32"
+    rows = next(most for most in row_classes(case.spec) if part.windows <= most)
+    drafts = max(1, case.tokens) if case.start else 1
+    tokens = narrow if form == "step" else "bf16"
+    return Variant(case.kind, "ring", tokens, narrow, case.format, rows=rows, form=form, drafts=drafts)
+
+
+def _step(part: Part, arch: str) -> Iterator[Kernel]:
+    """The step from kv_score: a launch for windows and kept rows, or one for each where the latter overwrite what
+    windows read.
+    """
+    part = replace(part, case=replace(part.case, hidden=False))
+    variant = _variant(part, "step")
+    launch = launches(variant, arch)[0]
+    c: Constants = launch.constants
+    programs = part.windows * c.blocks
+    ape = programs * c.window * c.block * _FP32 if c.has_ape else 0
+    kept = part.kept * part.case.row_bytes
+    run, keep = {**part.of_windows(), "finish#2": 1 / c.blocks, "keep": 0.0}, {"window_task": 0.0}
+    both = {**run, "window_task": programs, "keep": part.kept}
+    total = programs + part.kept
+    if part.plan.overwrites or not (programs and part.kept):
+        memory = part.step_bytes() - kept
+        if programs:
+            yield Kernel("windows", variant, launch, programs, memory, memory + ape, 0.0, Runs(run), (Runs(run),))
+        if part.kept:
+            bytes_ = kept + (kept if programs else part.step_bytes() - kept)
+            yield Kernel("kept rows", variant, launch, part.kept, bytes_, bytes_, 0.0, Runs(keep), (Runs(keep),))
+        return
+    mean = {**both, "window_task": programs / total, "keep": part.kept / total}
+    memory = part.step_bytes()
+    yield Kernel("step", variant, launch, total, memory, memory + ape, 0.0, Runs(mean), (Runs(run), Runs(keep)))
+
+
+def _library(parts: Sequence[Part]) -> Kernel:
+    """The vendor's product of x with all weights at once."""
+    case, tokens = parts[0].case, parts[0].tokens
+    projected = sum(p.case.spec.projected for p in parts)
+    memory = _BF16 * case.config.hidden_size * (tokens + projected) + _FP32 * tokens * projected
+    return Kernel("library product", None, None, 0, memory, memory, sum(p.case.flops for p in parts))
+
+
+def _product(part: Part, arch: str) -> Kernel:
+    """The backend's own product."""
+    variant = _variant(part, "project")
+    launch = launches(replace(variant, state="", format=""), arch)[0]
+    c: Constants = launch.constants
+    columns, hidden = part.case.spec.projected, part.case.config.hidden_size
+    tiles = -(-part.tokens // fused.TILE)
+    programs = tiles * (columns // c.block)
+    memory = _BF16 * hidden * (part.tokens + columns) + _FP32 * part.tokens * columns
+    asked = programs * _BF16 * hidden * (fused.TILE + c.block) + _FP32 * part.tokens * columns
+    runs = Runs({}, {"project_tile": hidden / fused.DEPTH})
+    flops = 2.0 * programs * fused.TILE * hidden * c.block
+    return Kernel("product", variant, launch, programs, memory, asked, flops, runs, (runs,))
+
+
+def _tiles(part: Part, arch: str) -> Iterator[Kernel]:
+    """Windows in tiles that multiply, kept rows in such tiles, and the launch that finishes rows."""
+    variant = _variant(part, "tiles")
+    pool, keep, finish = launches(variant, arch)
+    c: Constants = pool.constants
+    case, hidden = part.case, part.case.config.hidden_size
+    runs = Runs({}, {"project_tile": hidden / fused.DEPTH})
+    halves = 2 if c.window > c.ratio else 1  # before the window, and in it
+    each = halves * _BF16 * hidden * (fused.TILE + 2 * c.block)
+    work = 2.0 * fused.TILE * hidden * 2 * c.block
+    programs = -(-part.windows // (fused.TILE // c.ratio)) * c.blocks
+    if programs:
+        memory = case.bytes - case.kept_bytes - case.cache_bytes + part.row_bytes
+        asked = programs * each + part.row_bytes
+        yield Kernel("tiles", variant, pool, programs, memory, asked, halves * programs * work, runs, (runs,))
+    if part.kept:
+        tiles = -(-part.kept // fused.TILE) * (c.width // c.block)
+        memory = part.kept * (_BF16 * hidden + case.row_bytes) + case.weight_bytes
+        asked = tiles * each / halves + part.kept * case.row_bytes
+        yield Kernel("kept rows", variant, keep, tiles, memory, asked, tiles * work, runs, (runs,))
+    if part.windows:
+        memory = 2 * part.row_bytes + case.cache_bytes
+        yield Kernel("finish", variant, finish, part.windows, memory, memory, 0.0, Runs(), (Runs(),))
+
+
+def _decode(parts: Sequence[Part], arch: str) -> Kernel:
+    """One launch of a layer's one or two compressors: products, a barrier, then windows and kept rows."""
+    first, *others = (_variant(part, "decode") for part in parts)
+    variant = replace(first, form="together", beside=replace(others[0], form="decode")) if others else first
+    launch = launches(variant, arch)[0]
+    every: list[Constants] = [_argument(launch, name) for name in ("c", "c_2")[: len(parts)]]
+    block, tokens, hidden = _argument(launch, "B"), parts[0].tokens, parts[0].case.config.hidden_size
+    span = -(-hidden // (fused.DEPTH * every[0].splits)) * fused.DEPTH
+    products = [c.projected // block * c.splits for c in every]
+    windows = [part.windows * c.blocks for part, c in zip(parts, every, strict=True)]
+    kept = [part.kept for part in parts]
+    with tuning.stand_in(arch):
+        resident = (tuning.decode_programs(torch.device("cpu")) or 1) * MACHINES[arch].processors
+    programs = min(max(sum(products), sum(windows) + sum(kept)), resident)
+    x = _BF16 * tokens * hidden
+    memory = sum(part.step_bytes() for part in parts) - (len(parts) - 1) * x
+    partials = sum(_FP32 * c.splits * tokens * c.projected for c in every)
+    weights = sum(part.case.weight_bytes for part in parts)
+    asked = memory - x - weights + sum(products) * _BF16 * span * (tokens + block) + 2 * partials
+    flops = 2.0 * sum(products) * decode.TOKENS * span * block
+    overwrites = any(part.plan.overwrites for part in parts)
+    times = {
+        **parts[0].of_windows(), "finish#2": 1 / every[0].blocks, "grid_barrier": 1.0,
+        "grid_barrier#2": float(overwrites),
+    }  # fmt: skip
+    trips = {"stream": span / fused.DEPTH}
+    for number, (p, w, k) in enumerate(zip(products, windows, kept, strict=True), 1):
+        mark = "" if number == 1 else f"#{number}"
+        trips |= {
+            f"stream_all{mark}": p / programs,
+            f"windows_all{mark}": w / programs,
+            f"keeps_all{mark}": k / programs,
+        }
+    runs = Runs(times, trips)
+    after = [name for name in trips if not name.startswith("stream")]
+    if sum(windows) + sum(kept) <= programs:  # each program has one of them at most
+        ways = tuple(Runs(times, {**trips, **dict.fromkeys((a for a in after if a != one), 0.0)}) for one in after)
+    else:
+        ways = (runs,)
+    return Kernel("one launch", variant, launch, programs, memory, asked, flops, runs, ways)
+
+
+def _argument(launch: Launch, name: str) -> Any:
+    """A value that the kernel is compiled for."""
+    return launch.constexprs[launch.kernel.arg_names.index(name),]
+
+
+def floor(what: Case | Layer, copy_rate: float, product_rate: float) -> float:
+    """Seconds of bytes or of flops alone, whichever take longer."""
+    return max(what.bytes / copy_rate, what.flops / product_rate)
+
+
+def whole(number: float) -> int:
+    """Of programs for each of a number of places, what the fullest has."""
+    return math.ceil(number - 1e-9)
