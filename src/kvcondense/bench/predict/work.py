@@ -246,12 +246,13 @@ def _decode(parts: Sequence[Part], arch: str) -> Kernel:
     memory = sum(part.step_bytes() for part in parts) - (len(parts) - 1) * x
     partials = sum(_FP32 * c.splits * tokens * c.projected for c in every)
     weights = sum(part.case.weight_bytes for part in parts)
-    asked = memory - x - weights + sum(products) * _BF16 * span * (tokens + block) + 2 * partials
+    summed = sum(_FP32 * tokens * c.projected for c in every)  # written by the last of a block's programs
+    asked = memory - x - weights + sum(products) * _BF16 * span * (tokens + block) + 2 * partials + 2 * summed
     flops = 2.0 * sum(products) * decode.TOKENS * span * block
     overwrites = any(part.plan.overwrites for part in parts)
     times = {
-        **parts[0].of_windows(), "finish#2": 1 / every[0].blocks, "grid_barrier": 1.0,
-        "grid_barrier#2": float(overwrites),
+        **parts[0].of_windows(), "add_spans": 1 / every[0].splits, "finish#2": 1 / every[0].blocks,
+        "grid_barrier": 1.0, "grid_barrier#2": float(overwrites),
     }  # fmt: skip
     trips = {"stream": span / fused.DEPTH}
     for number, (p, w, k) in enumerate(zip(products, windows, kept, strict=True), 1):
