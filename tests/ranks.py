@@ -1,5 +1,7 @@
 """One rank of tests/test_parallel.py: python ranks.py SCENARIO RANK RANKS FILE; prints what it found."""
 
+import itertools
+import random
 import sys
 import time
 from dataclasses import replace
@@ -14,7 +16,7 @@ from kvcondense import CompressorWeights, PagedCache, RaggedBatch, StatePool, co
 from kvcondense.errors import RankError
 from kvcondense.layout.snapshot import export_live
 from kvcondense.module import Compressor
-from kvcondense.parallel import Shards, condense_shard
+from kvcondense.parallel import Segment, Shards, condense_shard, round_robin, traffic, zigzag
 from kvcondense.spec import Rounding
 from machine import SPECS, rope, weights
 
@@ -44,21 +46,134 @@ def equal(rank, ranks):
             shards = Shards.agree(begin, end - begin, timeout=30)
             done = condense_shard(
                 spec, kv_score[begin:end], w, rope(spec, 512), shards, cache=cache,
-                slot_mapping=torch.arange(begin, end) // spec.ratio, decode_rank=len(cuts) // 2,
+                slot_mapping=torch.arange(begin, end) // spec.ratio, decode_ranks={0: len(cuts) // 2},
             )  # fmt: skip
             mine = slice(begin // spec.ratio, end // spec.ratio)
             assert torch.equal(done.rows.values, expected.values[mine]), (name, cuts)
             assert torch.equal(done.rows.window, expected.window[mine])
             assert torch.equal(cache.rows.flatten()[: cache.rows.numel()].view(-1, spec.head_dim)[mine],
                                stored.rows.flatten().view(-1, spec.head_dim)[mine])  # fmt: skip
-            assert (done.live is None) == (rank != len(cuts) // 2)
-            if done.live is not None:
-                assert torch.equal(done.live, live), (name, cuts)
+            assert set(done.live) == ({0} if rank == len(cuts) // 2 else set())
+            if done.live:
+                assert torch.equal(done.live[0], live), (name, cuts)
             row = 4 * spec.state_dim
             assert done.received <= 2 * (spec.window - 1) * row
-            if not spec.overlap and begin % spec.ratio == 0 and done.live is None:
+            if not spec.overlap and begin % spec.ratio == 0 and not done.live:
                 assert done.received == 0
             assert done.all_gather == (TOKENS - (end - begin)) * spec.projected * 4
+
+
+LENGTHS = (300, 37, 1, 128, 0, 260)
+"""Of packed sequences."""
+
+
+def at_random(ranks, seed):
+    """Segments by rank: every sequence cut anywhere, pieces given to anybody, in any order; some of no token."""
+    chance = random.Random(seed)
+    found = [[] for _ in range(ranks)]
+    for sequence, length in enumerate(LENGTHS):
+        bounds = sorted([0, length, *(chance.randint(0, length) for _ in range(5))])
+        for a, b in itertools.pairwise(bounds):
+            found[chance.randrange(ranks - 1)].append(Segment(sequence, a, b - a))  # the last rank has nothing
+    for segments in found:
+        chance.shuffle(segments)
+    return found
+
+
+def deals(ranks):
+    """Name -> segments by rank."""
+    return {
+        "zigzag": zigzag(LENGTHS, ranks),
+        "in turn": round_robin(LENGTHS, ranks),
+        "in turn, 5": round_robin(LENGTHS, ranks, 5),
+        "in turn, 64": round_robin(LENGTHS, ranks, 64),
+        **{f"at random, {seed}": at_random(ranks, seed) for seed in range(3)},
+    }
+
+
+def cut(parts, segments):
+    """The segments' part of tensors by sequence, one behind the other."""
+    return torch.cat([parts[0][:0], *(parts[s.sequence][s.start : s.end] for s in segments)])
+
+
+def packed(rank, ranks):
+    """Several sequences, dealt in every way: rows, bytes and states are those of one rank; how much moved."""
+    for name, spec in SPECS.items():
+        w, gen = weights(spec, hidden=8), torch.Generator().manual_seed(1)
+        tokens = [torch.randn(n, spec.projected, generator=gen) for n in LENGTHS]
+        pool, cache = StatePool.ring(spec, len(LENGTHS)), PagedCache.allocate(spec.head_dim, 240, 8)
+        offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
+        slots = [torch.arange(n) // spec.ratio + 320 * i for i, n in enumerate(LENGTHS)]
+        batch = RaggedBatch.build(
+            offsets, start_positions=[0] * len(LENGTHS), state_slots=list(range(len(LENGTHS))),
+            slot_mapping=torch.cat(slots),
+        )  # fmt: skip
+        expected = condense(spec, torch.cat(tokens), w, rope(spec, 512), batch, state=pool, cache=cache)
+        for how, segments in deals(ranks).items():
+            own, decoder = PagedCache.allocate(spec.head_dim, 240, 8), {0: ranks - 1, 3: 0}
+            shards = Shards.agree_on(segments[rank], timeout=30)
+            assert shards.segments == tuple(map(tuple, segments))
+            done = condense_shard(
+                spec, cut(tokens, segments[rank]), w, rope(spec, 512), shards, cache=own,
+                slot_mapping=cut(slots, segments[rank]), decode_ranks=decoder,
+            )  # fmt: skip
+            places = zip(done.sequence.tolist(), done.rows.window.tolist(), strict=True)
+            rows = dict(zip(places, done.rows.values, strict=True))
+            ends = [s for s in segments[rank] if s.end // spec.ratio > s.start // spec.ratio]
+            assert len(rows) == sum(s.end // spec.ratio - s.start // spec.ratio for s in ends)
+            for e, (q, c) in enumerate(zip(expected.request.tolist(), expected.window.tolist(), strict=True)):
+                if (q, c) in rows:
+                    assert torch.equal(rows[q, c], expected.values[e]), (name, how, q, c)
+                    slot = 320 * q + c
+                    ours, theirs = (t.rows.flatten().view(-1, spec.head_dim)[slot] for t in (own, cache))
+                    assert torch.equal(ours, theirs), (name, how, q, c)
+            every = shards.last_ranks | decoder
+            assert set(done.live) == {s for s, k in every.items() if k == rank}
+            for s, live in done.live.items():
+                whole_state = export_live(spec, pool, RaggedBatch.at(LENGTHS[s], state_slot=s))
+                assert torch.equal(live, whole_state), (name, how, s)
+            most = (len(ends) + len(done.live)) * (spec.window - 1) * 4 * spec.state_dim
+            assert done.received <= most
+            told = torch.tensor([done.received, done.sent, done.all_gather])
+            dist.all_reduce(told)
+            moved, gathered = traffic(spec, segments, decoder)
+            assert told.tolist() == [moved, moved, gathered], (name, how)
+            assert done.all_gather == (sum(LENGTHS) - shards.tokens) * spec.projected * 4
+
+
+def train_packed(rank, ranks):
+    """Loss, rows and gradients of packed documents, dealt in every way, are those of one rank."""
+    for name, spec in SPECS.items():
+        spec = replace(spec, rounding=Rounding.FUSED)
+        gen = torch.Generator().manual_seed(2)
+        x = [torch.randn(n, 8, generator=gen, dtype=torch.float64) for n in LENGTHS]
+        offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
+        alone, whole_x = compressor(spec), torch.cat(x).requires_grad_()
+        rows = alone(whole_x, RaggedBatch.build(offsets, start_positions=[0] * len(LENGTHS)))
+        target = torch.randn(rows.shape, generator=gen, dtype=torch.float64)
+        (rows * target).sum().backward()
+        windows = [(q, c) for q, n in enumerate(LENGTHS) for c in range(n // spec.ratio)]
+        where = dict(zip(windows, range(len(rows)), strict=True))
+        given = whole_x.grad.split(LENGTHS)
+        for how, segments in deals(ranks).items():
+            part = cut(x, segments[rank]).requires_grad_()
+            model = DistributedDataParallel(compressor(spec))
+            found = model(part, Shards.agree_on(segments[rank], timeout=30))
+            mine = [
+                where[s.sequence, c] for s in segments[rank] for c in range(s.start // spec.ratio, s.end // spec.ratio)
+            ]
+            torch.testing.assert_close(found, rows[mine], rtol=1e-11, atol=1e-12)
+            ((found * target[mine]).sum() * ranks).backward()
+            torch.testing.assert_close(part.grad, cut(given, segments[rank]) * ranks, rtol=1e-9, atol=1e-11)
+            for (key, ours), one in zip(model.named_parameters(), alone.parameters(), strict=True):
+                torch.testing.assert_close(
+                    ours.grad, one.grad, rtol=1e-9, atol=1e-10, msg=lambda m, k=f"{name} {how} {key}": f"{k} {m}"
+                )
+
+
+def overlap(rank, ranks):
+    """Position 3 of sequence 7 lies on both ranks."""
+    refuses(rank, ranks, lambda: Shards.agree_on([(7, 3 * rank, 4)], timeout=30), 1, "sequence 7 from position 4")
 
 
 def compressor(spec, rope_rows=512):

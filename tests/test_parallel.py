@@ -18,7 +18,7 @@ from kvcondense.bench.cases import Case
 from kvcondense.cli import app
 from kvcondense.config import ModelConfig
 from kvcondense.errors import RangeError, ShapeError
-from kvcondense.parallel import Shards, condense_shard
+from kvcondense.parallel import Segment, Shards, condense_shard, round_robin, zigzag
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
@@ -45,14 +45,23 @@ def test_every_cut_gives_the_bits_of_one_rank(ranks, tmp_path):
         assert f"rank {rank}: equal ok" in text
 
 
-@pytest.mark.parametrize(("scenario", "ranks"), [("train", 2), ("train", 4), ("train_fsdp", 2)])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_packed_sequences_dealt_in_any_way_give_the_bits_of_one_rank(ranks, tmp_path):
+    for rank, (text, code) in enumerate(play("packed", ranks, tmp_path)):
+        assert code == 0, text
+        assert f"rank {rank}: packed ok" in text
+
+
+@pytest.mark.parametrize(
+    ("scenario", "ranks"), [("train", 2), ("train", 4), ("train_fsdp", 2), ("train_packed", 2), ("train_packed", 3)]
+)
 def test_wrapped_modules_train_on_shards(scenario, ranks, tmp_path):
     for rank, (text, code) in enumerate(play(scenario, ranks, tmp_path)):
         assert code == 0, text
         assert f"rank {rank}: {scenario} ok" in text
 
 
-@pytest.mark.parametrize("scenario", ["silent", "dead", "gap", "others", "silent_backward"])
+@pytest.mark.parametrize("scenario", ["silent", "dead", "gap", "overlap", "others", "silent_backward"])
 def test_trouble_names_the_rank_and_ends(scenario, tmp_path):
     found = play(scenario, 2, tmp_path)
     assert found[0][1] == 0, found[0][0]
@@ -61,20 +70,31 @@ def test_trouble_names_the_rank_and_ends(scenario, tmp_path):
 
 
 def test_pieces_say_who_has_what():
-    shards = Shards((0, 5, 5, 9), 0, None, None)
-    assert shards.tokens == 9
-    assert shards.pieces(3, 7) == {0: (3, 5), 2: (5, 7)}
-    assert shards.pieces(5, 5) == {}
+    one, two = Segment(4, 0, 5), Segment(4, 5, 4)
+    shards = Shards(((), (Segment(9, 0, 2), two), (one,)), 1, None, None).checked()
+    assert (shards.tokens, shards.total, shards.lengths, shards.last_ranks) == (6, 11, {4: 9, 9: 2}, {4: 1, 9: 1})
+    assert shards.pieces(4, 3, 7) == [(3, 5, 2, 3), (5, 7, 1, 2)]
+    assert shards.pieces(4, 5, 5) == shards.pieces(5, 0, 9) == []
+    assert shards.positions().tolist() == [0, 1, 5, 6, 7, 8]
+
+
+def test_deals_are_those_of_engines():
+    assert zigzag([8, 3], 2) == [[(0, 0, 2), (0, 6, 2), (1, 2, 1)], [(0, 2, 4), (1, 0, 2)]]
+    assert round_robin([5, 2], 2, 2) == [[(0, 0, 2), (0, 4, 1), (1, 0, 2)], [(0, 2, 2)]]
+    assert round_robin([4], 1) == [[(0, 0, 4)]]
+    with pytest.raises(RangeError, match="lengths"):
+        zigzag([-1], 2)
 
 
 def test_bad_input_is_an_error_before_anybody_is_asked():
     spec = CompressorSpec.csa(ModelConfig.FLASH)
     weights = CompressorWeights(norm=torch.ones(512), ape=torch.zeros(4, 1024))
-    shards = Shards((0, 4), 0, None, None)
+    shards = Shards(((Segment(0, 0, 4),),), 0, None, None)
     with pytest.raises(ShapeError, match="kv_score"):
         condense_shard(spec, torch.zeros(3, spec.projected), weights, None, shards)
-    with pytest.raises(RangeError, match="decode_rank"):
-        condense_shard(spec, torch.zeros(4, spec.projected), weights, None, shards, decode_rank=1)
+    for wrong in ({0: 1}, {1: 0}):
+        with pytest.raises(RangeError, match="decode_ranks"):
+            condense_shard(spec, torch.zeros(4, spec.projected), weights, None, shards, decode_ranks=wrong)
     with pytest.raises(RangeError, match="start"):
         Shards.agree(-1, 4)
 

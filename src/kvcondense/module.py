@@ -46,7 +46,7 @@ class Compressor(nn.Module):
     def forward(self, x: torch.Tensor, where: RaggedBatch | Shards) -> torch.Tensor:
         """x [T, D] -> finished rows [E, d], document by document, window by window.
 
-        ``where``: packed documents (``training.compress``), or this rank's shard of one sequence
+        ``where``: packed documents (``training.compress``), or this rank's segments of long ones
         (``parallel.train_shard``; all ranks call it, and backward too). Raises a KvCondenseError for bad input.
         """
         if isinstance(where, RaggedBatch):

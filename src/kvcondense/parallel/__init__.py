@@ -1,13 +1,13 @@
-"""Context parallel: a sequence that lies on several ranks, cut at any token, condensed where its tokens are.
+"""Context parallel: sequences that lie on several ranks, cut at any token, condensed where their tokens are.
 
-A rank needs what a state would hold at its first position, and nothing else: no row at a window boundary without
-overlap, the previous window with overlap, else the tokens of the open window. Those rows travel, never the whole
-kv_score; then every rank goes on from them as from a state, so that each window is emitted once, by the rank that has
-its last token. In training, the gradients of those rows travel back.
+A rank needs what a state would hold at the first position of each of its segments, and nothing else: no row at a window
+boundary without overlap, the previous window with overlap, else the tokens of the open window. Those rows travel, never
+the whole kv_score; then every rank goes on from them as from a state, so that each window is emitted once, by the rank
+that has its last token. In training, the gradients of those rows travel back.
 """
 
-from kvcondense.parallel.inference import ShardedRows, condense_shard
-from kvcondense.parallel.shards import Shards
+from kvcondense.parallel.inference import ShardedRows, condense_shard, traffic
+from kvcondense.parallel.shards import Segment, Shards, round_robin, zigzag
 from kvcondense.parallel.training import train_shard
 
-__all__ = ["ShardedRows", "Shards", "condense_shard", "train_shard"]
+__all__ = ["Segment", "ShardedRows", "Shards", "condense_shard", "round_robin", "traffic", "train_shard", "zigzag"]

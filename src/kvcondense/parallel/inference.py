@@ -1,8 +1,10 @@
-"""A shard's rows, bytes and state with the bits of a single rank."""
+"""Rows, bytes and states of a rank's segments with the bits of a single rank."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
@@ -14,7 +16,8 @@ from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.snapshot import import_live
 from kvcondense.layout.state import StatePool
 from kvcondense.numerics import compute_dtype
-from kvcondense.parallel.shards import Shards, deliver, halos, moved, same
+from kvcondense.parallel.exchange import deliver, moved, same
+from kvcondense.parallel.shards import Segment, Shards, Wanted, emits, halos
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
 from kvcondense.stages.window import state_rows
@@ -23,13 +26,15 @@ from kvcondense.weights import CompressorWeights
 
 @dataclass(frozen=True)
 class ShardedRows:
-    """rows: of the windows that end in this rank's shard (``rows.window``: their indices in the sequence). live: on the
-    decode rank, what a state holds at the sequence's end, [tokens - live_start, state_dim], else None. sent, received:
-    bytes of rows; all_gather: bytes that this rank would have received had all kv_score been gathered.
+    """rows: of the windows that end in this rank's segments; ``rows.request``: the segment, ``rows.window``: the index
+    in its sequence. sequence [E]: which one that is. live: of each sequence that this rank decodes, what a state holds
+    at its end, [length - live_start, state_dim]. sent, received: bytes of rows; all_gather: bytes that this rank would
+    have received had all kv_score been gathered.
     """
 
     rows: CondensedRows
-    live: torch.Tensor | None
+    sequence: torch.Tensor
+    live: dict[int, torch.Tensor]
     sent: int
     received: int
     all_gather: int
@@ -44,46 +49,84 @@ def condense_shard(
     *,
     cache: PagedCache | None = None,
     slot_mapping: torch.Tensor | None = None,
-    decode_rank: int | None = None,
+    decode_ranks: Mapping[int, int] | None = None,
     impl: str | Backend = "auto",
 ) -> ShardedRows:
-    """``condense`` for this rank's tokens kv_score [length, projected] of one sequence. All ranks call it.
+    """``condense`` for this rank's tokens kv_score [tokens, projected], segment by segment. All ranks call it.
 
-    Rows go to ``cache`` at ``slot_mapping`` [length] as in ``condense``, if both are given. ``decode_rank`` (default:
-    the last) gets the state's rows at the end of the sequence; ``layout.snapshot.import_live`` puts them into a pool.
-    Raises RankError if a rank is silent or has other weights or another spec, KvCondenseError for bad input.
+    Rows go to ``cache`` at ``slot_mapping`` [tokens] as in ``condense``, if both are given. ``decode_ranks``: by
+    sequence, the rank that gets the state's rows at its end (the one with its last token, unless another is named);
+    ``layout.snapshot.import_live`` puts them into a pool. All ranks name the same. Raises RankError if a rank is silent
+    or has other weights or another spec, KvCondenseError for bad input.
     """
     require("shards", shards, Shards)
-    begin, end = shards.starts[shards.rank], shards.starts[shards.rank + 1]
-    ranks = len(shards.starts) - 1
-    decoder = ranks - 1 if decode_rank is None else decode_rank
-    if not 0 <= decoder < ranks:
-        raise RangeError("decode_rank", f"0..{ranks - 1}", decode_rank)
-    if kv_score.dim() != 2 or kv_score.shape != (end - begin, spec.projected):
-        raise ShapeError("kv_score", f"[{end - begin}, {spec.projected}]", list(kv_score.shape))
-    same(shards, f"spec, ape, norm and {kv_score.dtype} tokens", spec, kv_score.dtype, weights.ape, weights.norm)
-    # Halos of all ranks, then the state at the end.
-    wanted = [*halos(spec, shards), (decoder, spec.live_start(shards.tokens), shards.tokens)]
-    low = max(begin, min([a for _, a, b in wanted if b > begin and a < end], default=end))
-    positions = torch.arange(low, end, device=kv_score.device)
-    dtype = compute_dtype(kv_score.dtype)
-    own = state_rows(spec, kv_score[low - begin :], weights.ape, positions, None).to(dtype)  # [end - low, state_dim]
-    found = deliver(shards, wanted, own, low)
-    live = found.pop(len(wanted) - 1, None)
-    sent, received = moved(shards, wanted)
-    row_bytes = spec.state_dim * own.element_size()
-    pool = StatePool.ring(spec, 1, dtype=dtype, device=kv_score.device)
-    for halo in found.values():
-        import_live(spec, pool, RaggedBatch.at(begin, state_slot=0, device=kv_score.device), halo)
+    decoders = shards.last_ranks | dict(decode_ranks or {})
+    for sequence, rank in decoders.items():
+        if sequence not in shards.lengths:
+            raise RangeError("decode_ranks", f"sequences {sorted(shards.lengths)}", sequence)
+        if not 0 <= rank < shards.ranks:
+            raise RangeError("decode_ranks", f"0..{shards.ranks - 1}", rank)
+    check_tokens(spec, kv_score, shards)
+    facts = (spec, kv_score.dtype, sorted(decoders.items()), weights.ape, weights.norm)
+    same(shards, f"spec, decode_ranks, ape, norm and {kv_score.dtype} tokens", *facts)
+    wanted = _wanted(spec, shards, decoders)
+    device, dtype = kv_score.device, compute_dtype(kv_score.dtype)
+    positions = shards.positions(device)
+
+    def stored(numbers: torch.Tensor) -> torch.Tensor:  # [n] -> [n, state_dim]
+        numbers = numbers.to(device)
+        return state_rows(spec, kv_score[numbers], weights.ape, positions[numbers], None).to(dtype)
+
+    found = deliver(shards, wanted, spec.state_dim, stored)
+    pool = StatePool.ring(spec, max(len(shards.own), 1), dtype=dtype, device=device)
+    nothing = kv_score.new_empty(0, spec.state_dim, dtype=dtype)
+    live = {sequence: nothing for sequence, rank in decoders.items() if rank == shards.rank}
+    for index, rows in found.items():
+        want = wanted[index]
+        if want.segment < 0:
+            live[want.sequence] = rows
+        else:
+            import_live(spec, pool, RaggedBatch.at(want.last, state_slot=want.segment, device=device), rows)
+    lengths = torch.tensor([0, *(s.length for s in shards.own)], device=device)
+    # A segment that no window ends in was told nothing of what is before it, and has nothing to do.
+    starts = [s.start if emits(spec, s) else -1 for s in shards.own]
     batch = RaggedBatch.build(
-        torch.tensor([0, end - begin], device=kv_score.device), start_positions=[begin], state_slots=[0],
-        slot_mapping=slot_mapping,
-    )  # fmt: skip
+        lengths.cumsum(0), start_positions=starts, state_slots=list(range(len(starts))), slot_mapping=slot_mapping
+    )
     rows = condense(spec, kv_score, weights, rope, batch, state=pool, cache=cache, impl=impl)
+    sent, received = moved(shards, wanted)
+    row_bytes = spec.state_dim * dtype.itemsize
     return ShardedRows(
         rows=rows,
+        sequence=torch.tensor([s.sequence for s in shards.own], dtype=torch.int64, device=device)[rows.request],
         live=live,
         sent=sent * row_bytes,
         received=received * row_bytes,
-        all_gather=(shards.tokens - (end - begin)) * spec.projected * kv_score.element_size(),
+        all_gather=(shards.total - shards.tokens) * spec.projected * kv_score.element_size(),
     )
+
+
+def traffic(
+    spec: CompressorSpec, segments: Sequence[Sequence[Segment]], decode_ranks: Mapping[int, int] | None = None
+) -> tuple[int, int]:
+    """Bytes of fp32 rows that ``condense_shard`` sends between ranks with these segments, and that an all-gather of
+    kv_score would: no process is asked, so that any number of ranks can be counted.
+    """
+    shards = Shards(tuple(map(tuple, segments)), 0, None, timedelta(0)).checked()
+    rows = 0
+    for want in _wanted(spec, shards, shards.last_ranks | dict(decode_ranks or {})):
+        pieces = shards.pieces(want.sequence, want.first, want.last)
+        rows += sum(p.last - p.first for p in pieces if p.rank != want.reader)
+    return 4 * rows * spec.state_dim, 4 * (shards.ranks - 1) * shards.total * spec.projected
+
+
+def _wanted(spec: CompressorSpec, shards: Shards, decoders: Mapping[int, int]) -> list[Wanted]:
+    """Halos of all segments, then the state at the end of each sequence."""
+    ends = [Wanted(decoders[s], -1, s, spec.live_start(n), n) for s, n in shards.lengths.items()]
+    return [*halos(spec, shards), *ends]
+
+
+def check_tokens(spec: CompressorSpec, kv_score: torch.Tensor, shards: Shards) -> None:
+    """Raise ShapeError unless kv_score has a row for each of this rank's tokens."""
+    if kv_score.dim() != 2 or kv_score.shape != (shards.tokens, spec.projected):
+        raise ShapeError("kv_score", f"[{shards.tokens}, {spec.projected}]", list(kv_score.shape))

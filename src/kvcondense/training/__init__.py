@@ -41,6 +41,22 @@ def condense(
     values the rows then take), the gradient is that of the identity. Rows differ from ``condense``'s by the order
     of sums. Raises a KvCondenseError for bad input.
     """
+    return condense_from(spec, kv_score, weights, rope, batch, None, format=format)
+
+
+def condense_from(
+    spec: CompressorSpec,
+    kv_score: torch.Tensor,
+    weights: CompressorWeights,
+    rope: RopeTable | None,
+    batch: RaggedBatch,
+    first: torch.Tensor | None,
+    *,
+    format: str | None = None,
+) -> CondensedRows:
+    """``condense`` of documents whose first tokens stand at positions ``first`` [R] of longer ones, multiples of the
+    ratio (None: 0), for RoPE; nothing before them is read.
+    """
     bound = bind(spec, weights, rope)
     require("batch", batch, RaggedBatch)
     validate.tensor("kv_score", kv_score, (None, spec.projected), validate.WEIGHT_DTYPES)
@@ -56,7 +72,10 @@ def condense(
         if chosen.tensor_scale:
             raise UnsupportedError("format", "a format without one scale for the whole cache", chosen.name)
     pooled = pool(spec, kv_score, weights.ape, plan)  # [E, d]
-    values = rows.finish(spec, pooled, weights.norm, rope, plan.window_index * spec.ratio)
+    positions = plan.window_index * spec.ratio
+    if first is not None:
+        positions = positions + first[plan.window_request]
+    values = rows.finish(spec, pooled, weights.norm, rope, positions)
     if chosen is not None:
         values = rows.through(
             values, lambda x: chosen.decode(chosen.encode(x, exact=not spec.rounding.row)).to(x.dtype)
