@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def deliver(
-    shards: Shards, wanted: Sequence[Wanted], width: int, rows_of: Callable[[torch.Tensor], torch.Tensor]
+    shards: Shards, wanted: Sequence[Wanted], rows_of: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[int, torch.Tensor]:
     """The rows [last - first, width] that this rank reads, by index in ``wanted``. All ranks call it.
 
@@ -25,19 +25,11 @@ def deliver(
     """
     given, read = _traffic(shards, wanted)
     sends = {reader: rows_of(_numbers(pieces)).contiguous() for reader, pieces in given.items()}
-    mine = sends.pop(shards.rank, None)
-    like = rows_of(torch.zeros(0, dtype=torch.int64))
-    receives = {
-        sender: like.new_empty(sum(p.last - p.first for _, p in pieces), width)
-        for sender, pieces in read.items()
-        if sender != shards.rank
-    }
-    exchange(sends, receives, shards.group, shards.timeout)
-    if mine is not None:
-        receives[shards.rank] = mine
+    sizes = {sender: [p.last - p.first for _, p in pieces] for sender, pieces in read.items()}
+    told = _swap(shards, sends, sizes, like=rows_of(torch.zeros(0, dtype=torch.int64)))
     parts: dict[int, list[tuple[int, torch.Tensor]]] = {}
     for sender, pieces in read.items():
-        for (index, piece), rows in zip(pieces, _split(receives[sender], pieces), strict=True):
+        for (index, piece), rows in zip(pieces, told[sender].split(sizes[sender]), strict=True):
             parts.setdefault(index, []).append((piece.first, rows))
     return {index: torch.cat([rows for _, rows in sorted(found, key=lambda f: f[0])]) for index, found in parts.items()}
 
@@ -49,26 +41,18 @@ def hand_back(shards: Shards, wanted: Sequence[Wanted], made: dict[int, torch.Te
         sender: torch.cat([made[i][p.first - wanted[i].first : p.last - wanted[i].first] for i, p in pieces])
         for sender, pieces in read.items()
     }
-    mine = sends.pop(shards.rank, None)
-    receives = {
-        reader: own.new_empty(sum(p.last - p.first for p in pieces), own.shape[1])
-        for reader, pieces in given.items()
-        if reader != shards.rank
-    }
-    exchange(sends, receives, shards.group, shards.timeout)
-    if mine is not None:
-        receives[shards.rank] = mine
-    for reader in sorted(receives):  # in one order, whoever answered first
-        own.index_add_(0, _numbers(given[reader]).to(own.device), receives[reader])
+    sizes = {reader: [p.last - p.first for p in pieces] for reader, pieces in given.items()}
+    told = _swap(shards, sends, sizes, like=own)
+    for reader in sorted(told):  # in one order, whoever answered first
+        own.index_add_(0, _numbers(given[reader]).to(own.device), told[reader])
 
 
-def moved(shards: Shards, wanted: Sequence[Wanted]) -> tuple[int, int]:
-    """Rows that this rank sends to others and receives from them."""
-    given, read = _traffic(shards, wanted)
-    return (
-        sum(p.last - p.first for k, pieces in given.items() if k != shards.rank for p in pieces),
-        sum(p.last - p.first for k, pieces in read.items() if k != shards.rank for _, p in pieces),
-    )
+def crossing(shards: Shards, wanted: Sequence[Wanted]) -> Iterator[tuple[int, int, int]]:
+    """(sender, reader, rows) of all that goes from one rank to another."""
+    for want in wanted:
+        for piece in shards.pieces(want.sequence, want.first, want.last):
+            if piece.rank != want.reader:
+                yield piece.rank, want.reader, piece.last - piece.first
 
 
 def _traffic(
@@ -91,8 +75,14 @@ def _numbers(pieces: Sequence[Piece]) -> torch.Tensor:
     return torch.cat([torch.arange(p.offset, p.offset + p.last - p.first) for p in pieces])
 
 
-def _split(rows: torch.Tensor, pieces: Sequence[tuple[int, Piece]]) -> Sequence[torch.Tensor]:
-    return rows.split([p.last - p.first for _, p in pieces])
+def _swap(
+    shards: Shards, sends: dict[int, torch.Tensor], sizes: dict[int, list[int]], like: torch.Tensor
+) -> dict[int, torch.Tensor]:
+    """What ranks send to this one, as many rows of ``like`` as ``sizes`` add up to; what it sends to itself stays."""
+    mine = {k: rows for k, rows in sends.items() if k == shards.rank}
+    told = {k: like.new_empty(sum(many), like.shape[1]) for k, many in sizes.items() if k != shards.rank}
+    exchange({k: rows for k, rows in sends.items() if k != shards.rank}, told, shards.group, shards.timeout)
+    return told | mine
 
 
 def same(shards: Shards, what: str, *facts: Any) -> None:

@@ -16,7 +16,7 @@ from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.snapshot import import_live
 from kvcondense.layout.state import StatePool
 from kvcondense.numerics import compute_dtype
-from kvcondense.parallel.exchange import deliver, moved, same
+from kvcondense.parallel.exchange import crossing, deliver, same
 from kvcondense.parallel.shards import Segment, Shards, Wanted, emits, halos
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
@@ -60,12 +60,7 @@ def condense_shard(
     or has other weights or another spec, KvCondenseError for bad input.
     """
     require("shards", shards, Shards)
-    decoders = shards.last_ranks | dict(decode_ranks or {})
-    for sequence, rank in decoders.items():
-        if sequence not in shards.lengths:
-            raise RangeError("decode_ranks", f"sequences {sorted(shards.lengths)}", sequence)
-        if not 0 <= rank < shards.ranks:
-            raise RangeError("decode_ranks", f"0..{shards.ranks - 1}", rank)
+    decoders = _decoders(shards, decode_ranks)
     check_tokens(spec, kv_score, shards)
     facts = (spec, kv_score.dtype, sorted(decoders.items()), weights.ape, weights.norm)
     same(shards, f"spec, decode_ranks, ape, norm and {kv_score.dtype} tokens", *facts)
@@ -77,7 +72,7 @@ def condense_shard(
         numbers = numbers.to(device)
         return state_rows(spec, kv_score[numbers], weights.ape, positions[numbers], None).to(dtype)
 
-    found = deliver(shards, wanted, spec.state_dim, stored)
+    found = deliver(shards, wanted, stored)
     pool = StatePool.ring(spec, max(len(shards.own), 1), dtype=dtype, device=device)
     nothing = kv_score.new_empty(0, spec.state_dim, dtype=dtype)
     live = {sequence: nothing for sequence, rank in decoders.items() if rank == shards.rank}
@@ -94,14 +89,14 @@ def condense_shard(
         lengths.cumsum(0), start_positions=starts, state_slots=list(range(len(starts))), slot_mapping=slot_mapping
     )
     rows = condense(spec, kv_score, weights, rope, batch, state=pool, cache=cache, impl=impl)
-    sent, received = moved(shards, wanted)
+    crossed = list(crossing(shards, wanted))
     row_bytes = spec.state_dim * dtype.itemsize
     return ShardedRows(
         rows=rows,
         sequence=torch.tensor([s.sequence for s in shards.own], dtype=torch.int64, device=device)[rows.request],
         live=live,
-        sent=sent * row_bytes,
-        received=received * row_bytes,
+        sent=row_bytes * sum(many for sender, _, many in crossed if sender == shards.rank),
+        received=row_bytes * sum(many for _, reader, many in crossed if reader == shards.rank),
         all_gather=(shards.total - shards.tokens) * spec.projected * kv_score.element_size(),
     )
 
@@ -110,14 +105,23 @@ def traffic(
     spec: CompressorSpec, segments: Sequence[Sequence[Segment]], decode_ranks: Mapping[int, int] | None = None
 ) -> tuple[int, int]:
     """Bytes of fp32 rows that ``condense_shard`` sends between ranks with these segments, and that an all-gather of
-    kv_score would: no process is asked, so that any number of ranks can be counted.
+    kv_score would: no process is asked, so that any number of ranks can be counted. Raises as ``condense_shard``.
     """
     shards = Shards(tuple(map(tuple, segments)), 0, None, timedelta(0)).checked()
-    rows = 0
-    for want in _wanted(spec, shards, shards.last_ranks | dict(decode_ranks or {})):
-        pieces = shards.pieces(want.sequence, want.first, want.last)
-        rows += sum(p.last - p.first for p in pieces if p.rank != want.reader)
+    wanted = _wanted(spec, shards, _decoders(shards, decode_ranks))
+    rows = sum(many for _, _, many in crossing(shards, wanted))
     return 4 * rows * spec.state_dim, 4 * (shards.ranks - 1) * shards.total * spec.projected
+
+
+def _decoders(shards: Shards, decode_ranks: Mapping[int, int] | None) -> dict[int, int]:
+    """The rank that gets the state at the end of each sequence."""
+    found, lengths = shards.last_ranks | dict(decode_ranks or {}), shards.lengths
+    for sequence, rank in found.items():
+        if sequence not in lengths:
+            raise RangeError("decode_ranks", f"sequences {sorted(lengths)}", sequence)
+        if not 0 <= rank < shards.ranks:
+            raise RangeError("decode_ranks", f"0..{shards.ranks - 1}", rank)
+    return found
 
 
 def _wanted(spec: CompressorSpec, shards: Shards, decoders: Mapping[int, int]) -> list[Wanted]:

@@ -59,7 +59,7 @@ class _WithHalos(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kv_score: torch.Tensor, shards: Shards, wanted: Sequence[Wanted]) -> torch.Tensor:
-        found = deliver(shards, wanted, kv_score.shape[1], lambda numbers: kv_score[numbers.to(kv_score.device)])
+        found = deliver(shards, wanted, lambda numbers: kv_score[numbers.to(kv_score.device)])
         by_segment = {wanted[index].segment: rows for index, rows in found.items()}
         ctx.shards, ctx.wanted, ctx.sizes = shards, wanted, []
         parts = []

@@ -72,6 +72,11 @@ class Runs:
         return self.trips.get(function, self.trips.get(plain(function), 1.0))
 
 
+def whole(number: float) -> int:
+    """The least integer that is not smaller, rounding aside: turns of a loop, or what the fullest place has."""
+    return math.ceil(number - 1e-9)
+
+
 def plain(name: str) -> str:
     """A function's name, whichever of its calls it stands for."""
     return name.partition("#")[0]

@@ -19,6 +19,7 @@ KINDS = (
     "matrix", "barrier", "other",
 )  # fmt: skip
 """special: exponentials, roots, reciprocals, conversions. uniform: one result for all lanes. other: branches, waits."""
+_MOVING = ("load", "store", "atomic", "shared_load", "shared_store", "shuffle")
 
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P[\dT]+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _SASS_LINE = re.compile(r'"([^"]+)", line (\d+)')
@@ -129,7 +130,7 @@ def _sass(text: str) -> Iterator[Instruction | Label]:
 
 
 def _sass_width(name: str, kind: str) -> int:
-    if kind not in ("load", "store", "atomic", "shared_load", "shared_store", "shuffle"):
+    if kind not in _MOVING:
         return 0
     if name.startswith(("LDSM", "STSM")):
         count = re.search(r"\.([124])$", name)
@@ -160,7 +161,7 @@ def _gcn(text: str) -> Iterator[Instruction | Label]:
 
 
 def _gcn_width(name: str, kind: str) -> int:
-    if kind not in ("load", "store", "atomic", "shared_load", "shared_store", "shuffle"):
+    if kind not in _MOVING:
         return 0
     words = re.search(r"dwordx(\d+)", name)
     if words:
@@ -183,20 +184,29 @@ def _chain(places: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
         calls = [span for span in _calls().get((names[at + 1], names[at]), ()) if span[0] <= int(line)]
         if len(calls) > 1 and Path(path).name in _functions():
             names[at] += f"#{len(calls)}"
-    return tuple(name for name in reversed(names))
+    return tuple(reversed(names))
+
+
+@functools.cache
+def _sources() -> tuple[tuple[str, ast.FunctionDef], ...]:
+    """The kernels' functions, each with the name of its file."""
+    return tuple(
+        (file.name, node)
+        for file in KERNELS.glob("*.py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+    )
 
 
 @functools.cache
 def _calls() -> dict[tuple[str, str], list[tuple[int, int]]]:
     """By caller and called, among the kernels' functions: first and last lines of the calls, in order."""
     found: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for file in KERNELS.glob("*.py"):
-        for function in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(function, ast.FunctionDef):
-                for n in ast.walk(function):
-                    if isinstance(n, ast.Call) and isinstance(n.func, ast.Name):
-                        key = (function.name, n.func.id)
-                        found.setdefault(key, []).append((n.lineno, n.end_lineno or n.lineno))
+    for _, function in _sources():
+        for n in ast.walk(function):
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name):
+                key = (function.name, n.func.id)
+                found.setdefault(key, []).append((n.lineno, n.end_lineno or n.lineno))
     return {key: sorted(set(spans)) for key, spans in found.items()}
 
 
@@ -212,23 +222,18 @@ def _function(path: str, line: str | int) -> str:
 @functools.cache
 def looping() -> frozenset[str]:
     """Functions of the kernels with a loop that machine code has, too; ``static_range`` leaves none."""
-    found = set()
-    for file in KERNELS.glob("*.py"):
-        for function in ast.parse(file.read_text(encoding="utf-8")).body:
-            loops = (n for n in ast.walk(function) if isinstance(n, ast.For | ast.While))
-            if isinstance(function, ast.FunctionDef) and any(
-                isinstance(n, ast.While) or "static_range" not in ast.unparse(n.iter) for n in loops
-            ):
-                found.add(function.name)
-    return frozenset(found)
+
+    def stays(n: ast.AST) -> bool:
+        return isinstance(n, ast.While) or (isinstance(n, ast.For) and "static_range" not in ast.unparse(n.iter))
+
+    return frozenset(function.name for _, function in _sources() if any(map(stays, ast.walk(function))))
 
 
 @functools.cache
 def _functions() -> dict[str, list[tuple[int, int, str]]]:
     """By file of the kernels: first and last lines of functions, and their names."""
-    found = {}
-    for file in KERNELS.glob("*.py"):
-        nodes = (n for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.FunctionDef))
-        first = {n: min(n.lineno, *(d.lineno for d in n.decorator_list)) for n in nodes}
-        found[file.name] = [(line, n.end_lineno or line, n.name) for n, line in first.items()]
+    found: dict[str, list[tuple[int, int, str]]] = {}
+    for file, n in _sources():
+        first = min([n.lineno, *(d.lineno for d in n.decorator_list)])
+        found.setdefault(file, []).append((first, n.end_lineno or first, n.name))
     return found

@@ -35,8 +35,9 @@ from kvcondense.bench.cases import Case
 from kvcondense.bench.fused import Layer
 from kvcondense.bench.predict import code
 from kvcondense.bench.predict.code import Launched
+from kvcondense.bench.predict.flow import whole
 from kvcondense.bench.predict.machines import Machine
-from kvcondense.bench.predict.work import Kernel, floor, whole, work_of
+from kvcondense.bench.predict.work import Kernel, floor, work_of
 
 LATENCY = "latency"
 

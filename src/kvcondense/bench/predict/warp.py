@@ -8,11 +8,10 @@ the others take as long as the last one.
 from __future__ import annotations
 
 import functools
-import math
 import re
 from dataclasses import dataclass, field
 
-from kvcondense.bench.predict.flow import Flow, Loop, Runs
+from kvcondense.bench.predict.flow import Flow, Loop, Runs, whole
 from kvcondense.bench.predict.listing import Instruction
 from kvcondense.bench.predict.machines import Machine
 
@@ -79,7 +78,7 @@ class _Walk:
         return left
 
     def _loop(self, loop: Loop, state: _State) -> dict[int, _State]:
-        turns = math.ceil(self.flow.turns(loop, self.runs) - 1e-9)
+        turns = whole(self.flow.turns(loop, self.runs))
         if turns == 0:
             exits = {f for number in loop.body for f in self.flow.blocks[number].follow if f not in loop.body}
             return dict.fromkeys(exits, state)

@@ -7,7 +7,6 @@ programs ask for together: each reads anew what others have read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -279,8 +278,3 @@ def _argument(launch: Launch, name: str) -> Any:
 def floor(what: Case | Layer, copy_rate: float, product_rate: float) -> float:
     """Seconds of bytes or of flops alone, whichever take longer."""
     return max(what.bytes / copy_rate, what.flops / product_rate)
-
-
-def whole(number: float) -> int:
-    """Of programs for each of a number of places, what the fullest has."""
-    return math.ceil(number - 1e-9)

@@ -22,7 +22,7 @@ from kvcondense.bench.run import CONTEXTS, STREAMS, context_series, run_case, st
 from kvcondense.bench.training import CASES as TRAINING_CASES
 from kvcondense.bench.training import run_case as run_training
 from kvcondense.cli.output import Output
-from kvcondense.cli.work import page, prediction
+from kvcondense.cli.work import page
 from kvcondense.errors import RangeError, UnsupportedError
 from kvcondense.files.schema import typed
 
@@ -52,6 +52,8 @@ def run(
 ) -> bool | None:
     """Whether the backend's rows are right and no case raised."""
     if predict is not None:
+        from kvcondense.cli.work import prediction  # kernels and all: no other bench needs them
+
         prediction.run(output, predict, case, fused, measured)
         return None
     on_gpu = backend == "triton"
