@@ -7,14 +7,16 @@ llvmlite alone, so that a process that finds its kernels compiled never imports 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import hashlib
 import os
 import platform
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -65,7 +67,8 @@ def problem(kernels: tuple[str, ...] = STEP) -> str | None:
     if all(k.cached for k in status() if k.name in kernels):
         return None
     try:
-        import_module("numba")
+        with _uncollected():
+            import_module("numba")
     except Exception as error:
         return f"numba cannot be imported ({error})"
     return None
@@ -147,10 +150,23 @@ def _compile(kernel: str) -> bytes:
     sys.stderr.flush()
     began = time.perf_counter()
     target_machine = machine(llvm)
-    code = target_machine.emit_object(optimised(kernel, target_machine))
+    with _uncollected():
+        code = target_machine.emit_object(optimised(kernel, target_machine))
     seconds, folder = time.perf_counter() - began, kept.write(_name(kernel), code)
     sys.stderr.write(f"{seconds:.1f} s, {'for this process' if folder is None else f'kept in {folder}'}\n")
     return code
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No search for garbage within: it would go over all that torch and Numba hold, time and again."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def _link(code: bytes, symbol: str) -> int:

@@ -185,6 +185,7 @@ class Room(Block):
     work: int  # fp32 [3, d]: m, l and o
     table: int  # of the window that is pooled; room for whole groups
     following: int  # of the next one
+    lines: int  # what memory is asked for meanwhile, if in another order: room for a group
     copied: int  # of a group that goes through ``copies``: fp32 [GROUP, 2, STAGED]
     copies: int
 
@@ -192,7 +193,7 @@ class Room(Block):
     def bytes(cls, head_dim: int, window: int) -> int:
         """Of a thread's scratch, for windows of as many tokens: whole lines."""
         entries = -(-window // GROUP) * GROUP
-        return cls.size + 24 * head_dim + 8 * GROUP * STAGED + ENTRY * (2 * entries + GROUP)
+        return cls.size + 24 * head_dim + 8 * GROUP * STAGED + ENTRY * (2 * entries + 2 * GROUP)
 
 
 PANEL = 2048

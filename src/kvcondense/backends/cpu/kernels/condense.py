@@ -45,12 +45,12 @@ def _finish(call, e, index, room):
 
 @kernel
 def _look(call, task, room, table):
-    """Find the candidates of a task's window; returns how many come from the state."""
+    """Find the candidates of a task's window; returns how many come from the state, -1 if it has none."""
     e = task // call.blocks
     q, spec = call.plan.window_request[e], call.layer.spec
     if q < 0 or call.layer.acc:
         pool.pad(table, 0, room.zeros, room.nothing)
-        return 0
+        return -1
     ratio = spec.ratio
     begin = call.plan.window_index[e] * ratio
     return window.candidates(call, q, larger(begin + ratio - spec.window, 0), begin + ratio, begin, room, table)
@@ -58,7 +58,10 @@ def _look(call, task, room, table):
 
 @kernel
 def _window(call, task, stored, table, following, room):
-    """Pool one block of channels of a window; finish the window if it was the last one."""
+    """Pool one block of channels of a window; finish the window if it was the last one.
+
+    ``following``: a table of the rows to ask for meanwhile.
+    """
     spec = call.layer.spec
     d, blocks = spec.head_dim, call.blocks
     e, block = task // blocks, task % blocks
@@ -79,7 +82,7 @@ def _window(call, task, stored, table, following, room):
 @kernel
 def _windows(call, room):
     """Take windows until there are none, the next one before one is pooled: its first rows are asked for meanwhile."""
-    total, chunk = call.windows * call.blocks, call.chunk
+    total, chunk, spec = call.windows * call.blocks, call.chunk, call.layer.spec
     task = take(call.next_window, total, chunk)
     table, following = room.table, room.following
     stored = _look(call, task, room, table) if task >= 0 else 0
@@ -92,6 +95,8 @@ def _windows(call, room):
         ahead, coming_stored = table, 0
         if coming >= 0:
             ahead, coming_stored = following, _look(call, coming, room, following)
+            if spec.ratio < spec.window and spec.window <= GROUP and coming_stored == 0:
+                ahead = window.in_order(call, coming // call.blocks, following, room)
         _window(call, task, stored, table, ahead, room)
         table, following = following, table
         task, stored = coming, coming_stored
@@ -112,7 +117,8 @@ def _room(call):
     room.copies = room.work + 3 * row_bytes
     room.table = room.copies + 8 * GROUP * STAGED
     room.following = room.table + entries
-    room.copied = room.following + entries
+    room.lines = room.following + entries
+    room.copied = room.lines + GROUP * ENTRY
     for c in range(0, row_bytes, BYTES):
         store(room.zeros + c, splat(_ZERO))
         store(room.nothing + c, splat(_MINUS_INFINITY))

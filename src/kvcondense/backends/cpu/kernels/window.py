@@ -91,6 +91,30 @@ def candidates(call, q, begin, end, current, room, address):
     return smaller(larger(start - begin, 0), end - begin)
 
 
+@kernel
+def in_order(call, e, address, room):
+    """List what window e, whose candidates are tokens at ``address``, adds to the rows that the window before reads.
+
+    Of an overlapping window that is its own tokens, both halves of their channels: the first half is what the next
+    window reads. So memory is asked for in the order in which it lies, not by half rows from two places.
+    """
+    spec = call.layer.spec
+    ratio = spec.ratio
+    half = _size(call.kv_kind) * (spec.width - spec.head_dim)
+    own = address + ENTRY * (smaller(spec.window, (call.plan.window_index[e] + 1) * ratio) - ratio)
+    table, lines = table_at(own), table_at(room.lines)
+    for j in range(ratio):
+        kv, score = table[j].kv, table[j].score
+        halves = lines[2 * j]
+        halves.kv = kv - half
+        halves.score = kv
+        halves = lines[2 * j + 1]
+        halves.kv = score - half
+        halves.score = score
+    pool.pad(room.lines, 2 * ratio, room.zeros, room.nothing)
+    return room.lines
+
+
 @inlined
 def _narrow(call):
     """Whether there is a bf16 state, through whose type tokens pass as if they had been there."""
@@ -135,7 +159,7 @@ def _reading(call, n, stored):
 def pooled(call, n, stored, table, following, begin, end, room, out):
     """P of the n candidates at ``table`` for channel bytes begin .. end - 1, to out + begin ...
 
-    The first ``stored`` come from the state. ``following``: the table of what is pooled next.
+    The first ``stored`` come from the state. ``following``: a table of the rows to ask for while the last are pooled.
     """
     span = end - begin
     for index in range((n + GROUP - 1) // GROUP):
