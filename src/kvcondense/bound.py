@@ -191,11 +191,15 @@ def bind(
     cache: PagedCache | None = None,
     latent: bool = False,
     impl: str | Backend = "auto",
+    shared_blocks: bool = False,
 ) -> Bound:
     """A compressor with all that it works on, checked once: shapes, types, devices, and that no two share memory.
 
     ``condense`` and ``compress`` of the result run steps; ``latent``: rows before RoPE are returned, too. Weights,
     table, state and cache are shared, not copied. Raises a KvCondenseError that names the argument.
+
+    ``shared_blocks``: state and cache are views of one memory whose blocks an engine deals out, to the state or to the
+    cache, at one stride. They may lie over one another then; that no block is both is the engine's to see to.
     """
     require("spec", spec, CompressorSpec)
     require("weights", weights, CompressorWeights)
@@ -204,9 +208,9 @@ def bind(
     if cache is not None:
         require("cache", cache, PagedCache)
     known: _Checked | None = vars(weights).get("_bound")
-    fixed, places = (spec, rope, impl), _places(weights, rope, state, cache)
+    fixed, places = (spec, rope, impl, shared_blocks), _places(weights, rope, state, cache)
     if known is None or not known.covers(fixed, state, cache, places):
-        validate.layer(spec, weights, rope, state, cache, weights.norm.device)
+        validate.layer(spec, weights, rope, state, cache, weights.norm.device, shared_blocks)
         spans = tuple(span(t) for t in validate.written(state, cache).values())
         sizes = (None if rope is None else rope.cos.shape[0], None if cache is None else cache.num_rows)
         known = vars(weights)["_bound"] = _Checked(fixed, _weakly(state), _weakly(cache), places, spans, sizes)

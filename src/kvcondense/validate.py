@@ -117,8 +117,9 @@ def layer(
     state: StatePool | OnlineState | None,
     cache: PagedCache | None,
     device: torch.device,
+    shared_blocks: bool = False,
 ) -> None:
-    """Check that what a layer owns fits its spec, whatever the step."""
+    """Check that what a layer owns fits its spec, whatever the step; shared_blocks: as in ``bound.bind``."""
     _weights(spec, weights, device)
     _rope(spec, rope, device)
     for owner in (state, cache):
@@ -135,7 +136,10 @@ def layer(
             raise ShapeError("state", f"rows of {spec.state_dim} channels", f"{state.state_dim}")
         if state.device != device:
             raise DeviceError("state", f"device {device}", state.device)
-    check_apart(written(state, cache), _read(weights, rope))
+    for owners in ((state, None), (None, cache)) if shared_blocks else ((state, cache),):
+        check_apart(written(*owners), _read(weights, rope))
+    if shared_blocks:
+        _one_stride(written(state, cache))
 
 
 def geometry(spec: CompressorSpec, plan: Plan, state: StatePool | OnlineState | None, cache: PagedCache | None) -> None:
@@ -169,6 +173,15 @@ def slots(slot: Slots, rows: int, name: str = "slot_mapping") -> None:
 def written(state: StatePool | OnlineState | None, cache: PagedCache | None) -> dict[str, torch.Tensor]:
     """What every step of a layer writes, by name."""
     return {name: t for owner in (state, cache) if owner is not None for name, t in owner.tensors.items()}
+
+
+def _one_stride(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise unless blocks of all tensors that have some are as many bytes apart: only then has one number one place."""
+    strides = {name: t.stride(0) * t.element_size() for name, t in tensors.items() if t.dim() > 1}
+    first = next(iter(strides.values()), 0)
+    for name, stride in strides.items():
+        if stride != first:
+            raise ShapeError(name, f"blocks {first} bytes apart, as the first of {', '.join(strides)}", f"{stride}")
 
 
 def _read(weights: CompressorWeights, rope: RopeTable | None) -> dict[str, torch.Tensor]:
