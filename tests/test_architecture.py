@@ -48,8 +48,8 @@ ARROWS = {
     "bundle": {"bundle", "api", "snapshot", "files", "backends", "layout", "formats", "spec", "errors"},
     "stream": {"cachefile", "files", "api", "layout", "rope_table", "weights", "formats", "spec", "config", "errors"},
     "integrations": {
-        "integrations", "planning", "api", "backends", "layout", "rope_table", "weights", "formats", "spec", "config",
-        "errors",
+        "integrations", "planning", "api", "bound", "backends", "layout", "rope_table", "weights", "formats", "spec",
+        "config", "errors",
     },
     "parallel": {
         "parallel", "training", "api", "backends", "stages", "layout", "rope_table", "weights", "spec", "numerics",
@@ -69,8 +69,8 @@ ARROWS = {
     },
     "cli": {
         "cli", "files", "markup", "bundle", "capacity", "visualiser", "bench", "stream", "cachefile", "checkpoint",
-        "conformance", "golden", "planning", "api", "backends", "layout",
-        "weights", "formats", "spec", "config", "errors", "kvcondense",
+        "conformance", "golden", "integrations", "planning", "api", "backends", "layout", "weights",
+        "formats", "spec", "config", "errors", "kvcondense",
     },
 }  # fmt: skip
 FREE = {"__init__", "__main__"}

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvcondense import CompressorSpec, CompressorWeights, KvCondenseError, PagedCache, Plan, RaggedBatch, condense
-from kvcondense.errors import RangeError, ShapeError
+from kvcondense.errors import DeviceError, DtypeError, RangeError, ShapeError
 from kvcondense.layout.addresses import PagedLayout, RingLayout
 from kvcondense.layout.online import OnlineLayout
 from kvcondense.layout.plan import KEEP_FIELDS, WINDOW_FIELDS
+from kvcondense.planning import Planner
 from machine import PAIRS, SPECS
 
 MAX_TOKENS, MAX_DRAFT, PAGE = 60, 3, 3
@@ -138,3 +139,30 @@ def test_what_checks_remember_is_forgotten_with_the_values():
     wide = replace(spec, head_dim=32)
     with pytest.raises(ShapeError, match=r"weights\.norm"):
         condense(wide, torch.randn(4, 64), weights, None, RaggedBatch.build([0, 4], start_positions=[0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error"),
+    [
+        ("state_block_table", lambda t: t.to(torch.int32), DtypeError),
+        ("start_positions", lambda t: t.to(torch.float32), DtypeError),
+        ("state_block_table", lambda t: t[:1], ShapeError),
+        ("state_block_table", lambda t: t.T.contiguous().T, ShapeError),
+        ("draft_rows", lambda t: t[:, None], ShapeError),
+        ("slot_mapping", lambda t: t[None], ShapeError),
+        ("start_positions", lambda t: t.to("meta"), DeviceError),
+    ],
+)
+def test_fields_of_another_form_are_refused(name, change, error):
+    """Nobody asks ``RaggedBatch`` itself, and kernels read its fields by address: int32 was read beyond its end."""
+    spec, layout = SPECS["csa"], PagedLayout(40, 4)
+    batch = RaggedBatch.build(
+        [0, 4, 8], start_positions=[0, 4], state_block_table=torch.arange(8).view(2, 4), slot_mapping=torch.arange(8)
+    )
+    batch = replace(batch, **{name: change(getattr(batch, name))})
+    for door in (
+        lambda: Plan.build_static(spec, batch, max_tokens=8, state_layout=layout),
+        lambda: Planner([(spec, layout, None)]).static(batch, max_tokens=8),
+    ):
+        with pytest.raises(error, match=name):
+            door()

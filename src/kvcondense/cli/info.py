@@ -32,6 +32,10 @@ def info(
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="DIR", help="List the compressors of a model directory, from headers alone.")
     ] = None,
+    vllm: Annotated[
+        bool,
+        typer.Option("--vllm", help="What the plugin replaces in the vLLM that is installed, or why nothing."),
+    ] = False,
     head_dim: Annotated[
         int, typer.Option(help="Channels, for formats that take any number.", **whole(1, 1 << 16))
     ] = names.EXAMPLE_DIM,

@@ -129,6 +129,28 @@ class RaggedBatch:
         same = all(a is b or (a.dtype is b.dtype and torch.equal(a, b)) for a, b in pairs)
         return self if same else sound
 
+    def check_form(self) -> None:
+        """Raise unless fields have the types, shapes and strides that ``build`` gives them; asks for no value.
+
+        Kernels read them by address, and static plans are made of batches that nobody else may look at.
+        """
+        qsl = self.query_start_loc
+        for field in fields(self):
+            name, t = field.name, getattr(self, field.name)
+            if t is None:
+                continue
+            dim = 2 if name.endswith("block_table") else 1
+            rows = None if name == "slot_mapping" else qsl.shape[0] - (name != "query_start_loc")
+            if t.dtype != torch.int64:
+                raise DtypeError(name, "int64 (RaggedBatch.build widens)", t.dtype)
+            if t.dim() != dim or (rows is not None and t.shape[0] != rows):
+                wanted = f"{dim} dimension(s), {'any number of' if rows is None else rows} rows"
+                raise ShapeError(name, wanted, list(t.shape))
+            if t.device != qsl.device:
+                raise DeviceError(name, f"device {qsl.device} as query_start_loc", t.device)
+            if t.shape[-1] > 1 and t.stride(-1) != 1:
+                raise ShapeError(name, "entries side by side", f"strides {list(t.stride())}")
+
     @property
     def lengths(self) -> torch.Tensor:
         """Tokens per request [R]."""

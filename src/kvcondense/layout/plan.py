@@ -159,10 +159,10 @@ class Plan:
         lacks, are inert, and cache rows beyond ``cache_rows`` are not written: a captured graph with bad metadata
         writes nothing rather than elsewhere. Raises RangeError if the state cannot take such steps at all.
         """
+        batch.check_form()
         windows, keeps = cls.capacity(spec, max_tokens, batch.start_positions.shape[0], max_draft, state_layout)
         if batch.start_positions.shape[0] == 0:
-            empty = cls.build(spec, batch, state_layout=state_layout, page_rows=page_rows)
-            return empty.padded(windows, keeps)
+            return cls.build(spec, batch, state_layout=state_layout, page_rows=page_rows).padded(windows, keeps)
         given, longest = batch, max_tokens if max_query_len is None else max_query_len
         if state_layout is not None:
             state_layout.check_drafts(spec, max_draft)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,9 +21,11 @@ from kvcondense.config import PRESETS
 from kvcondense.errors import UnsupportedError
 from kvcondense.formats import FORMATS, CacheFormat, describe, get_format
 from kvcondense.golden import calibrated
+from kvcondense.integrations.vllm_plugin.support import support
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.spec import CompressorSpec
 from kvcondense.weights import CompressorWeights
+from kvcondense_vllm import VARIABLE
 
 HEADINGS = {
     "compressor": "compressor",
@@ -47,6 +50,7 @@ def run(
     error: bool,
     compile: bool,
     checkpoint: Path | None,
+    vllm: bool,
     head_dim: int,
 ) -> None:
     """Say what was asked for."""
@@ -60,7 +64,9 @@ def run(
             raise UnsupportedError(flag, "it together with --formats", "it alone")
     if error and format is None:
         raise UnsupportedError("--error", "it together with --format NAME", "it alone")
-    if checkpoint is not None:
+    if vllm:
+        output.finish(_vllm(output))
+    elif checkpoint is not None:
         output.finish(_checkpoint(output, checkpoint))
     elif format is not None:
         output.finish(_one_format(output, get_format(format), head_dim, error))
@@ -161,6 +167,18 @@ def _kind(compressor: dict[str, Any], key: str) -> str:
     """A compressor's storage, or its scheme of names with the prefix."""
     prefix = f", prefix {compressor['prefix']}" if key == "scheme" and compressor["prefix"] else ""
     return f"{compressor[key]}{prefix}"
+
+
+def _vllm(output: Output) -> dict[str, Any]:
+    found, asked = support(), os.environ.get(VARIABLE)
+    on = "on" if asked == "1" else f"off: {VARIABLE} is {'not set' if asked is None else repr(asked)}, not '1'"
+    output.say(f"vllm           {found.version or 'none'}{f', on {found.device}' if found.device else ''}")
+    output.say(f"plugin         {on}")
+    for name in found.as_dict()["replaced"]:
+        output.say(f"{'replaces' if asked == '1' else 'would replace':<14} {name}.forward")
+    if found.why:
+        output.say(f"replaces       nothing: {found.why}")
+    return {"vllm": {**found.as_dict(), "on": asked == "1"}}
 
 
 def _formats(output: Output, names: bool, markdown: bool) -> dict[str, Any]:

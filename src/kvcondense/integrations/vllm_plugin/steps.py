@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,8 @@ def plan(bound: Bound, context: Any, metadata: Any, cache_slots: torch.Tensor, p
     known = vars(context).setdefault("kvcondense", {})
     key = (job, id(metadata), cache_slots.data_ptr())
     if key not in known:
-        shared = id(metadata)
+        # vLLM runs a layer's two compressors on two streams, which wait for nobody: each finds out for itself there.
+        shared = id(metadata) if cache_slots.device.type == "cpu" else (*key, "requests")
         if shared not in known:
             known[shared] = requests(metadata, positions)
         known[key] = None if known[shared] is None else _plan(bound, job, known[shared], metadata, cache_slots)
@@ -92,26 +94,27 @@ def _planner(job: Job) -> Planner:
 
 
 def _static(bound: Bound, job: Job, told: Requests, table: torch.Tensor, cache_slots: torch.Tensor) -> Plan:
-    """A static plan that reads vLLM's own table and slots, filled on the device: a captured graph fills it again."""
+    """A static plan of what lies on the device: a captured graph copies and plans it again."""
     rope, cache = bound.rope, bound.cache
     assert rope is not None
     assert cache is not None
-    key = (job, told.start_positions.shape, *((t.data_ptr(), t.shape, t.stride()) for t in (table, cache_slots)))
+    batch = RaggedBatch(
+        query_start_loc=told.query_start_loc,
+        start_positions=told.start_positions,
+        draft_rows=torch.zeros_like(told.start_positions),
+        state_block_table=table.to(torch.int64),
+        slot_mapping=cache_slots,
+    )
+    tokens, sizes = cache_slots.shape[0], (rope.cos.shape[0], cache.num_rows)
+    # Layers of one kind may have tables of their own in one pass: each keeps its plan until the pass is over.
+    places = table.device, table.data_ptr(), tuple(table.shape), cache_slots.data_ptr(), tokens
+    key = (job, *places, *sizes)
     found = _statics.pop(key, None)
     if found is None:
-        batch = RaggedBatch(
-            query_start_loc=told.query_start_loc.clone(),
-            start_positions=told.start_positions.clone(),
-            draft_rows=torch.zeros_like(told.start_positions),
-            state_block_table=table,
-            slot_mapping=cache_slots,
-        )
-        tokens, rows = cache_slots.shape[0], cache.num_rows
-        found = _planner(job).static(batch, max_tokens=tokens, max_positions=rope.cos.shape[0], cache_rows=rows)
+        batch = replace(batch, slot_mapping=cache_slots.clone())
+        found = _planner(job).static(batch, max_tokens=tokens, max_positions=sizes[0], cache_rows=sizes[1])
     else:
-        found.batch.query_start_loc.copy_(told.query_start_loc)
-        found.batch.start_positions.copy_(told.start_positions)
-        found.refill()
+        found.refill(batch)
     _statics[key] = found
     if captured(table.device):
         _captured.append(found)

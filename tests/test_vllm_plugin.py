@@ -1,0 +1,323 @@
+"""The vLLM plugin beside stand-ins of vLLM's classes: what it replaces and what not, and every byte that a step leaves.
+
+``make vllm`` runs it in vLLM itself.
+"""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import kvcondense_vllm
+import vllm_stand_ins as stand_ins
+from engine_tensors import CSA, HCA, ROPE, UNROTATED, tokens, weights
+from kvcondense import CompressorWeights, PagedCache, RaggedBatch, RopeTable, StatePool, condense
+from kvcondense.bound import bind
+from kvcondense.cli import app
+from kvcondense.errors import KvCondenseError, ShapeError
+from kvcondense.integrations import vllm as engine
+from kvcondense.integrations.vllm_plugin import install, steps, support
+
+pytestmark = pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed: make vllm")
+SPECS = pytest.mark.parametrize("spec", [CSA, HCA, UNROTATED], ids=["csa", "hca", "indexer"])
+BLOCKS = 400
+# (starts, lengths, padding) of two requests: prefill, chunk, decode over a boundary, drafts, three of five rejected.
+HISTORY = (
+    ([0, 0], [131, 9], 0), ([131, 9], [1, 6], 3), ([132, 15], [1, 1], 0), ([133, 16], [5, 5], 6),
+    ([135, 21], [121, 1], 0), ([256, 22], [0, 110], 2),
+)  # fmt: skip
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    made = stand_ins.install(monkeypatch)
+    assert install().why == ""
+    return made
+
+
+def step(vllm, module, rope, memory_tables, kv_score, starts, lengths, pad=0):
+    metadata, slots, positions = memory_tables.metadata(starts, lengths, pad)
+    told = {module.state_cache.prefix: metadata, module.k_cache_prefix: SimpleNamespace(slot_mapping=slots)}
+    vllm.context = stand_ins.Context(told)
+    module.forward(kv_score, positions, rope)
+    return vllm.context
+
+
+def by_hand(spec, tables, history, inputs):
+    """The memory that the same steps leave by ``condense`` of the reference on states and caches of their own."""
+    memory = torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8)
+    rows, many = 4 if spec.overlap else 8, 256 // spec.ratio
+    w = weights(spec)
+    w = CompressorWeights(norm=w.norm.bfloat16(), ape=w.ape)
+    state = StatePool.wrap(torch.zeros(BLOCKS, rows, spec.state_dim), paged=True, keep_all=True)
+    name = "fp8_indexer_pow2" if spec.head_dim == 128 else "fp8_model1"
+    cache = PagedCache.allocate(spec.head_dim, BLOCKS, many, format=name)
+    for (starts, lengths, pad), x in zip(history, inputs, strict=True):
+        metadata, slots, _ = tables.metadata(starts, lengths, pad)
+        batch = RaggedBatch.build(
+            torch.tensor([0, *lengths]).cumsum(0), start_positions=starts, slot_mapping=slots,
+            state_block_table=metadata.block_table,
+        )  # fmt: skip
+        condense(spec, x, w, ROPE, batch, state=state, cache=cache, impl="reference")
+    for block in tables.state_table.flatten().tolist():
+        raw = state.data[block].flatten().view(torch.uint8)
+        memory[block, : raw.numel()] = raw
+    for block in tables.cache_table.flatten().tolist():
+        raw = cache.data[block].flatten()
+        memory[block, : raw.numel()] = raw
+    return memory
+
+
+@SPECS
+@pytest.mark.parametrize("static", [False, True], ids=["host", "static"])
+def test_every_byte_of_the_shared_blocks(vllm, monkeypatch, spec, static):
+    if static:  # as on a GPU, where no value is looked at
+        monkeypatch.setattr(
+            steps, "_plan", lambda b, job, told, meta, s: steps._static(b, job, told, meta.block_table, s)
+        )
+    memory = torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8)
+    module, rope = stand_ins.layer(vllm, spec, memory)
+    tables = stand_ins.Engine.of(spec, 2, 264, BLOCKS)
+    inputs = [tokens(spec, sum(lengths) + pad, i) for i, (_, lengths, pad) in enumerate(HISTORY)]
+    for (starts, lengths, pad), x in zip(HISTORY, inputs, strict=True):
+        step(vllm, module, rope, tables, x, starts, lengths, pad)
+    assert vllm.asked == [], "vLLM's own forward was not needed"
+    wanted = by_hand(spec, tables, HISTORY, inputs)
+    assert int((wanted != 0).sum()) > 10_000
+    rows = torch.zeros(BLOCKS, dtype=torch.bool)
+    rows[tables.cache_table.flatten()] = True
+    assert torch.equal(memory[~rows], wanted[~rows]), "states, and blocks of nobody"
+    # Another order of sums: a code in 8192 may be a step away.
+    assert int((memory[rows] != wanted[rows]).sum()) <= max(1, int((wanted[rows] != 0).sum()) // 8192)
+
+
+def test_one_plan_for_all_layers_of_a_kind_and_a_new_one_each_time(vllm, monkeypatch):
+    made = []
+    whole = steps._plan
+    monkeypatch.setattr(steps, "_plan", lambda *given: made.append(given) or whole(*given))
+    memory = torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8)
+    layers = [stand_ins.layer(vllm, CSA, memory.clone(), f"model.layers.{i}.attn.compressor") for i in range(3)]
+    tables = stand_ins.Engine.of(CSA, 1, 64, BLOCKS)
+    metadata, slots, positions = tables.metadata([0], [8])
+    caches = SimpleNamespace(slot_mapping=slots)
+    for _ in range(2):  # vLLM may fill the same tensors anew between two passes
+        told = {m.state_cache.prefix: metadata for m, _ in layers} | {m.k_cache_prefix: caches for m, _ in layers}
+        vllm.context = stand_ins.Context(told)
+        for module, rope in layers:
+            module.forward(tokens(CSA, 8), positions, rope)
+        positions += 8
+        fresh, new_slots, _ = tables.metadata([8], [8])
+        metadata.slot_mapping.copy_(fresh.slot_mapping)
+        slots.copy_(new_slots)
+    assert len(made) == 2
+    assert vllm.asked == []
+    state = layers[0][0].state_cache.kv_cache
+    used = tables.state_table[0, :4].tolist()
+    assert all(bool(state[block].any()) for block in used), "the second pass wrote its own positions"
+
+
+def test_a_profile_run_writes_nothing_and_asks_nobody(vllm):
+    memory = torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8)
+    module, rope = stand_ins.layer(vllm, CSA, memory)
+    for nothing in (None, []):
+        vllm.context = stand_ins.Context(nothing)
+        assert module.forward(tokens(CSA, 4), torch.arange(4), rope) is None
+    assert not memory.any()
+    assert vllm.asked == []
+
+
+@pytest.mark.parametrize("what", ["a token without a slot amid others", "positions with a gap", "no token"])
+def test_steps_that_are_none_of_ours_are_vllms(vllm, what):
+    memory = torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8)
+    module, rope = stand_ins.layer(vllm, CSA, memory)
+    metadata, slots, positions = stand_ins.Engine.of(CSA, 2, 64, BLOCKS).metadata([0, 0], [8, 8])
+    if what == "no token":
+        metadata.slot_mapping, slots, positions = metadata.slot_mapping[:0], slots[:0], positions[:0]
+    elif "slot" in what:
+        metadata.slot_mapping[3] = -1
+    else:
+        positions[3:8] += 1
+    told = {module.state_cache.prefix: metadata, module.k_cache_prefix: SimpleNamespace(slot_mapping=slots)}
+    vllm.context = stand_ins.Context(told)
+    x = tokens(CSA, positions.shape[0])
+    module.forward(x, positions, rope)
+    ((self, given, at, angles),) = vllm.asked
+    assert self is module
+    assert given is x
+    assert at is positions
+    assert angles is rope
+    assert not memory.any()
+
+
+class _Changed:
+    """Modules that a step of ours does not do the same as."""
+
+    @staticmethod
+    def subclass(vllm, monkeypatch):  # noqa: ARG004
+        class Rocm(vllm.compressor.DeepseekCompressor):
+            pass
+
+        return {"kind": Rocm}, "cache of its own"
+
+    @staticmethod
+    def ranks(vllm, monkeypatch):  # noqa: ARG004
+        group = SimpleNamespace(world_size=2)
+        monkeypatch.setattr(sys.modules["vllm.distributed"], "get_dcp_group", lambda: group)
+        return {}, "2 ranks"
+
+
+@pytest.mark.parametrize("how", ["subclass", "ranks"])
+def test_modules_that_are_none_of_ours_are_vllms(vllm, monkeypatch, caplog, how):
+    options, why = getattr(_Changed, how)(vllm, monkeypatch)
+    memory = torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8)
+    module, rope = stand_ins.layer(vllm, CSA, memory, **options)
+    tables = stand_ins.Engine.of(CSA, 1, 64, BLOCKS)
+    for start in (0, 4):
+        step(vllm, module, rope, tables, tokens(CSA, 4), [start], [4])
+    assert len(vllm.asked) == 2
+    assert [r.getMessage() for r in caplog.records if why in r.getMessage()] == [caplog.records[-1].getMessage()]
+    assert not memory.any()
+
+
+@pytest.mark.parametrize("device", ["xpu", "cpu"])
+def test_a_cache_or_a_device_that_is_not_known(monkeypatch, caplog, device):
+    made = stand_ins.install(monkeypatch, device=device)
+    install()
+    memory = torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8)
+    module, rope = stand_ins.layer(made, CSA, memory)
+    if device == "cpu":
+        cache = module._static_forward_context[module.k_cache_prefix]
+        cache.kv_cache = cache.kv_cache[..., :100]
+    step(made, module, rope, stand_ins.Engine.of(CSA, 1, 64, BLOCKS), tokens(CSA, 4), [0], [4])
+    assert len(made.asked) == 1
+    assert ("rows of" if device == "cpu" else "not tried on xpu") in caplog.text
+
+
+def test_memory_that_moves_and_weights_that_are_loaded_anew(vllm):
+    first, second = (torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8) for _ in range(2))
+    module, rope = stand_ins.layer(vllm, CSA, first)
+    moved, _ = stand_ins.layer(vllm, CSA, second)
+    tables = stand_ins.Engine.of(CSA, 1, 64, BLOCKS)
+    step(vllm, module, rope, tables, tokens(CSA, 8), [0], [8])
+    module.state_cache, module._static_forward_context = moved.state_cache, moved._static_forward_context
+    with torch.no_grad():
+        module.norm.weight.mul_(2)
+    step(vllm, module, rope, tables, tokens(CSA, 8), [0], [8])
+    block = tables.cache_table[0, 0]
+    rows = [engine.cache(m.as_strided((BLOCKS, 64, 584), (stand_ins.PAGE, 584, 1))) for m in (first, second)]
+    once, twice = (r.decode_rows(torch.arange(2) + 64 * block) for r in rows)
+    assert torch.allclose(twice, 2 * once, rtol=2**-6)
+    assert float(once.abs().max()) > 0.1
+
+
+def test_layers_share_one_table_of_angles(vllm):
+    from kvcondense.integrations.vllm_plugin import compressor
+
+    memory = torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8)
+    layers = [stand_ins.layer(vllm, CSA, memory.clone(), f"layers.{i}")[0] for i in range(2)]
+    rope = SimpleNamespace(cos_sin_cache=torch.cat([ROPE.cos, ROPE.sin], 1))
+    tables = stand_ins.Engine.of(CSA, 1, 64, BLOCKS)
+    for module in layers:
+        step(vllm, module, rope, tables, tokens(CSA, 4), [0], [4])
+    one, other = (compressor._layers[m].bound for m in layers)
+    assert one.rope is other.rope
+
+
+@pytest.mark.parametrize("scales", [None, True, False])
+def test_the_indexers_scales_are_those_that_vllms_kernel_writes(vllm, scales):
+    from kvcondense.integrations.vllm_plugin.compressor import cache_of
+
+    if scales is not None:
+        vllm.kernels.mqa_logits_use_mx_scales = lambda: scales
+    pages = SimpleNamespace(kv_cache=torch.zeros(2, 64, 132, dtype=torch.uint8))
+    assert cache_of(pages).format.name == ("fp8_indexer_ue8m0" if scales else "fp8_indexer_pow2")
+
+
+def test_it_installs_once_and_keeps_vllms_own(vllm):
+    before = [vars(c)["forward"] for c in (vllm.compressor.DeepseekCompressor, vllm.cpu.DeepseekV4CPUCompressor)]
+    found = install().as_dict()
+    assert [name.rsplit(".", 1)[1] for name in found.pop("replaced")] == [
+        "DeepseekCompressor",
+        "DeepseekV4CPUCompressor",
+    ]
+    assert found == {"version": "0.32.0", "device": "cpu", "why": ""}
+    after = [vars(c)["forward"] for c in (vllm.compressor.DeepseekCompressor, vllm.cpu.DeepseekV4CPUCompressor)]
+    assert before == after
+    assert not hasattr(before[0].__wrapped__, "__wrapped__")
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0rc1", "1.0", "dev"])
+def test_versions_that_nobody_read_are_left_alone(monkeypatch, caplog, version):
+    made = stand_ins.install(monkeypatch, version=version)
+    own = made.compressor.DeepseekCompressor.forward
+    assert install().why == f"expected vLLM 0.32 or later, before 0.34, got {version}"
+    assert made.compressor.DeepseekCompressor.forward is own
+    assert version in caplog.text
+
+
+@pytest.mark.parametrize("change", ["signature", "metadata", "class"])
+def test_classes_that_look_otherwise_are_left_alone(monkeypatch, change):
+    made = stand_ins.install(monkeypatch)
+    base = made.compressor.DeepseekCompressor
+    if change == "signature":
+        base.forward = lambda self, hidden_states, positions: None
+    elif change == "metadata":
+        made.compressor.CompressorMetadata = stand_ins.Context
+    else:
+        del made.compressor.DeepseekCompressor
+    own = base.forward
+    wanted = {"signature": "forward(self, kv_score", "metadata": "block_table", "class": "cannot be imported"}[change]
+    assert wanted in install().why
+    assert base.forward is own
+
+
+def test_without_vllm():
+    assert support().why == "vllm is not installed"
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("asked", [None, "1", "yes"])
+def test_info_says_what_it_would_do(monkeypatch, tmp_path, there, asked):
+    monkeypatch.delenv(kvcondense_vllm.VARIABLE, raising=False)
+    if asked is not None:
+        monkeypatch.setenv(kvcondense_vllm.VARIABLE, asked)
+    if there:
+        stand_ins.install(monkeypatch, version="0.33.0")
+    done = CliRunner().invoke(app, ["info", "--vllm", "--json", str(tmp_path / "found.json")])
+    assert done.exit_code == 0
+    found = json.loads((tmp_path / "found.json").read_text())["vllm"]
+    assert found["on"] is (asked == "1")
+    assert len(found["replaced"]) == 2 * there
+    words = "0.33.0, on cpu" if there else "nothing: vllm is not installed"
+    assert words in done.output
+    assert ("would replace" in done.output) is (there and asked != "1")
+    assert ("not '1'" in done.output) is (asked != "1")
+
+
+def test_without_the_variable_nothing_is_imported():
+    code = "import sys, kvcondense_vllm as k; k.register(); print('kvcondense' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_blocks_of_one_memory_have_one_stride():
+    memory = torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8)
+    state = engine.state(
+        memory.view(torch.float32).as_strided((BLOCKS, 4, CSA.state_dim), (stand_ins.PAGE // 4, CSA.state_dim, 1))
+    )
+    w = weights(CSA)
+    cache = engine.cache(memory.as_strided((BLOCKS, 64, 584), (stand_ins.PAGE, 584, 1)))
+    with pytest.raises(KvCondenseError, match="memory of state"):
+        bind(CSA, w, ROPE, state=state, cache=cache)
+    assert bind(CSA, w, ROPE, state=state, cache=cache, shared_blocks=True).cache is cache
+    other = engine.cache(memory.as_strided((BLOCKS // 2, 64, 584), (2 * stand_ins.PAGE, 584, 1)))
+    with pytest.raises(ShapeError, match=f"{stand_ins.PAGE} bytes apart"):
+        bind(CSA, w, ROPE, state=state, cache=other, shared_blocks=True)
+    angles = memory.view(torch.float32).flatten()[: ROPE.cos.numel()].view(ROPE.cos.shape)
+    with pytest.raises(KvCondenseError, match="no step writes"):
+        bind(CSA, w, RopeTable(angles, ROPE.sin), state=state, cache=cache, shared_blocks=True)
