@@ -141,6 +141,64 @@ def packed(rank, ranks):
             assert done.all_gather == (sum(LENGTHS) - shards.tokens) * spec.projected * 4
 
 
+def merged(rank, ranks):
+    """Windows pooled where their tokens are: one rank's rows in fp64, close in fp32, the same in every run."""
+    chosen = {how: deals(ranks)[how] for how in ("in turn", "in turn, 5", "at random, 0")}
+    for name, spec in SPECS.items():
+        plain = replace(spec, rounding=Rounding.FUSED)
+        for how, segments in chosen.items():
+            merged_one(plain, 300.0, torch.float64, segments, rank, f"{name}, {how}")
+        merged_one(plain, 1.0, torch.float32, chosen["at random, 0"], rank, name)
+        if spec.ratio > 3:  # else a rank has a row or two of a window, which are less than three numbers a channel
+            assert traffic(spec, chosen["in turn"], statistics=True) < traffic(spec, chosen["in turn"])
+
+
+def merged_one(spec, scale, dtype, segments, rank, what):
+    """One compressor, one deal."""
+    w, gen = weights(spec, hidden=8), torch.Generator().manual_seed(1)
+    tokens = [torch.randn(n, spec.projected, generator=gen, dtype=torch.float64) for n in LENGTHS]
+    if spec.has_gate:
+        for t in tokens:
+            t[:, spec.width :] *= scale
+            t[::2, spec.width] = float("-inf")  # dealt in turn, a part without weight
+    tokens = [t.to(dtype) for t in tokens]
+    slots = [torch.arange(n) // spec.ratio + 320 * i for i, n in enumerate(LENGTHS)]
+    batch = RaggedBatch.build(
+        torch.tensor([0, *LENGTHS]).cumsum(0), start_positions=[0] * len(LENGTHS), state_slots=range(len(LENGTHS))
+    )
+    pool, angles = StatePool.ring(spec, len(LENGTHS), dtype=dtype), rope(spec, 512)
+    rows = condense(spec, torch.cat(tokens), w, angles, batch, state=pool)
+    expected = dict(zip(zip(rows.request.tolist(), rows.window.tolist(), strict=True), rows.values, strict=True))
+    shards, part, where = (
+        Shards.agree_on(segments[rank], timeout=30),
+        cut(tokens, segments[rank]),
+        cut(slots, segments[rank]),
+    )
+    runs = []
+    for _ in range(2):
+        own = PagedCache.allocate(spec.head_dim, 240, 8)
+        given = {"cache": own, "slot_mapping": where, "statistics": True}
+        runs.append(condense_shard(spec, part, w, angles, shards, **given))
+    done = runs[0]
+    assert torch.equal(done.rows.values.nan_to_num(7), runs[1].rows.values.nan_to_num(7)), what
+    places = list(zip(done.sequence.tolist(), done.rows.window.tolist(), strict=True))
+    assert len(set(places)) == len(places)
+    for place, row, slot in zip(places, done.rows.values, done.rows.slot.tolist(), strict=True):
+        one, limit = expected[place], 1e-11 if dtype == torch.float64 else 2e-5
+        assert torch.equal(row.isnan(), one.isnan()), (what, place)
+        far = (row - one).nan_to_num(0).abs().max() / one.nan_to_num(1).abs().max()
+        assert far <= limit, (what, place, far)
+        assert slot == 320 * place[0] + place[1]
+        stored = own.rows.flatten().view(-1, spec.head_dim)[slot]
+        assert torch.equal(stored.nan_to_num(7), row.float().bfloat16().nan_to_num(7)), (what, place)
+    told = torch.tensor([len(places), done.received, done.sent])
+    dist.all_reduce(told)
+    moved = traffic(spec, segments, statistics=True)[0] * dtype.itemsize // 4
+    assert told.tolist() == [len(expected), moved, moved], what
+    for s, live in done.live.items():
+        assert torch.equal(live, export_live(spec, pool, RaggedBatch.at(LENGTHS[s], state_slot=s))), what
+
+
 def train_packed(rank, ranks):
     """Loss, rows and gradients of packed documents, dealt in every way, are those of one rank."""
     for name, spec in SPECS.items():

@@ -11,14 +11,15 @@ import torch
 import torch.distributed as dist
 from typer.testing import CliRunner
 
-from kvcondense import CompressorSpec, CompressorWeights
+from kvcondense import CompressorSpec, CompressorWeights, PagedCache, RaggedBatch, StatePool, condense
 from kvcondense.bench import context_parallel as bench
 from kvcondense.bench import measure
 from kvcondense.bench.cases import Case
 from kvcondense.cli import app
 from kvcondense.config import ModelConfig
 from kvcondense.errors import RangeError, ShapeError
-from kvcondense.parallel import Segment, Shards, condense_shard, round_robin, zigzag
+from kvcondense.parallel import Segment, Shards, condense_shard, interleaved_slots, round_robin, zigzag
+from machine import SPECS, rope, weights
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
@@ -50,6 +51,13 @@ def test_packed_sequences_dealt_in_any_way_give_the_bits_of_one_rank(ranks, tmp_
     for rank, (text, code) in enumerate(play("packed", ranks, tmp_path)):
         assert code == 0, text
         assert f"rank {rank}: packed ok" in text
+
+
+@pytest.mark.parametrize("ranks", [3])
+def test_statistics_of_windows_that_lie_on_several_ranks(ranks, tmp_path):
+    for rank, (text, code) in enumerate(play("merged", ranks, tmp_path)):
+        assert code == 0, text
+        assert f"rank {rank}: merged ok" in text
 
 
 @pytest.mark.parametrize(
@@ -118,3 +126,53 @@ def test_the_bench_compares_and_prints(tmp_path, monkeypatch):
     assert "| sequence | bytes moved |" in again.output
     result = CliRunner().invoke(app, ["bench", "--context-parallel", "--training"])
     assert result.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["csa", "hca"])
+@pytest.mark.parametrize(("ranks", "interleave"), [(1, 1), (2, 1), (3, 2)])
+def test_rows_that_are_dealt_out_in_decode(name, ranks, interleave):
+    """Every rank takes every token and keeps its rows: together, at vLLM's places, they are one rank's."""
+    spec, page_rows, interleave = SPECS[name], 4, interleave * SPECS[name].ratio
+    w, lengths = weights(spec), [6 * spec.ratio + 3, 3 * spec.ratio]
+    x = torch.randn(sum(lengths), spec.projected, generator=torch.Generator().manual_seed(4))
+    table = torch.tensor([[5, 2], [0, 3]])
+    held = []
+    for rank in range(ranks):
+        state, cache = StatePool.ring(spec, 2), PagedCache.allocate(spec.head_dim, 6, page_rows, format="fp32")
+        cache.data.zero_()
+        begun = [0, 0]
+        for step in ([2, spec.ratio], [lengths[0] - 2, lengths[1] - spec.ratio]):  # a prefill, then the rest
+            bounds = torch.tensor([0, *step]).cumsum(0)
+            given = [x[b : b + n] for b, n in zip((begun[0], lengths[0] + begun[1]), step, strict=True)]
+            slots = interleaved_slots(
+                spec, bounds, begun, table, page_rows, rank=rank, ranks=ranks, interleave=interleave
+            )
+            batch = RaggedBatch.build(bounds, start_positions=begun, state_slots=[0, 1], slot_mapping=slots)
+            condense(spec, torch.cat(given), w, rope(spec, 1024), batch, state=state, cache=cache)
+            begun = [a + b for a, b in zip(begun, step, strict=True)]
+        held.append(cache.rows.flatten().view(-1, spec.head_dim))
+    whole = RaggedBatch.build(torch.tensor([0, *lengths]).cumsum(0), start_positions=[0, 0])
+    expected = condense(spec, x, w, rope(spec, 1024), whole)
+    written = 0
+    for q, c, row in zip(expected.request.tolist(), expected.window.tolist(), expected.values, strict=True):
+        last = (c + 1) * spec.ratio - 1
+        rank = last // interleave % ranks
+        local = (last // (interleave * ranks) * interleave + last % interleave) // spec.ratio
+        slot = int(table[q, local // page_rows]) * page_rows + local % page_rows
+        assert torch.equal(held[rank][slot], row), (q, c)
+        written += 1
+    assert sum(int(rows.any(1).sum()) for rows in held) == written, "and nothing else"
+
+
+def test_what_cannot_be_dealt_out():
+    spec = SPECS["csa"]
+    good = {"rank": 0, "ranks": 2, "interleave": 4}
+    for change, error, word in (
+        ({"rank": 2}, RangeError, "rank"),
+        ({"interleave": 6}, RangeError, "multiple of the ratio, 4"),
+        ({"ranks": 0}, RangeError, "ranks"),
+    ):
+        with pytest.raises(error, match=word):
+            interleaved_slots(spec, [0, 8], [0], torch.zeros(1, 1, dtype=torch.int64), 4, **{**good, **change})
+    with pytest.raises(ShapeError, match="at least 2 pages"):
+        interleaved_slots(spec, [0, 80], [0], torch.zeros(1, 1, dtype=torch.int64), 8, **good)

@@ -26,7 +26,7 @@ def deliver(
     given, read = _traffic(shards, wanted)
     sends = {reader: rows_of(_numbers(pieces)).contiguous() for reader, pieces in given.items()}
     sizes = {sender: [p.last - p.first for _, p in pieces] for sender, pieces in read.items()}
-    told = _swap(shards, sends, sizes, like=rows_of(torch.zeros(0, dtype=torch.int64)))
+    told = swap(shards, sends, sizes, like=rows_of(torch.zeros(0, dtype=torch.int64)))
     parts: dict[int, list[tuple[int, torch.Tensor]]] = {}
     for sender, pieces in read.items():
         for (index, piece), rows in zip(pieces, told[sender].split(sizes[sender]), strict=True):
@@ -42,7 +42,7 @@ def hand_back(shards: Shards, wanted: Sequence[Wanted], made: dict[int, torch.Te
         for sender, pieces in read.items()
     }
     sizes = {reader: [p.last - p.first for p in pieces] for reader, pieces in given.items()}
-    told = _swap(shards, sends, sizes, like=own)
+    told = swap(shards, sends, sizes, like=own)
     for reader in sorted(told):  # in one order, whoever answered first
         own.index_add_(0, _numbers(given[reader]).to(own.device), told[reader])
 
@@ -75,7 +75,7 @@ def _numbers(pieces: Sequence[Piece]) -> torch.Tensor:
     return torch.cat([torch.arange(p.offset, p.offset + p.last - p.first) for p in pieces])
 
 
-def _swap(
+def swap(
     shards: Shards, sends: dict[int, torch.Tensor], sizes: dict[int, list[int]], like: torch.Tensor
 ) -> dict[int, torch.Tensor]:
     """What ranks send to this one, as many rows of ``like`` as ``sizes`` add up to; what it sends to itself stays."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,6 +16,7 @@ from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.snapshot import import_live
 from kvcondense.layout.state import StatePool
 from kvcondense.numerics import compute_dtype
+from kvcondense.parallel import merge
 from kvcondense.parallel.exchange import crossing, deliver, same
 from kvcondense.parallel.shards import Segment, Shards, Wanted, emits, halos
 from kvcondense.rope_table import RopeTable
@@ -28,8 +29,8 @@ from kvcondense.weights import CompressorWeights
 class ShardedRows:
     """rows: of the windows that end in this rank's segments; ``rows.request``: the segment, ``rows.window``: the index
     in its sequence. sequence [E]: which one that is. live: of each sequence that this rank decodes, what a state holds
-    at its end, [length - live_start, state_dim]. sent, received: bytes of rows; all_gather: bytes that this rank would
-    have received had all kv_score been gathered.
+    at its end, [length - live_start, state_dim]. sent, received: bytes of rows and statistics; all_gather: bytes that
+    this rank would have received had all kv_score been gathered.
     """
 
     rows: CondensedRows
@@ -50,6 +51,7 @@ def condense_shard(
     cache: PagedCache | None = None,
     slot_mapping: torch.Tensor | None = None,
     decode_ranks: Mapping[int, int] | None = None,
+    statistics: bool = False,
     impl: str | Backend = "auto",
 ) -> ShardedRows:
     """``condense`` for this rank's tokens kv_score [tokens, projected], segment by segment. All ranks call it.
@@ -58,13 +60,17 @@ def condense_shard(
     sequence, the rank that gets the state's rows at its end (the one with its last token, unless another is named);
     ``layout.snapshot.import_live`` puts them into a pool. All ranks name the same. Raises RankError if a rank is silent
     or has other weights or another spec, KvCondenseError for bad input.
+
+    ``statistics``: of a window whose tokens lie on several ranks, each rank sends (m, l, o), 3 head_dim numbers, rather
+    than its rows. They are merged in the order of ranks. Its P is then not one rank's to the bit, but within 2^-15 of
+    the largest |K| of the window: n numbers are added in another order, with 2^-24 of rounding each, n up to 256.
     """
     require("shards", shards, Shards)
     decoders = _decoders(shards, decode_ranks)
     check_tokens(spec, kv_score, shards)
-    facts = (spec, kv_score.dtype, sorted(decoders.items()), weights.ape, weights.norm)
-    same(shards, f"spec, decode_ranks, ape, norm and {kv_score.dtype} tokens", *facts)
-    wanted = _wanted(spec, shards, decoders)
+    facts = (spec, kv_score.dtype, sorted(decoders.items()), statistics, weights.ape, weights.norm)
+    same(shards, f"spec, decode_ranks, statistics, ape, norm and {kv_score.dtype} tokens", *facts)
+    wanted = _wanted(spec, shards, decoders, statistics)
     device, dtype = kv_score.device, compute_dtype(kv_score.dtype)
     positions = shards.positions(device)
 
@@ -82,15 +88,23 @@ def condense_shard(
             live[want.sequence] = rows
         else:
             import_live(spec, pool, RaggedBatch.at(want.last, state_slot=want.segment, device=device), rows)
+    merged = None
+    if statistics:
+        merged = merge.merge(spec, shards, stored(torch.arange(shards.tokens)), weights.ape)
+        merged.stand_in(pool)
     lengths = torch.tensor([0, *(s.length for s in shards.own)], device=device)
     # A segment that no window ends in was told nothing of what is before it, and has nothing to do.
     starts = [s.start if emits(spec, s) else -1 for s in shards.own]
-    batch = RaggedBatch.build(
-        lengths.cumsum(0), start_positions=starts, state_slots=list(range(len(starts))), slot_mapping=slot_mapping
-    )
+    offsets = lengths.cumsum(0)
+    slots = slot_mapping
+    if merged is not None and slots is not None:
+        slots = slots.index_fill(0, merged.last, -1)
+    batch = RaggedBatch.build(offsets, start_positions=starts, state_slots=list(range(len(starts))), slot_mapping=slots)
     rows = condense(spec, kv_score, weights, rope, batch, state=pool, cache=cache, impl=impl)
-    crossed = list(crossing(shards, wanted))
-    row_bytes = spec.state_dim * dtype.itemsize
+    if merged is not None:
+        merged.put(rows, weights, rope, slot_mapping, cache)
+    crossed = list(_crossing(spec, shards, wanted, statistics))
+    row_bytes = dtype.itemsize
     return ShardedRows(
         rows=rows,
         sequence=torch.tensor([s.sequence for s in shards.own], dtype=torch.int64, device=device)[rows.request],
@@ -102,15 +116,29 @@ def condense_shard(
 
 
 def traffic(
-    spec: CompressorSpec, segments: Sequence[Sequence[Segment]], decode_ranks: Mapping[int, int] | None = None
+    spec: CompressorSpec,
+    segments: Sequence[Sequence[Segment]],
+    decode_ranks: Mapping[int, int] | None = None,
+    *,
+    statistics: bool = False,
 ) -> tuple[int, int]:
-    """Bytes of fp32 rows that ``condense_shard`` sends between ranks with these segments, and that an all-gather of
+    """Bytes of fp32 that ``condense_shard`` sends between ranks with these segments, and that an all-gather of
     kv_score would: no process is asked, so that any number of ranks can be counted. Raises as ``condense_shard``.
     """
     shards = Shards(tuple(map(tuple, segments)), 0, None, timedelta(0)).checked()
-    wanted = _wanted(spec, shards, _decoders(shards, decode_ranks))
-    rows = sum(many for _, _, many in crossing(shards, wanted))
-    return 4 * rows * spec.state_dim, 4 * (shards.ranks - 1) * shards.total * spec.projected
+    wanted = _wanted(spec, shards, _decoders(shards, decode_ranks), statistics)
+    values = sum(many for _, _, many in _crossing(spec, shards, wanted, statistics))
+    return 4 * values, 4 * (shards.ranks - 1) * shards.total * spec.projected
+
+
+def _crossing(
+    spec: CompressorSpec, shards: Shards, wanted: Sequence[Wanted], statistics: bool
+) -> Iterator[tuple[int, int, int]]:
+    """(sender, reader, values) of all that goes from one rank to another."""
+    for sender, reader, rows in crossing(shards, wanted):
+        yield sender, reader, rows * spec.state_dim
+    if statistics:
+        yield from merge.crossing(spec, shards)
 
 
 def _decoders(shards: Shards, decode_ranks: Mapping[int, int] | None) -> dict[int, int]:
@@ -124,10 +152,10 @@ def _decoders(shards: Shards, decode_ranks: Mapping[int, int] | None) -> dict[in
     return found
 
 
-def _wanted(spec: CompressorSpec, shards: Shards, decoders: Mapping[int, int]) -> list[Wanted]:
-    """Halos of all segments, then the state at the end of each sequence."""
+def _wanted(spec: CompressorSpec, shards: Shards, decoders: Mapping[int, int], statistics: bool) -> list[Wanted]:
+    """Halos of all segments, unless statistics stand for them; then the state at the end of each sequence."""
     ends = [Wanted(decoders[s], -1, s, spec.live_start(n), n) for s, n in shards.lengths.items()]
-    return [*halos(spec, shards), *ends]
+    return ends if statistics else [*halos(spec, shards), *ends]
 
 
 def check_tokens(spec: CompressorSpec, kv_score: torch.Tensor, shards: Shards) -> None:
