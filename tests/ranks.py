@@ -276,6 +276,52 @@ def train_fsdp(rank, ranks):
     train(rank, ranks, wrap=lambda module: fully_shard(module, mesh=mesh))
 
 
+def train_mesh(rank, ranks):
+    """A mesh of data by tensor parallel ranks: parameters whole on each of the latter, in pieces on the former (FSDP2).
+
+    Tensor parallel ranks do the same with the same packed documents, or share the documents out among themselves.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_module
+
+    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
+    data, part = rank // 2, rank % 2
+    for name in ("csa", "hca"):
+        spec, gen = replace(SPECS[name], rounding=Rounding.FUSED), torch.Generator().manual_seed(3)
+        x = [[torch.randn(n, 8, generator=gen, dtype=torch.float64) for n in (150, 33)] for _ in range(ranks // 2)]
+        offsets = torch.tensor([0, 150, 183])
+        batch, alone = RaggedBatch.build(offsets, start_positions=[0, 0]), compressor(spec)
+        given = [torch.cat(documents).requires_grad_() for documents in x]
+        rows = [alone(t, batch) for t in given]
+        target = torch.randn(rows[0].shape, generator=gen, dtype=torch.float64)
+        (sum((r * target).sum() for r in rows) / len(rows)).backward()
+        windows = [(q, c) for q, n in enumerate((150, 33)) for c in range(n // spec.ratio)]
+        for segments in (None, [[Segment(0, 0, 67), Segment(1, 20, 13)], [Segment(0, 67, 83), Segment(1, 0, 20)]]):
+            model = fully_shard(distribute_module(compressor(spec), mesh["tensor"]), mesh=mesh["data"])
+            mine = torch.cat(x[data]) if segments is None else cut(x[data], segments[part])
+            mine = mine.requires_grad_()
+            if segments is None:
+                found, which = model(mine, batch), list(range(len(windows)))
+                wanted = given[data].grad
+            else:
+                found = model(mine, Shards.agree_on(segments[part], group=mesh["tensor"].get_group(), timeout=30))
+                which = [
+                    windows.index((s.sequence, c))
+                    for s in segments[part]
+                    for c in range(s.start // spec.ratio, s.end // spec.ratio)
+                ]
+                wanted = cut(given[data].grad.split((150, 33)), segments[part])
+            torch.testing.assert_close(found, rows[data][which], rtol=1e-11, atol=1e-12)
+            (found * target[which]).sum().backward()
+            torch.testing.assert_close(mine.grad, wanted * (ranks // 2), rtol=1e-9, atol=1e-11)
+            for (key, ours), one in zip(model.named_parameters(), alone.parameters(), strict=True):
+                what = f"{name} {key} {'shared out' if segments else 'the same'}"
+                torch.testing.assert_close(
+                    ours.grad.full_tensor(), one.grad, rtol=1e-9, atol=1e-10, msg=lambda m, w=what: f"{w} {m}"
+                )
+
+
 def silent_backward(rank, ranks):
     """Rank 1 ends before its backward, for which rank 0 waits."""
     spec = SPECS["csa"]

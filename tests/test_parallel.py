@@ -28,7 +28,10 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def play(scenario, ranks, tmp_path):
     """What every rank printed."""
-    command = [sys.executable, TESTS / "ranks.py", scenario]
+    command = [
+        sys.executable,
+        *([TESTS / "kit_over_ranks.py"] if scenario == "kit" else [TESTS / "ranks.py", scenario]),
+    ]
     started = [
         subprocess.Popen(
             [*command, str(rank), str(ranks), tmp_path / "store"], env=ENVIRONMENT, text=True,
@@ -53,15 +56,21 @@ def test_packed_sequences_dealt_in_any_way_give_the_bits_of_one_rank(ranks, tmp_
         assert f"rank {rank}: packed ok" in text
 
 
-@pytest.mark.parametrize("ranks", [3])
-def test_statistics_of_windows_that_lie_on_several_ranks(ranks, tmp_path):
-    for rank, (text, code) in enumerate(play("merged", ranks, tmp_path)):
+def test_statistics_of_windows_that_lie_on_several_ranks(tmp_path):
+    for rank, (text, code) in enumerate(play("merged", 3, tmp_path)):
         assert code == 0, text
         assert f"rank {rank}: merged ok" in text
 
 
+def test_the_kits_histories_with_prefills_over_ranks(tmp_path):
+    for rank, (text, code) in enumerate(play("kit", 3, tmp_path)):
+        assert code == 0, text
+        assert f"rank {rank}: kit ok" in text
+
+
 @pytest.mark.parametrize(
-    ("scenario", "ranks"), [("train", 2), ("train", 4), ("train_fsdp", 2), ("train_packed", 2), ("train_packed", 3)]
+    ("scenario", "ranks"),
+    [("train", 2), ("train", 4), ("train_fsdp", 2), ("train_packed", 2), ("train_packed", 3), ("train_mesh", 4)],
 )
 def test_wrapped_modules_train_on_shards(scenario, ranks, tmp_path):
     for rank, (text, code) in enumerate(play(scenario, ranks, tmp_path)):

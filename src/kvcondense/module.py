@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from kvcondense import training
@@ -19,7 +20,9 @@ class Compressor(nn.Module):
     """Parameters w [projected, D], ape [r, N] (if the spec has one) and norm [d] of one compressor.
 
     ``weights`` become the parameters (w is needed). ``rope`` is shared, not saved. ``format``: the cache format whose
-    values rows take, straight through. Plain tensors go in and come out, so that DDP and FSDP can wrap it.
+    values rows take, straight through. Plain tensors go in and come out, so that DDP and FSDP can wrap it. Parameters
+    may be DTensors that every rank of their mesh holds whole, as under tensor parallelism, where engines and trainers
+    replicate the compressor.
     """
 
     w: nn.Parameter
@@ -41,7 +44,11 @@ class Compressor(nn.Module):
     @property
     def weights(self) -> CompressorWeights:
         """The parameters, as the functions take them."""
-        return CompressorWeights(norm=self.norm, ape=self.ape, w=self.w)
+        return self._weights(None)
+
+    def _weights(self, shards: Shards | None) -> CompressorWeights:
+        ape = None if self.ape is None else _plain("ape", self.ape, shards)
+        return CompressorWeights(norm=_plain("norm", self.norm, shards), ape=ape, w=_plain("w", self.w, shards))
 
     def forward(self, x: torch.Tensor, where: RaggedBatch | Shards) -> torch.Tensor:
         """x [T, D] -> finished rows [E, d], document by document, window by window.
@@ -52,6 +59,28 @@ class Compressor(nn.Module):
         if isinstance(where, RaggedBatch):
             return training.compress(self.spec, x, self.weights, self.rope, where, format=self.format).values
         require("where", where, Shards)
-        dtype = compute_dtype(torch.promote_types(x.dtype, self.w.dtype))
-        kv_score = nn.functional.linear(x.to(dtype), self.w.to(dtype))
-        return train_shard(self.spec, kv_score, self.weights, self.rope, where, format=self.format).values
+        weights = self._weights(where)
+        assert weights.w is not None
+        dtype = compute_dtype(torch.promote_types(x.dtype, weights.w.dtype))
+        kv_score = nn.functional.linear(x.to(dtype), weights.w.to(dtype))
+        return train_shard(self.spec, kv_score, weights, self.rope, where, format=self.format).values
+
+
+def _plain(name: str, parameter: torch.Tensor, shards: Shards | None) -> torch.Tensor:
+    """What this rank holds of a parameter: all of it.
+
+    A mesh's ranks that share sequences out (``shards`` are of their group) have a part of its gradient each; ranks that
+    do the same have the whole one. Raises RangeError for a parameter that is cut over ranks.
+    """
+    placements = getattr(parameter, "placements", None)
+    if placements is None:
+        return parameter
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    assert isinstance(parameter, DTensor)
+    if not all(isinstance(p, Replicate) for p in placements):
+        raise RangeError(name, "a parameter that every rank of its mesh holds whole", placements)
+    shared = None if shards is None else set(dist.get_process_group_ranks(shards.group))
+    groups = parameter.device_mesh.get_all_groups()
+    parts = [Partial() if set(dist.get_process_group_ranks(g)) == shared else Replicate() for g in groups]
+    return parameter.to_local(grad_placements=parts)
