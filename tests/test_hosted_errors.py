@@ -1,10 +1,16 @@
 """What HostedStates refuses, what is left where a move is broken off, and what a device is told in which order."""
 
+import json
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from hosting import Model
 from kvcondense import KvCondenseError, OnlineState, StatePool
+from kvcondense.bench import measure
+from kvcondense.bench.swap import Case
+from kvcondense.cli import app
 from kvcondense.errors import DeviceError, DtypeError, RangeError, ShapeError, StateMismatchError, UnsupportedError
 from kvcondense.layout.hosted import HostedStates, _Layer
 from machine import SPECS
@@ -211,3 +217,26 @@ def test_on_an_accelerator_copies_have_a_stream_and_each_layer_an_event(monkeypa
     model.back(0, model.slot(0))
     model.hosted.wait("1 ring")
     assert streams.said == [*told[:3], "event 3", "1 ring", "event 4", "off own", "current waits for event 4"]
+
+
+def test_the_bench_compares_and_prints(tmp_path, monkeypatch):
+    cases = {"tiny": Case("tiny", 2, 133, False), "small": Case("small", 2, 133, True)}
+    monkeypatch.setattr("kvcondense.cli.work.bench.SWAPS", cases)
+    monkeypatch.setattr(measure.Rates, "measure", lambda: measure.Rates(memory=1e9, cache=1e10, gemm=1e11))
+    file = tmp_path / "t.jsonl"
+    result = CliRunner().invoke(app, ["bench", "--swap", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    records = [r for r in map(json.loads, file.read_text().splitlines()) if "runner" in r]
+    assert [r["runner"] for r in records] == ["out", "in", "plain copy"] * 2
+    # 20 layers of ratio 128 with 5 rows of 1024 channels, 21 with 5 of 2048, and as many indexers of 512.
+    assert records[0]["swapped_bytes"] == 2 * 4 * 5 * (20 * 1024 + 21 * 2048 + 21 * 512)
+    assert records[3]["swapped_bytes"] == 2 * 4 * (20 * 128 * 1024 + 21 * 8 * (2048 + 512))
+    assert [records[i]["of_plain"] for i in (2, 5)] == [1.0, 1.0]
+    again = CliRunner().invoke(app, ["bench", "--swap", "--from", str(file)])
+    assert "| tiny | out |" in again.output
+    monkeypatch.setattr(HostedStates, "swap_in", lambda self, request, slot: self.drop(request))
+    monkeypatch.setattr(HostedStates, "swap_out", lambda self, *a: real(self, a[0], a[1]))
+    assert CliRunner().invoke(app, ["bench", "--swap"]).exit_code == 1
+
+
+real = HostedStates.swap_out

@@ -55,41 +55,49 @@ class Move:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A pool on the device, the one like it on the host, and the device's tensors as they were when both were met."""
+    """A pool on the device, the one like it on the host, and of both the tensors and the tags by slot."""
 
     name: str
     spec: CompressorSpec
     pool: StatePool | OnlineState
     host: StatePool | OnlineState
-    memory: tuple[torch.Tensor | None, ...]
+    met: tuple[torch.Tensor | None, ...]
+    """The device's tensors as they were given, of which there are views below."""
+    pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    tags: tuple[torch.Tensor, torch.Tensor] | None
 
     @classmethod
     def of(cls, name: str, spec: CompressorSpec, pool: StatePool | OnlineState, host_slots: int) -> _Layer:
         """With memory of its own on the host."""
-        return cls(name, spec, pool, _twin(pool, host_slots), (*pool.memory, pool.tags))
+        host = _twin(pool, host_slots)
+        pairs = tuple((_by_slot(pool, a), _by_slot(host, b)) for a, b in zip(pool.memory, host.memory, strict=True))
+        tags = None
+        if pool.tags is not None and host.tags is not None:
+            tags = _by_slot(pool, pool.tags), _by_slot(host, host.tags)
+        return cls(name, spec, pool, host, (*pool.memory, pool.tags), pairs, tags)
 
     def check(self, slot: int) -> None:
         """Raise unless the pool has the slot, in the tensors that it had."""
-        if any(a is not b for a, b in zip(self.memory, (*self.pool.memory, self.pool.tags), strict=True)):
+        if any(a is not b for a, b in zip(self.met, (*self.pool.memory, self.pool.tags), strict=True)):
             raise StateMismatchError(
                 f"pools[{self.name!r}]", "the tensors that it had when it was given", "others", "make HostedStates anew"
             )
         if slot >= _slots(self.pool):
             raise RangeError("slot", f"values in 0..{_slots(self.pool) - 1} (pools[{self.name!r}])", slot)
 
-    def check_holds(self, request: Hashable, batch: RaggedBatch) -> None:
-        """Raise StateMismatchError if tags say that the slot of ``batch`` is not the state of a request there."""
+    def check_holds(self, request: Hashable, batch: RaggedBatch, live: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Raise StateMismatchError if tags say that the slot of ``batch`` does not hold the rows ``live``."""
         try:
             if isinstance(self.pool, OnlineState):
                 self.pool.check_at(self.spec, batch)
             else:
-                self.pool.check_rows(batch, *live_rows(self.spec, batch.start_positions))
+                self.pool.check_rows(batch, *live)
         except StateMismatchError as error:
             raise StateMismatchError(self._of(request), error.expected, error.got, "slot and position?") from None
 
     def check_free(self, request: Hashable, slot: int) -> None:
         """Raise StateMismatchError if tags say that somebody can go on from what the slot holds."""
-        if self.pool.tags is not None and bool((_by_slot(self.pool, self.pool.tags)[slot] >= 0).any()):
+        if self.tags is not None and int(self.tags[0][slot].max()) >= 0:
             got = f"slot {slot} that holds positions of a request"
             raise StateMismatchError(self._of(request), "a slot that holds nothing", got, "pool.reset([slot])")
 
@@ -97,12 +105,12 @@ class _Layer:
         return f"state of request {request!r} in {self.name}"
 
     def live(self, position: int | None) -> tuple[list[slice], ...]:
-        """Of each tensor of ``memory``, the rows of a slot that a request at ``position`` goes on from; None: all."""
+        """Of each of ``pairs``, the rows of a slot that a request at ``position`` goes on from; None: all."""
         if position is None:
-            return (_WHOLE,) * len(self.pool.memory)
+            return (_WHOLE,) * len(self.pairs)
         low = self.spec.live_start(position)
         if isinstance(self.pool, StatePool):
-            return (_ring(low, position, self.pool.layout.block_rows),) * len(self.pool.memory)
+            return (_ring(low, position, self.pool.layout.block_rows),) * len(self.pairs)
         if low == position:  # a window begins: nothing is folded, nothing is logged that counts
             return [], [], []
         logged = self.pool.layout.log_rows
@@ -110,28 +118,29 @@ class _Layer:
 
     def rows(self, slot: int, host_slot: int, position: int | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Views (on the device, on the host) of what moves between two slots."""
-        pairs = zip(self.pool.memory, self.host.memory, self.live(position), strict=True)
-        return [
-            (_by_slot(self.pool, a)[slot, rows], _by_slot(self.host, b)[host_slot, rows])
-            for a, b, runs in pairs
-            for rows in runs
-        ]
+        pairs = zip(self.pairs, self.live(position), strict=True)
+        return [(a[slot, rows], b[host_slot, rows]) for (a, b), runs in pairs for rows in runs]
 
     def put_tags(self, slot: int, host_slot: int, position: int | None) -> None:
         """Name on the host what has come from the device's slot: with a position, no row but those that moved."""
-        if self.pool.tags is None or self.host.tags is None:
-            return
-        held = _by_slot(self.pool, self.pool.tags)[slot]
-        if position is not None:
-            low = self.spec.live_start(position)
-            moved = torch.full_like(held, position if low < position else -1)
-            held = moved if isinstance(self.pool, OnlineState) else held.where((held >= low) & (held < position), -1)
-        _by_slot(self.host, self.host.tags)[host_slot] = held
+        if self.tags is not None:
+            here, there = self.tags[0][slot], self.tags[1][host_slot]
+            there.copy_(here)
+            if position is not None and isinstance(self.pool, OnlineState):
+                there.fill_(position if position % self.spec.ratio else -1)
+            elif position is not None:
+                there[(here < self.spec.live_start(position)) | (here >= position)] = -1
 
     def take_tags(self, slot: int, host_slot: int) -> None:
         """Name on the device what has come from the host."""
-        if self.pool.tags is not None and self.host.tags is not None:
-            _by_slot(self.pool, self.pool.tags)[slot] = _by_slot(self.host, self.host.tags)[host_slot]
+        if self.tags is not None:
+            self.tags[0][slot] = self.tags[1][host_slot]
+
+    def forget(self, *, slot: int | None = None, host_slot: int | None = None) -> None:
+        """Have the tags of one of the slots name nothing."""
+        for tags, of in zip(self.tags or (), (slot, host_slot), strict=False):
+            if of is not None:
+                tags[of] = -1
 
 
 @dataclass(frozen=True)
@@ -213,7 +222,7 @@ class HostedStates:
         self._away[request] = _Away(host_slot, position, sum(size for size, _ in copies))
         self._record(request, "out", copies)
         for layer in self._layers.values():  # not StatePool.reset, whose NaN are as many bytes as the state
-            _forget(layer.pool, slot)
+            layer.forget(slot=slot)
 
     def swap_in(self, request: Hashable, slot: int) -> None:
         """Move the state of ``request`` back, into ``slot`` of every pool; its room on the host is free then.
@@ -236,7 +245,7 @@ class HostedStates:
         """Forget a request that is away. Raises RangeError for one that is not."""
         host_slot = self._of(request).host_slot
         for layer in self._layers.values():
-            _forget(layer.host, host_slot)
+            layer.forget(host_slot=host_slot)
         del self._away[request]
 
     def wait(self, layer: str) -> None:
@@ -297,11 +306,12 @@ class HostedStates:
             layer.check(slot)
 
     def _check_holds(self, request: Hashable, slot: int, position: int) -> None:
-        tagged = [layer for layer in self._layers.values() if layer.pool.tags is not None]
+        tagged = [layer for layer in self._layers.values() if layer.tags is not None]
         if tagged:  # else a batch on a GPU would be waited for, and nothing compared
             batch = RaggedBatch.at(position, state_slot=slot, device=self._device)
+            live = {spec: live_rows(spec, batch.start_positions) for spec in {layer.spec for layer in tagged}}
             for layer in tagged:
-                layer.check_holds(request, batch)
+                layer.check_holds(request, batch, live[layer.spec])
 
     def _layer(self, name: str) -> _Layer:
         require_known("layer", name, self._layers, error=RangeError)
@@ -378,12 +388,6 @@ def _by_slot(pool: StatePool | OnlineState, t: torch.Tensor) -> torch.Tensor:
     """View [slots, rows or values, ...] of one of its tensors."""
     many = _slots(pool)
     return t if t.dim() == 3 else t.unflatten(0, (many, t.shape[0] // many))
-
-
-def _forget(pool: StatePool | OnlineState, slot: int) -> None:
-    """Have the tags of a slot name nothing."""
-    if pool.tags is not None:
-        _by_slot(pool, pool.tags)[slot] = -1
 
 
 def _known(request: Hashable, away: Mapping[Hashable, _Away]) -> bool:
