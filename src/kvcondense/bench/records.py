@@ -108,8 +108,8 @@ class _Timing:
     saved_bytes: float = 0.0
     moved_bytes: int = 0
     all_gather_bytes: int = 0
-    file_bytes: int = 0
-    swapped_bytes: int = 0
+    file_bytes: float = 0.0
+    swapped_bytes: float = 0.0
     of_plain: float = 1.0
 
 
