@@ -75,8 +75,16 @@ class Records(Reader):
         ranks = [
             {"case": "x", "runner": r, "us": 5.0, "moved_bytes": 12, "all_gather_bytes": 50} for r in ("a", "one rank")
         ]
+        swaps = [{"case": "x", "runner": r, "us": 5.0, "swapped_bytes": 12, "of_plain": 1.5} for r in ("out", "in")]
         head = {"machine": MACHINE, "rates": {"memory": 1e9, "cache": 1e10, "gemm": 1e11}}
-        found = ([*timed, *longer], [*step, *gemms, {"case": "y", "failed": "no"}, wrong], fused, training, ranks)
+        found = (
+            [*timed, *longer],
+            [*step, *gemms, {"case": "y", "failed": "no"}, wrong],
+            fused,
+            training,
+            ranks,
+            swaps,
+        )
         lines = [[head, *some, {"complete": "x"}] for some in found]
         return ["".join(map(records.text, some)).encode() for some in lines]
 

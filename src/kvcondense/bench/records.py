@@ -108,7 +108,9 @@ class _Timing:
     saved_bytes: float = 0.0
     moved_bytes: int = 0
     all_gather_bytes: int = 0
-    file_bytes: int = 0
+    file_bytes: float = 0.0
+    swapped_bytes: float = 0.0
+    of_plain: float = 1.0
 
 
 _ALONGSIDE = {
@@ -116,6 +118,7 @@ _ALONGSIDE = {
     "saved_bytes": ("case",),
     "moved_bytes": ("case", "all_gather_bytes"),
     "file_bytes": ("case",),
+    "swapped_bytes": ("case", "of_plain"),
     "step": ("part",),
 }
 """What a timing says -> what it must say, too."""

@@ -22,6 +22,8 @@ def tables(records: Sequence[Record]) -> dict[str, str]:
         return {"Forward and backward": training(records)}
     if any("file_bytes" in r for r in records):
         return {"A request in a file": in_a_file(records)}
+    if any("swapped_bytes" in r for r in records):
+        return {"States in host memory": swapped(records)}
     if any("moved_bytes" in r for r in records):
         return {"A sequence on several processes": context_parallel(records)}
     if any(r.get("runner") == GEMM for r in records):
@@ -58,6 +60,15 @@ def in_a_file(records: Sequence[Record]) -> str:
         lines.append(
             f"| {r['case']} | {r['runner']} | {r['file_bytes'] / 1e6:.1f} | {r['us'] / 1e6:.3f} | {rate:.2f} |"
         )
+    return "\n".join(lines)
+
+
+def swapped(records: Sequence[Record]) -> str:
+    """Milliseconds and bytes a second of each way, and its time over that of a plain copy."""
+    lines = ["| | way | MB | ms | GB/s | x plain copy |", "|---|---|---|---|---|---|"]
+    for r in (r for r in records if "swapped_bytes" in r):
+        cells = (r["case"], r["runner"], f"{r['swapped_bytes'] / 1e6:.1f}", f"{r['us'] / 1e3:.2f}")
+        lines.append(f"| {' | '.join(cells)} | {r['swapped_bytes'] / r['us'] / 1e3:.2f} | {r['of_plain']:.2f} |")
     return "\n".join(lines)
 
 

@@ -16,7 +16,8 @@ from kvcondense.cli.voids import Void
 EXAMPLE = "Example: kvcondense bench --backend cpu --json timings.jsonl --plot timings.png"
 FAILS = "rows of the backend are wrong, or a case raised"
 _OF_TIMINGS = (
-    "backend", "context_parallel", "peer_file", "training", "bundle", "from_file", "plot", "report_file", "resume",
+    "backend", "context_parallel", "peer_file", "training", "bundle", "swap", "from_file", "plot", "report_file",
+    "resume",
 )  # fmt: skip
 VOID = (
     Void("list_cases", ("predict", "measured")),
@@ -46,6 +47,9 @@ def bench(
     ] = False,
     bundle: Annotated[
         bool, typer.Option("--bundle", help="100000 tokens of Flash to a file and back, beside a plain copy.")
+    ] = False,
+    swap: Annotated[
+        bool, typer.Option("--swap", help="States of 8 requests of Flash to host memory and back, beside a plain copy.")
     ] = False,
     list_cases: Annotated[bool, typer.Option("--list", help="Print the cases, with their bytes and flops.")] = False,
     from_file: Annotated[
@@ -85,6 +89,7 @@ def bench(
     With --fused, a step from hidden states is timed as the backend does it at once, as GEMM and step, and, for small
     steps, in the way that gives a token the same bits in every step. With --training, gradients are compared first;
     with --context-parallel, rows with those of one process, and bytes with those of gathering all.
+    Example: kvcondense bench --swap --json swap.jsonl
     Each timing is in the --json file as soon as it is made; --resume goes on with a file of the same machine, versions
     and sources. A case that raises is recorded, and the others go on.
 

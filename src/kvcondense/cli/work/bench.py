@@ -19,6 +19,8 @@ from kvcondense.bench.context_parallel import run_split
 from kvcondense.bench.decode_step import DECODE_STEP, decode_step
 from kvcondense.bench.fused import LAYERS, run_layer
 from kvcondense.bench.run import CONTEXTS, STREAMS, context_series, run_case, stream_series
+from kvcondense.bench.swap import CASES as SWAPS
+from kvcondense.bench.swap import run_case as run_swap
 from kvcondense.bench.training import CASES as TRAINING_CASES
 from kvcondense.bench.training import run_case as run_training
 from kvcondense.cli.output import Output
@@ -42,6 +44,7 @@ def run(
     peer_file: list[str] | None,
     training: bool,
     bundle: bool,
+    swap: bool,
     list_cases: bool,
     from_file: Path | None,
     predict: str | None,
@@ -57,16 +60,23 @@ def run(
         prediction.run(output, predict, case, fused, measured)
         return None
     on_gpu = backend == "triton"
-    if fused + training + context_parallel + bundle > 1:
-        raise UnsupportedError("--fused", "one of --fused, --training, --context-parallel and --bundle", "more")
+    forms: tuple[tuple[bool, dict[str, Any], Any], ...] = (
+        (training, TRAINING_CASES, run_training),
+        (context_parallel, SPLITS, run_split),
+        (bundle, BUNDLES, run_bundle),
+        (swap, SWAPS, run_swap),
+    )
+    form = next((form for form in forms if form[0]), None)
+    if fused + sum(given for given, *_ in forms) > 1:
+        raise UnsupportedError("--fused", "one of --fused, --training, --context-parallel, --bundle, --swap", "more")
     if fused and not on_gpu:
         raise UnsupportedError("--fused", "--backend triton", backend)
-    for option, given in (("--context-parallel", context_parallel), ("--bundle", bundle)):
+    for option, given in (("--context-parallel", context_parallel), ("--bundle", bundle), ("--swap", swap)):
         if given and on_gpu:
             raise UnsupportedError(option, "a backend of the CPU", backend)
     cases: dict[str, Any] = (LAYERS if fused else DEVICE_CASES) if on_gpu else CASES
-    if training or context_parallel or bundle:
-        cases = TRAINING_CASES if training else SPLITS if context_parallel else BUNDLES
+    if form:
+        cases = form[1]
     if list_cases:
         rows = [(c.name, c.bytes, c.flops) for c in cases.values()]
         more = [(name, "", "") for name in _SERIES] if cases is CASES else []
@@ -97,8 +107,8 @@ def run(
             raise UnsupportedError("--peer-file", "--backend triton", backend)
         extra = [peer_files.load(text) for text in peer_file or ()]
         one_case = run_layer if fused else partial(run_case, backend=backend, extra=extra)
-        if training or context_parallel or bundle:
-            one_case = run_training if training else run_split if context_parallel else run_bundle
+        if form:
+            one_case = form[2]
         log, rates = _start(output, on_gpu, resume)
         _measure(output, log, chosen, partial(one_case, rates=rates, say=output.say, device=_home(on_gpu)))
         for name in series:
