@@ -63,10 +63,16 @@ def test_amax_at_and_around_every_power_of_two(name):
     amax = torch.tensor([m * 2.0**k for k in range(-110, 111) for m in (largest / 64, 1.0)]).bfloat16()
     bits = amax.view(torch.int16)[:, None] + torch.tensor([-1, 0, 1], dtype=torch.int16)
     amax = bits.view(torch.bfloat16).float().flatten()
-    gen = torch.Generator().manual_seed(2)
-    rows = (torch.rand(amax.shape[0], width(fmt), generator=gen) - 0.5) * amax[:, None]
-    rows[torch.arange(amax.shape[0]), torch.randint(0, 64, amax.shape, generator=gen)] = amax
-    rows[::2] *= -1
+    part, gen = fmt.scaled, torch.Generator().manual_seed(2)
+    stop = part.stop or width(fmt)
+    size = part.scale.block or stop - part.start
+    blocks = (stop - part.start) // size
+    amax = torch.nn.functional.pad(amax, (0, -amax.shape[0] % blocks), value=1.0)
+    values = (torch.rand(amax.shape[0], size, generator=gen) - 0.5) * amax[:, None]
+    values[torch.arange(amax.shape[0]), torch.randint(0, size, amax.shape, generator=gen)] = amax
+    values[::2] *= -1
+    rows = torch.rand(amax.shape[0] // blocks, width(fmt), generator=gen)
+    rows[:, part.start : stop] = values.view(-1, blocks * size)  # one amax for each block of a row
     compare_with_golden(name, rows)
 
 
