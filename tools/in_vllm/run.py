@@ -131,9 +131,9 @@ def sentences(report: Record) -> list[str]:
         if "tokens" in engine:
             own, plugin = (engine["runs"][mode] for mode in _ENGINE[:2])
             lines.append(
-                f"{engine['status']}  engine: {engine['equal_tokens']} of {engine['tokens']} tokens equal, logprobs apart "
-                f"by {engine['logprobs_apart']}; a decode step {own['step_s']} s, plugin {plugin['step_s']} s; all "
-                f"compressors {own['compressor_s']} s, plugin {plugin['compressor_s']} s"
+                f"{engine['status']}  engine: {engine['equal_tokens']} of {engine['tokens']} tokens equal, logprobs "
+                f"apart by {engine['logprobs_apart']}; a decode step {own['step_s']} s, plugin {plugin['step_s']} s; "
+                f"all compressors {own['compressor_s']} s, plugin {plugin['compressor_s']} s"
                 + (f" ({engine['why']})" if engine["why"] else "")
             )
         for mode, found in engine["runs"].items():

@@ -14,7 +14,7 @@ import torch
 from in_vllm import tiny
 
 RATIOS = [0, 4, 128, 4, 128]
-_LONGEST, _MEMORY = 1024, 72 << 20
+_LONGEST, _MEMORY = 1024, 48 << 20
 
 
 class Turn(NamedTuple):
