@@ -48,8 +48,8 @@ ARROWS = {
     "bundle": {"bundle", "api", "snapshot", "files", "backends", "layout", "formats", "spec", "errors"},
     "stream": {"cachefile", "files", "api", "layout", "rope_table", "weights", "formats", "spec", "config", "errors"},
     "integrations": {
-        "integrations", "planning", "api", "backends", "layout", "rope_table", "weights", "formats", "spec", "config",
-        "errors",
+        "integrations", "bound", "planning", "api", "backends", "layout", "rope_table", "weights", "formats", "spec",
+        "config", "errors",
     },
     "parallel": {
         "parallel", "training", "api", "backends", "stages", "layout", "rope_table", "weights", "spec", "numerics",
