@@ -46,6 +46,7 @@ def install() -> Support:
         own: Any = vars(one).get("forward")
         if own is not None and not hasattr(own, "__wrapped__"):
             one.forward = _instead(own, found)  # type: ignore[attr-defined]
+            _log.info("kvcondense: compresses in the place of vLLM's %s", one.__name__)
     return found
 
 
