@@ -79,7 +79,7 @@ def same(steps, expected):
 @pytest.fixture
 def small(monkeypatch):
     """Windows cut into blocks whose programs meet, and five programs that share a launch of decode."""
-    monkeypatch.setattr(decode, "choice", lambda window, head_dim: Choice(BLOCK, 4))
+    monkeypatch.setattr(decode, "choice", lambda _, window, head_dim: Choice(BLOCK, 4))
 
     def together(programs):
         monkeypatch.setattr(decode, "_programs", lambda device: (True, programs))

@@ -6,11 +6,23 @@ import pytest
 import torch
 from projected import HIDDEN, NAMES, bf16_weights, check_against_two_steps, play
 
-from kvcondense import KvCondenseError, PagedCache, RaggedBatch, StatePool, compress, condense, explain, project
+from kvcondense import (
+    CompressorSpec,
+    KvCondenseError,
+    PagedCache,
+    RaggedBatch,
+    StatePool,
+    compress,
+    condense,
+    explain,
+    project,
+)
 from kvcondense.api import Job, compress_many
 from kvcondense.backends import Step
 from kvcondense.backends.triton import TritonBackend, decode
+from kvcondense.backends.triton.constants import constants, state_key
 from kvcondense.backends.triton.kernels import decode as kernels
+from kvcondense.backends.triton.tuning import Choice
 from kvcondense.errors import DtypeError
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
@@ -109,7 +121,7 @@ def test_two_compressors_share_a_launch(launches):
 
 
 def test_two_that_count_in_the_same_place_do_not(launches, monkeypatch):
-    monkeypatch.setattr(decode, "choice", lambda window, head_dim: decode.Choice(8, 4))
+    monkeypatch.setattr(decode, "choice", lambda _, window, head_dim: decode.Choice(8, 4))
     x = torch.randn(8, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
     expected = compress_many(x, layer(), impl="triton")
     assert [two for _, two in launches] == 3 * [True]
@@ -189,3 +201,22 @@ def test_spans_depend_on_the_hidden_channels_alone():
     assert [decode.splits(d) for d in (64, 192, 512, 4096, 7168)] == [1, 3, 8, 8, 8]
     assert decode.block_of([1024]) == decode.block_of([2048, 512]) == 32
     assert decode.block_of([512, 16]) == 16
+
+
+def test_loads_of_16_bytes_are_promised_only_where_rows_are_aligned():
+    """Pointers from two places hide it from the compiler: rows that begin elsewhere would be read past their end."""
+    spec = CompressorSpec(ratio=4, head_dim=16, eps=1e-6, rope_dim=8, overlap=True)
+    memory = torch.zeros(1 << 12)
+    cases = {
+        "aligned": (memory[: 2 * 8 * 64].view(2, 8, 64), True),
+        "a value further": (memory[1 : 2 * 8 * 64 + 1].view(2, 8, 64), False),
+        "rows of 65": (memory.as_strided((2, 8, 64), (520, 65, 1)), False),
+        "blocks of 513": (memory.as_strided((2, 8, 64), (513, 64, 1)), False),
+    }
+    for name, (rows, aligned) in cases.items():
+        made = constants(spec, state_key(StatePool.wrap(rows, paged=False)), None, 0, False, Choice(16, 4), splits=8)
+        assert made.state_aligned is aligned, name
+    narrow = CompressorSpec(ratio=4, head_dim=2, eps=1e-6, rope_dim=0, overlap=True)
+    rows = memory[: 2 * 8 * 8].view(2, 8, 8)
+    made = constants(narrow, state_key(StatePool.wrap(rows, paged=False)), None, 0, False, Choice(2, 4))
+    assert not made.state_aligned

@@ -19,6 +19,7 @@ from kvcondense.layout.state import StatePool
 from kvcondense.spec import CompressorSpec
 
 _MULTIPLE = 16
+_ALIGNED = 4  # fp32 of a load of 16 bytes
 UNROLL = 4
 """Tokens that an online fold reads ahead."""
 SCALE_PART = Part(
@@ -33,9 +34,10 @@ class Constants:
     block: channels of a program, blocks: programs per window, counters: whether the last of them finishes it.
     state_rows: rows of a ring, a page or a draft log; page_tokens: positions that share a page; state_apart: kv and
     scores are two tensors; strides in elements, state_multiple: a power of two that divides them, so that rows begin
-    where 16 bytes do. window_padded, window_levels: the window as a power of two, and its logarithm; ratio_levels: the
-    ratio's. splits: partial sums of which this launch makes kv_score; 0: it is given. stored: all tokens are read from
-    the state. rounds_rows: rows are rounded before the cache takes them.
+    where 16 bytes do, if the tensors do; state_aligned: they do, and so do the halves of fp32 rows. window_padded,
+    window_levels: the window as a power of two, and its logarithm; ratio_levels: the ratio's. splits: partial sums of
+    which this launch makes kv_score; 0: it is given. stored: all tokens are read from the state. rounds_rows: rows are
+    rounded before the cache takes them.
     """
 
     ratio: int
@@ -69,6 +71,7 @@ class Constants:
     state_stride: int
     state_page_stride: int
     state_multiple: int
+    state_aligned: bool
     raw_scores: bool
     latent: bool
     has_cache: bool
@@ -97,6 +100,7 @@ class StateKey(NamedTuple):
     page_tokens: int = 0
     raw_scores: bool = False
     apart: bool = False
+    aligned: bool = False
 
 
 @functools.lru_cache(maxsize=1024)
@@ -148,6 +152,7 @@ def constants(
         state_stride=state.stride,
         state_page_stride=state.page_stride,
         state_multiple=math.gcd(state.stride, state.page_stride, _MULTIPLE),
+        state_aligned=state.aligned and math.gcd(state.stride, state.page_stride, spec.head_dim) % _ALIGNED == 0,
         raw_scores=state.raw_scores,
         latent=latent,
         has_cache=form is not None,
@@ -178,4 +183,5 @@ def state_key(state: StatePool | OnlineState | None) -> StateKey:
         page_tokens=state.layout.page_tokens if isinstance(state.layout, PagedLayout) else 0,
         raw_scores=state.layout.raw_scores,
         apart=state.score is not None,
+        aligned=all(t.data_ptr() % (4 * _ALIGNED) == 0 for t in state.memory),
     )

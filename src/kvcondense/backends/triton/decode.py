@@ -37,8 +37,8 @@ TOKENS = 64
 _BLOCKS = (32, 16)
 WARPS = 4
 _SPLITS = 8
-_TILE, _LINE = 1024, 32
-"""Elements of a pooled tile, [window, channels], and channels that it has at least: 128 bytes of a row."""
+_TILE = 1024
+"""Elements of a pooled tile, [window, channels]; of long windows it has more."""
 _Job = tuple[Step, tuple[Any, ...], Constants]
 """A step, what the kernel takes for it, and its constants."""
 _NONE = (None,) * 4, (None,) * 6, (None,) * 4, (None,) * 3, (None,) * 8, 0, 0, 0
@@ -78,9 +78,10 @@ def _blocks(projected: Sequence[int]) -> int:
     return sum(projected) // block_of(projected)
 
 
-def choice(window: int, head_dim: int) -> Choice:
+def choice(device: torch.device, window: int, head_dim: int) -> Choice:
     """How the windows of such a step are cut; programs have WARPS warps whatever they do."""
-    return Choice(min(head_dim, max(_TILE // (1 << (window - 1).bit_length()), _LINE)), WARPS)
+    least = tuning.pooled_channels(tuning.architecture(device))
+    return Choice(min(head_dim, max(_TILE // (1 << (window - 1).bit_length()), least)), WARPS)
 
 
 def run(steps: Sequence[Step], x: torch.Tensor, ws: Sequence[torch.Tensor]) -> None:
@@ -148,10 +149,8 @@ def _arguments(step: Step, x: torch.Tensor, w: torch.Tensor) -> tuple[tuple[Any,
     assert not isinstance(state, OnlineState)
     form, page_rows = (None, 0) if cache is None else (cache.format, cache.page_rows)
     count = splits(x.shape[1])
-    c = constants(
-        spec, state_key(state), form, page_rows, step.latent is not None, choice(spec.window, spec.head_dim),
-        splits=count,
-    )  # fmt: skip
+    chosen = choice(step.rows.device, spec.window, spec.head_dim)
+    c = constants(spec, state_key(state), form, page_rows, step.latent is not None, chosen, splits=count)
     w = w if w.stride(1) == 1 else w.contiguous()
     partials = torch.empty(count, x.shape[0], spec.projected, dtype=torch.float32, device=x.device)
     table, stride = state_table(batch, state)

@@ -119,6 +119,14 @@ def product_options(arch: str, tiles: bool) -> dict[str, Any]:
     return {"enable_fp_fusion": False, **({"maxnreg": 255} if told else {}), **({"num_stages": 1} if still else {})}
 
 
+def pooled_channels(arch: str) -> int:
+    """Channels that a decode step from x pools at once at least: 256 bytes of a row, since a program waits for each.
+
+    On sm_89 as many of 128 rows in pages take a few registers too many (``kvcondense aot``).
+    """
+    return 32 if arch == "sm_89" else 64
+
+
 def decode_programs(device: torch.device) -> int | None:
     """Programs of a processor in launches whose programs wait for one another; None: there are none such."""
     return _part(architecture(device))["decode_programs"]

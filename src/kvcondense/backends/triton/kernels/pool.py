@@ -95,6 +95,16 @@ def fresh_values(source, live, other, c: tl.constexpr):
 
 
 @triton.jit
+def either(one, other, first, channel, live, nothing, c: tl.constexpr):
+    """fp32 [n, channels] at the pointers ``one`` [n] where ``first``, else at ``other``; ``nothing`` where not live."""
+    ALIGNED: tl.constexpr = c.value.state_aligned
+    rows = tl.where(first, one, other)
+    if ALIGNED:  # which tl.where hides from the compiler, and with it loads of 16 bytes
+        rows = tl.multiple_of(rows, [16])
+    return tl.load(rows[:, None] + channel[None, :], mask=live[:, None], other=nothing, cache_modifier=".cg")
+
+
+@triton.jit
 def whole_window(kv_score, ape, first, channel, kv_stride, c: tl.constexpr):
     """kv and z [window, block] of a window all of whose tokens are this step's, from token ``first`` on: no masks."""
     R: tl.constexpr = c.value.ratio
@@ -139,6 +149,15 @@ def candidates(kv_score, ape, q, begin, start, first_token, channel, state_table
     # Channels [0, d) are read of tokens before the window, the last d of those in it.
     half = (j >= W - R).to(tl.int64) * (N - D)
     offset = tl.where(fresh, first_token + position, 0) * kv_stride + half
+    if c.value.splits > 0 and STATE and GATE and not c.value.state_bf16:
+        # What this launch has stored, and fp32 rows of the state: one load from either place, past the first cache.
+        stored = valid & (position < start)
+        row = state_row(position, stored, q, state_table, table_stride, c) + half
+        kv = either(values_of(state, c) + row, kv_score + offset, stored, channel, valid, 0.0, c)
+        z = either(scores_of(state, c) + row, kv_score + N + offset, stored, channel, valid, float("-inf"), c)
+        if APE:
+            z += biases(ape, j, half, channel, valid if RAW else fresh, c)
+        return kv, z
     source = kv_score + offset[:, None] + channel[None, :]
     kv = as_stored(fresh_values(source, fresh[:, None], 0.0, c), c)  # [PADDED, block]
     z = tl.zeros([PADDED, BLOCK], tl.float32)
