@@ -3,7 +3,6 @@
 import torch
 
 from kvcondense.conformance.adapter import Capabilities
-from kvcondense.conformance.stored import CANARY
 from kvcondense.golden.decode import DecodeCompressor, sylvester
 
 
@@ -19,12 +18,12 @@ class Naive:
         refuses=False,
         returns_state=False,
         specs=("csa", "hca", "indexer"),
+        max_positions=9000,  # it walks to the last ones token by token
     )
 
     def init(self, setup):
         self.setup, self.requests = setup, {}
-        pages = torch.full((setup.num_pages * setup.page_rows, 2 * setup.spec.head_dim), CANARY, dtype=torch.uint8)
-        self.cache = pages.view(torch.bfloat16)
+        self.cache = setup.new_cache().data.view(torch.bfloat16).view(-1, setup.spec.head_dim)
 
     def step(self, kv_score, batch):
         s = self.setup

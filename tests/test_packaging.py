@@ -46,17 +46,14 @@ def test_the_tests_of_an_sdist_run(tree, tmp_path):
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     environment = {**os.environ, "PYTHONPATH": str(folder / "src")}
 
-    def pytest_there(*words):
-        command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *words]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-
-    collected = pytest_there("--collect-only")
-    assert collected.returncode == 0, collected.stdout[-2000:]
-    found = re.search(r"(\d+) tests collected", collected.stdout)
-    assert found is not None
-    assert int(found[1]) > 3000
-    ran = pytest_there("tests/test_config.py", "tests/test_readme.py", "tests/test_bench_records.py")
+    some = ("test_config.py", "test_readme.py", "test_bench_records.py")
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-k", " or ".join(some)]
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stdout[-2000:]
+    found = re.search(r"(\d+) passed.* (\d+) deselected", ran.stdout)
+    assert found is not None
+    assert int(found[1]) > 50
+    assert int(found[1]) + int(found[2]) > 3000
 
 
 def test_a_wheel_has_what_the_code_reads(tree, tmp_path):
