@@ -225,7 +225,6 @@ def test_a_query_start_loc_that_falls():
 @pytest.mark.parametrize("state", ["ring", "paged", "online"])
 def test_what_is_just_inside_and_just_outside(state, monkeypatch):
     """One value at a time: the last that is in its bounds, and the first that is not."""
-    monkeypatch.setattr(launcher, "INTERPRETED_BLOCK", 8)
     names = ["r2", "hca"] if state == "online" else ["r2", "csa"]
     jobs = [(SPECS[n], layout_of(state, SPECS[n], 4), 3) for n in names]
     most = torch.iinfo(torch.int64).max // 3
@@ -266,8 +265,11 @@ def test_what_is_just_inside_and_just_outside(state, monkeypatch):
         )
     tried = [(batch, bounds, rows) for batch in edges]
     tried += [(batch, replace(bounds, positions=None), [None] * 2) for batch in edges[:values]]
-    for batch, limit, most in tried:
-        same(static(jobs, batch, limit, most).plans, by_torch(jobs, batch, limit, most))
+    # Blocks that end among a step's tokens are many, most of them zero counters: an eighth of the batches has them.
+    for block, some in ((launcher.INTERPRETED_BLOCK, tried), (8, tried[::8])):
+        monkeypatch.setattr(launcher, "INTERPRETED_BLOCK", block)
+        for batch, limit, most in some:
+            same(static(jobs, batch, limit, most).plans, by_torch(jobs, batch, limit, most))
 
 
 def test_nothing_lies_outside_the_tensors():
