@@ -1,5 +1,6 @@
 """One rank of tests/test_parallel.py: python ranks.py SCENARIO RANK RANKS FILE; prints what it found."""
 
+import contextlib
 import itertools
 import random
 import sys
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from kvcondense import CompressorWeights, PagedCache, RaggedBatch, StatePool, condense
-from kvcondense.errors import RankError
+from kvcondense.errors import RangeError, RankError
 from kvcondense.layout.snapshot import export_live
 from kvcondense.module import Compressor
 from kvcondense.parallel import Segment, Shards, condense_shard, round_robin, traffic, zigzag
@@ -151,6 +152,25 @@ def merged(rank, ranks):
         merged_one(plain, 1.0, torch.float32, chosen["at random, 0"], rank, name)
         if spec.ratio > 3:  # else a rank has a row or two of a window, which are less than three numbers a channel
             assert traffic(spec, chosen["in turn"], statistics=True) < traffic(spec, chosen["in turn"])
+
+
+def merged_slots(rank, ranks):
+    """Slots of merged windows are checked before anything is written."""
+    spec, w = SPECS["csa"], weights(SPECS["csa"], hidden=8)
+    segments = round_robin([12], ranks)
+    x = torch.randn(12, spec.projected, generator=torch.Generator().manual_seed(1))
+    shards, part = Shards.agree_on(segments[rank], timeout=30), cut([x], segments[rank])
+    for bad in (99, -2, 0):  # beyond the cache, no slot at all, another row's
+        slots = cut([torch.arange(12) // 4], segments[rank])
+        last = [t for t, s in enumerate(segments[rank]) if s.start == 11]
+        slots[last] = bad
+        cache = PagedCache.allocate(spec.head_dim, 1, 8)
+        cache.data.fill_(7)
+        expected = last and (bad != 0 or any(s.start == 3 for s in segments[rank]))
+        with pytest.raises(RangeError) if expected else contextlib.nullcontext():
+            condense_shard(spec, part, w, rope(spec, 64), shards, cache=cache, slot_mapping=slots, statistics=True)
+        if expected:
+            assert bool((cache.data == 7).all())
 
 
 def merged_one(spec, scale, dtype, segments, rank, what):

@@ -52,8 +52,8 @@ ARROWS = {
         "config", "errors",
     },
     "parallel": {
-        "parallel", "training", "api", "backends", "stages", "layout", "rope_table", "weights", "spec", "numerics",
-        "errors",
+        "parallel", "training", "api", "bound", "backends", "stages", "layout", "rope_table", "weights", "spec",
+        "numerics", "errors",
     },
     "markup": set(),
     "visualiser": {"visualiser", "markup", "layout", "formats", "spec", "config", "errors"},

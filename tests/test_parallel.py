@@ -28,6 +28,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def play(scenario, ranks, tmp_path):
     """What every rank printed."""
+    tmp_path.mkdir(exist_ok=True)
     command = [
         sys.executable,
         *([TESTS / "kit_over_ranks.py"] if scenario == "kit" else [TESTS / "ranks.py", scenario]),
@@ -57,9 +58,10 @@ def test_packed_sequences_dealt_in_any_way_give_the_bits_of_one_rank(ranks, tmp_
 
 
 def test_statistics_of_windows_that_lie_on_several_ranks(tmp_path):
-    for rank, (text, code) in enumerate(play("merged", 3, tmp_path)):
-        assert code == 0, text
-        assert f"rank {rank}: merged ok" in text
+    for scenario, ranks in (("merged", 3), ("merged_slots", 2)):
+        for rank, (text, code) in enumerate(play(scenario, ranks, tmp_path / scenario)):
+            assert code == 0, text
+            assert f"rank {rank}: {scenario} ok" in text
 
 
 def test_the_kits_histories_with_prefills_over_ranks(tmp_path):
@@ -183,5 +185,8 @@ def test_what_cannot_be_dealt_out():
     ):
         with pytest.raises(error, match=word):
             interleaved_slots(spec, [0, 8], [0], torch.zeros(1, 1, dtype=torch.int64), 4, **{**good, **change})
+    for entry in (-1, 1 << 62):
+        with pytest.raises(RangeError, match=r"block_table\[0, 0\]"):
+            interleaved_slots(spec, [0, 8], [0], torch.tensor([[entry]]), 4, **good)
     with pytest.raises(ShapeError, match="at least 2 pages"):
         interleaved_slots(spec, [0, 80], [0], torch.zeros(1, 1, dtype=torch.int64), 8, **good)

@@ -3,6 +3,7 @@
 ``make vllm`` runs it in vLLM itself.
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -131,6 +132,48 @@ def test_a_profile_run_writes_nothing_and_asks_nobody(vllm):
     assert vllm.asked == []
 
 
+@pytest.mark.parametrize("longer", ["states", "caches", "tokens"])
+def test_padding_of_some_and_not_of_others(vllm, longer):
+    """vLLM's second runner pads slots of states for its graphs, and not what says whose a token is."""
+    memory, plain = (torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8) for _ in range(2))
+    tables, x = stand_ins.Engine.of(CSA, 2, 64, BLOCKS), tokens(CSA, 16)
+    for where, padded in ((memory, True), (plain, False)):
+        module, rope = stand_ins.layer(vllm, CSA, where)
+        metadata, slots, positions = tables.metadata([0, 0], [8, 8])
+        pad = torch.full((7,), -1)
+        if padded and longer == "states":
+            metadata.slot_mapping = torch.cat([metadata.slot_mapping, pad])
+        elif padded and longer == "caches":
+            slots = torch.cat([slots, pad])
+        elif padded:
+            positions = torch.cat([positions, torch.zeros(7, dtype=torch.int64)])
+        told = {module.state_cache.prefix: metadata, module.k_cache_prefix: SimpleNamespace(slot_mapping=slots)}
+        vllm.context = stand_ins.Context(told)
+        module.forward(x, positions, rope)
+    assert vllm.asked == []
+    assert torch.equal(memory, plain)
+    assert bool(memory.any())
+
+
+def test_a_first_pass_in_inference_mode_and_a_later_one_without(vllm):
+    memory = torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8)
+    module, rope = stand_ins.layer(vllm, CSA, memory)
+    tables = stand_ins.Engine.of(CSA, 1, 64, BLOCKS)
+    with torch.inference_mode():
+        step(vllm, module, rope, tables, tokens(CSA, 8), [0], [8])
+    step(vllm, module, rope, tables, tokens(CSA, 8), [8], [8])
+    assert vllm.asked == []
+
+
+def test_a_forward_that_vllm_wraps_itself_is_replaced(monkeypatch):
+    made = stand_ins.install(monkeypatch)
+    own = made.compressor.DeepseekCompressor.forward
+    wrapped = functools.wraps(own)(lambda self, *given: own(self, *given))
+    made.compressor.DeepseekCompressor.forward = wrapped
+    assert install().why == ""
+    assert made.compressor.DeepseekCompressor.forward is not wrapped
+
+
 @pytest.mark.parametrize("what", ["a token without a slot amid others", "positions with a gap", "no token"])
 def test_steps_that_are_none_of_ours_are_vllms(vllm, what):
     memory = torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8)
@@ -248,7 +291,7 @@ def test_it_installs_once_and_keeps_vllms_own(vllm):
     assert found == {"version": "0.32.0", "device": "cpu", "why": ""}
     after = [vars(c)["forward"] for c in (vllm.compressor.DeepseekCompressor, vllm.cpu.DeepseekV4CPUCompressor)]
     assert before == after
-    assert not hasattr(before[0].__wrapped__, "__wrapped__")
+    assert not hasattr(before[0].__wrapped__, "kvcondense")
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0rc1", "1.0", "dev"])
@@ -318,6 +361,11 @@ def test_blocks_of_one_memory_have_one_stride():
     other = engine.cache(memory.as_strided((BLOCKS // 2, 64, 584), (2 * stand_ins.PAGE, 584, 1)))
     with pytest.raises(ShapeError, match=f"{stand_ins.PAGE} bytes apart"):
         bind(CSA, w, ROPE, state=state, cache=other, shared_blocks=True)
+    late = memory.view(torch.float32).as_strided(
+        (BLOCKS - 1, 4, 2048), (stand_ins.PAGE // 4, 2048, 1), stand_ins.PAGE // 8
+    )
+    with pytest.raises(ShapeError, match="bytes of the memory's first"):
+        bind(CSA, w, ROPE, state=engine.state(late), cache=cache, shared_blocks=True)
     angles = memory.view(torch.float32).flatten()[: ROPE.cos.numel()].view(ROPE.cos.shape)
     with pytest.raises(KvCondenseError, match="no step writes"):
         bind(CSA, w, RopeTable(angles, ROPE.sin), state=state, cache=cache, shared_blocks=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -80,7 +82,11 @@ def _plain(name: str, parameter: torch.Tensor, shards: Shards | None) -> torch.T
     assert isinstance(parameter, DTensor)
     if not all(isinstance(p, Replicate) for p in placements):
         raise RangeError(name, "a parameter that every rank of its mesh holds whole", placements)
-    shared = None if shards is None else set(dist.get_process_group_ranks(shards.group))
-    groups = parameter.device_mesh.get_all_groups()
-    parts = [Partial() if set(dist.get_process_group_ranks(g)) == shared else Replicate() for g in groups]
+    shared = set() if shards is None else set(dist.get_process_group_ranks(shards.group))
+    groups = [set(dist.get_process_group_ranks(g)) for g in parameter.device_mesh.get_all_groups()]
+    parts = [Partial() if group <= shared else Replicate() for group in groups]
+    reached = math.prod(len(group) for group in groups if group <= shared)
+    if shared & set(parameter.device_mesh.mesh.flatten().tolist()) and reached != len(shared):
+        wanted = "dimensions of the parameters' mesh, whole"
+        raise RangeError("shards.group", wanted, f"ranks {sorted(shared)} of {parameter.device_mesh}")
     return parameter.to_local(grad_placements=parts)

@@ -8,7 +8,7 @@ from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeErr
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.extremes import Slots
-from kvcondense.layout.memory import check_apart, check_plain
+from kvcondense.layout.memory import check_apart, check_plain, span
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
@@ -139,7 +139,7 @@ def layer(
     for owners in ((state, None), (None, cache)) if shared_blocks else ((state, cache),):
         check_apart(written(*owners), _read(weights, rope))
     if shared_blocks:
-        _one_stride(written(state, cache))
+        _one_stride({name: t for name, t in written(state, cache).items() if t.dim()})
 
 
 def geometry(spec: CompressorSpec, plan: Plan, state: StatePool | OnlineState | None, cache: PagedCache | None) -> None:
@@ -176,12 +176,22 @@ def written(state: StatePool | OnlineState | None, cache: PagedCache | None) -> 
 
 
 def _one_stride(tensors: dict[str, torch.Tensor]) -> None:
-    """Raise unless blocks of all tensors that have some are as many bytes apart: only then has one number one place."""
-    strides = {name: t.stride(0) * t.element_size() for name, t in tensors.items() if t.dim() > 1}
-    first = next(iter(strides.values()), 0)
-    for name, stride in strides.items():
-        if stride != first:
-            raise ShapeError(name, f"blocks {first} bytes apart, as the first of {', '.join(strides)}", f"{stride}")
+    """Raise unless block i of each tensor lies in the same stretch of memory: only then has one number one place.
+
+    That is, blocks are as many bytes apart in all of them, and all lie within the first one's stride of its start.
+    """
+    spans = {name: span(t) for name, t in tensors.items()}
+    start = min((first for first, _ in spans.values()), default=0)
+    strides = {name: t.stride(0) * t.element_size() for name, t in tensors.items()}
+    stride = next(iter(strides.values()), 0)
+    for name, t in tensors.items():
+        if strides[name] != stride:
+            raise ShapeError(name, f"blocks {stride} bytes apart, as the first of {', '.join(strides)}", strides[name])
+        first, end = span(t[0])
+        if end - start > stride:
+            raise ShapeError(
+                name, f"blocks within {stride} bytes of the memory's first", f"{first - start} to {end - start}"
+            )
 
 
 def _read(weights: CompressorWeights, rope: RopeTable | None) -> dict[str, torch.Tensor]:

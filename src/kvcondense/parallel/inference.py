@@ -10,6 +10,7 @@ import torch
 
 from kvcondense.api import CondensedRows, condense
 from kvcondense.backends import Backend
+from kvcondense.bound import bind
 from kvcondense.errors import RangeError, ShapeError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
@@ -96,13 +97,18 @@ def condense_shard(
     # A segment that no window ends in was told nothing of what is before it, and has nothing to do.
     starts = [s.start if emits(spec, s) else -1 for s in shards.own]
     offsets = lengths.cumsum(0)
-    slots = slot_mapping
+    where = {"start_positions": starts, "state_slots": list(range(len(starts)))}
+    batch = RaggedBatch.build(offsets, slot_mapping=slot_mapping, **where)
+    slots = batch.slot_mapping
     if merged is not None and slots is not None:
-        slots = slots.index_fill(0, merged.last, -1)
-    batch = RaggedBatch.build(offsets, start_positions=starts, state_slots=list(range(len(starts))), slot_mapping=slots)
+        # Rows of merged windows are written behind the others: what may be wrong with them is found out before.
+        bound = bind(spec, weights, rope, state=pool, cache=cache)
+        bound.admit(bound.plan(batch), kv_score.shape[0])
+        merged.check(weights, rope, cache)
+        batch = RaggedBatch.build(offsets, slot_mapping=slots.index_fill(0, merged.last, -1), **where)
     rows = condense(spec, kv_score, weights, rope, batch, state=pool, cache=cache, impl=impl)
     if merged is not None:
-        merged.put(rows, weights, rope, slot_mapping, cache)
+        merged.put(rows, weights, rope, slots, cache)
     crossed = list(_crossing(spec, shards, wanted, statistics))
     row_bytes = dtype.itemsize
     return ShardedRows(

@@ -47,6 +47,9 @@ def interleaved_slots(
     wide = batch.block_table.shape[1]
     if bool((page[mine] >= wide).any()):
         raise ShapeError("block_table", f"at least {int(page[mine].max()) + 1} pages", f"{wide}")
-    slots = torch.full_like(position, -1)
-    slots[mine] = batch.block_table[request[mine], page[mine]] * page_rows + row[mine] % page_rows
-    return slots
+    entry = batch.block_table[request, page]
+    bad = mine & ((entry < 0) | (entry > torch.iinfo(torch.int64).max // page_rows - 1))
+    if bool(bad.any()):
+        t = int(bad.nonzero()[0, 0])
+        raise RangeError(f"block_table[{int(request[t])}, {int(page[t])}]", "a page of this rank's", int(entry[t]))
+    return torch.where(mine, entry * page_rows + row % page_rows, -1)

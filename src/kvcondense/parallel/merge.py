@@ -88,6 +88,19 @@ class Merged:
             rows = pool.data.new_zeros(self.spec.seed_rows(start), self.spec.state_dim)
             import_live(self.spec, pool, RaggedBatch.at(start, state_slot=index, device=pool.device), rows)
 
+    def row(self, weights: CompressorWeights, rope: RopeTable | None) -> torch.Tensor:
+        """Finished rows [n, d] of P: norm, RoPE at the window's first position, Hadamard."""
+        row = norm.rms_norm(self.pooled, weights.norm, self.spec.eps, self.spec.rounding)
+        if rope is not None:
+            window = torch.tensor([one.window for one in self.windows], dtype=torch.int64, device=row.device)
+            row = pairwise(row, *rope.rows(window * self.spec.ratio), self.spec.rounding)
+        return hadamard(row) if self.spec.rotate else row
+
+    def check(self, weights: CompressorWeights, rope: RopeTable | None, cache: PagedCache | None) -> None:
+        """Raise if the cache takes one of these rows for one that its format does not hold."""
+        if cache is not None and self.windows:
+            cache.encode(self.row(weights, rope), not self.spec.rounding.row)
+
     def put(
         self,
         rows: CondensedRows,
@@ -101,11 +114,7 @@ class Merged:
             return
         place = {key: e for e, key in enumerate(zip(rows.request.tolist(), rows.window.tolist(), strict=True))}
         at = torch.tensor([place[one.segment, one.window] for one in self.windows], device=rows.values.device)
-        row = norm.rms_norm(self.pooled, weights.norm, self.spec.eps, self.spec.rounding)  # [n, d]
-        if rope is not None:
-            row = pairwise(row, *rope.rows(rows.window[at] * self.spec.ratio), self.spec.rounding)
-        if self.spec.rotate:
-            row = hadamard(row)
+        row = self.row(weights, rope)
         rows.values[at] = row.to(rows.values.dtype)
         if slot_mapping is not None:
             rows.slot[at] = slot_mapping[self.last].to(rows.slot)

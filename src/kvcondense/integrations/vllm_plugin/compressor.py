@@ -16,7 +16,7 @@ from kvcondense.bound import Bound, bind
 from kvcondense.errors import KvCondenseError
 from kvcondense.integrations import vllm
 from kvcondense.integrations.vllm_plugin import steps
-from kvcondense.integrations.vllm_plugin.support import Support, support
+from kvcondense.integrations.vllm_plugin.support import OURS, Support, support
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec, Rounding
 from kvcondense.weights import CompressorWeights
@@ -44,7 +44,7 @@ def install() -> Support:
         return found
     for one in found.replaced:
         own: Any = vars(one).get("forward")
-        if own is not None and not hasattr(own, "__wrapped__"):
+        if own is not None and not hasattr(own, OURS):
             one.forward = _instead(own, found)  # type: ignore[attr-defined]
             _log.info("kvcondense: compresses in the place of vLLM's %s", one.__name__)
     return found
@@ -70,6 +70,7 @@ def _instead(original: Any, found: Support) -> Any:
             return
         layer.bound.condense(kv_score, plan)
 
+    setattr(forward, OURS, True)
     return forward
 
 
@@ -91,14 +92,15 @@ def _bound(module: Any, cache: Any, cos_sin_cache: torch.Tensor, places: tuple[A
     if why is None:
         try:
             gamma = module.norm.weight.detach()
-            bound = bind(
-                spec_of(module),
-                CompressorWeights(norm=gamma, ape=module.ape.detach()),
-                _rope(cos_sin_cache),
-                state=vllm.state(module.state_cache.kv_cache),
-                cache=cache_of(cache),
-                shared_blocks=True,
-            )
+            with torch.inference_mode(False):  # a later pass may not be in that mode, and widens the norm anew
+                bound = bind(
+                    spec_of(module),
+                    CompressorWeights(norm=gamma, ape=module.ape.detach()),
+                    _rope(cos_sin_cache),
+                    state=vllm.state(module.state_cache.kv_cache),
+                    cache=cache_of(cache),
+                    shared_blocks=True,
+                )
             return Layer(bound, places, None if gamma.dtype == torch.float32 else gamma)
         except KvCondenseError as error:
             why = str(error)

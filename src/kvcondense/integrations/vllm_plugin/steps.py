@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -53,10 +53,12 @@ def plan(bound: Bound, context: Any, metadata: Any, cache_slots: torch.Tensor, p
 def requests(metadata: Any, positions: torch.Tensor) -> Requests | None:
     """Who has which tokens. slot_mapping [n] of -1 marks padding behind the last token; elsewhere: None.
 
+    vLLM pads slots for its graphs, and not always what else there is of each token: what is behind it is padding.
     Values are looked at on the CPU alone. On GPUs, where that would wait for the device, padding is where it may be.
     """
-    slots, count = metadata.slot_mapping, metadata.block_table.shape[0]
-    many = slots.shape[0]
+    count = metadata.block_table.shape[0]
+    many = min(metadata.slot_mapping.shape[0], metadata.token_to_req_indices.shape[0], positions.shape[0])
+    slots = metadata.slot_mapping[:many]
     if not many:
         return None
     # Padding belongs to request 0 there, and to nobody here: [n], never falling.
@@ -111,8 +113,11 @@ def _static(bound: Bound, job: Job, told: Requests, table: torch.Tensor, cache_s
     key = (job, *places, *sizes)
     found = _statics.pop(key, None)
     if found is None:
-        batch = replace(batch, slot_mapping=cache_slots.clone())
-        found = _planner(job).static(batch, max_tokens=tokens, max_positions=sizes[0], cache_rows=sizes[1])
+        with torch.inference_mode(False):  # a later pass may not be in that mode, and fills them anew
+            own = {f.name: t.clone() for f in fields(batch) if (t := getattr(batch, f.name)) is not None}
+            found = _planner(job).static(
+                RaggedBatch(**own), max_tokens=tokens, max_positions=sizes[0], cache_rows=sizes[1]
+            )
     else:
         found.refill(batch)
     _statics[key] = found

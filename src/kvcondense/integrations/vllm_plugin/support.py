@@ -14,6 +14,8 @@ OLDEST, BELOW = (0, 32), (0, 34)
 BASE = "vllm.models.deepseek_v4.compressor", "DeepseekCompressor"
 """Module and class of the compressor; subclasses whose own forward is replaced, too, follow."""
 OTHERS = (("vllm.models.deepseek_v4.cpu.cpu_compressor", "DeepseekV4CPUCompressor"),)
+OURS = "kvcondense"
+"""An attribute of forwards that are exchanged."""
 _TAKES = ["self", "kv_score", "positions", "rotary_emb"]
 _METADATA = {"block_table", "slot_mapping", "block_size", "token_to_req_indices"}
 
@@ -72,7 +74,7 @@ def support() -> Support:
 def _original(one: type) -> Any:
     """A class's forward as vLLM has it, whether it is replaced by now or not."""
     forward: Any = inspect.getattr_static(one, "forward")
-    return getattr(forward, "__wrapped__", forward)
+    return forward.__wrapped__ if hasattr(forward, OURS) else forward
 
 
 def _text(numbers: tuple[int, ...]) -> str:
