@@ -166,7 +166,7 @@ class Plan:
         given, longest = batch, max_tokens if max_query_len is None else max_query_len
         if state_layout is not None:
             state_layout.check_drafts(spec, max_draft)
-        batch = sound(spec, batch, state_layout, Bounds(max_tokens, longest, max_draft, max_positions))
+        batch = sound(spec, batch, state_layout, Bounds(max_tokens, longest, max_draft, max_positions)).owned()
         start, first, ending, low, keep = _work(spec, batch, state_layout)
         request, offset, live = _spread_static(ending, windows)
         window = first[request] + offset
