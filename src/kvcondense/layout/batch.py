@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -131,9 +131,7 @@ class RaggedBatch:
 
     def owned(self) -> RaggedBatch:
         """The same in tensors of its own, which nobody else changes."""
-        return RaggedBatch(
-            **{f.name: None if (t := getattr(self, f.name)) is None else t.clone() for f in fields(self)}
-        )
+        return replace(self, **{f.name: t.clone() for f in fields(self) if (t := getattr(self, f.name)) is not None})
 
     def check_form(self) -> None:
         """Raise unless fields have the types, shapes and strides that ``build`` gives them; asks for no value.
