@@ -1,28 +1,19 @@
 """tools/engines.py without any engine: its words, why it skips, and what its judge calls equal."""
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from kvcondense import CompressorSpec, ModelConfig
 from kvcondense.spec import Rounding
-
-TOOLS = Path(__file__).parent.parent / "tools"
+from legs import check_help, modules
 
 
 @pytest.fixture(scope="module")
 def leg():
     """The package's modules that need neither an engine nor Triton's interpreter."""
-    sys.path.insert(0, str(TOOLS))
-    try:
-        from engines import judge, run, scenes
-    finally:
-        sys.path.remove(str(TOOLS))
-    return judge, run, scenes
+    return modules("engines", "judge", "run", "scenes")
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +29,7 @@ def whole(leg, scene):
 
 
 def test_help_says_what_it_does():
-    done = subprocess.run(
-        [sys.executable, TOOLS / "engines.py", "--help"], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert "python tools/engines.py --packages" in done.stdout
-    assert "Exit status 1" in done.stdout
+    check_help("engines.py", "python tools/engines.py --packages")
 
 
 def test_an_engine_that_is_missing_is_skipped_and_says_so(leg, tmp_path):

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,21 +9,16 @@ import torch
 
 from kvcondense import PagedCache
 from kvcondense.formats import get_format
+from legs import check_help, modules
 
 ROOT = Path(__file__).parent.parent
-TOOLS = ROOT / "tools"
 BLOCKS, STRIDE, ROWS = 4, 4672, 4
 
 
 @pytest.fixture(scope="module")
 def leg():
     """The package's modules that need no vLLM."""
-    sys.path.insert(0, str(TOOLS))
-    try:
-        from in_vllm import judge, off, run, world
-    finally:
-        sys.path.remove(str(TOOLS))
-    return judge, run, world, off
+    return modules("in_vllm", "judge", "run", "world", "off")
 
 
 @pytest.fixture
@@ -41,11 +34,7 @@ def memory():
 
 
 def test_help_says_what_it_does():
-    done = subprocess.run(
-        [sys.executable, TOOLS / "in_vllm.py", "--help"], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert "python tools/in_vllm.py --only modules" in done.stdout
-    assert "Exit status 1" in done.stdout
+    check_help("in_vllm.py", "python tools/in_vllm.py --only modules")
 
 
 def test_equal_bytes_pass(leg, memory):

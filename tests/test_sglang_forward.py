@@ -114,6 +114,7 @@ def test_one_plan_for_layers_of_a_kind_and_none_for_idle_steps():
         backend = attention(CSA, memory, ring, tables, out_loc)
         forward_unified(backend, x, forward_batch, layer, Compressor(CSA, torch.zeros(12 * ring, CSA.state_dim)))
     assert len(forward_batch.kvcondense) == 1
+    assert torch.equal(*pages)
     ((_, plan),) = forward_batch.kvcondense.values()
     forward_batch.positions += 8  # the same object, filled anew
     forward_unified(backend, x, forward_batch, 1, Compressor(CSA, torch.zeros(12 * ring, CSA.state_dim)))
@@ -125,24 +126,26 @@ def test_one_plan_for_layers_of_a_kind_and_none_for_idle_steps():
 
 
 def test_weights_that_are_loaded_anew_in_place():
+    """Whatever a module held when it was bound, a step takes what it holds now."""
     tables, ring, x = locations(), 16, tokens(CSA, 8)
     written = []
-    for late in (False, True):
+    for bound_before in (False, True):
         pages = torch.zeros(12, 64 * 584 + -64 * 584 % 576, dtype=torch.uint8)
         compressor = Compressor(CSA, torch.zeros(12 * ring, CSA.state_dim))
+        compressor.norm.weight = compressor.norm.weight.bfloat16()
         backend = attention(CSA, pages, ring, tables, tables[1, :8].to(torch.int64) // 4)
-        for changed in (late, True):
-            forward_batch = SimpleNamespace(
-                forward_mode=SimpleNamespace(is_idle=lambda: False), req_pool_indices=torch.tensor([1]),
-                extend_seq_lens=None, positions=torch.arange(8),
-            )  # fmt: skip
-            if not changed or not late:
-                forward_unified(backend, x, forward_batch, 0, compressor)
-            compressor.ape.data.add_(1 if changed and not late else 0)
-        compressor.ape.data.copy_(sglang.to_ape(weights(CSA).ape, True).neg())
+        forward_batch = SimpleNamespace(
+            forward_mode=SimpleNamespace(is_idle=lambda: False), req_pool_indices=torch.tensor([1]),
+            extend_seq_lens=None, positions=torch.arange(8),
+        )  # fmt: skip
+        if bound_before:
+            forward_unified(backend, x, forward_batch, 0, compressor)
+        compressor.ape.data.neg_()
+        compressor.norm.weight.mul_(2)
         forward_unified(backend, x, forward_batch, 0, compressor)
         written.append(pages)
-    assert torch.equal(*written), "whatever was there before"
+    assert torch.equal(*written)
+    assert bool(written[0].any())
 
 
 @pytest.mark.parametrize("flag", ["uniform_fp8", "_unified_kv"])

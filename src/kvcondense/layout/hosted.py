@@ -165,8 +165,8 @@ class HostedStates:
     begun. **After any move, call** ``wait(layer)`` **before the layer's step or whatever else touches its pool.** So
     layer k waits for no later layer's copy. On the CPU copies are done when the call returns, and ``wait`` is empty.
 
-    Every method raises before anything is written. One that is broken off leaves the state where it was: moved out, it
-    is still in its slot; moved in, it is still away. Not for several threads at once.
+    Every method raises before anything is written. One that is broken off while it copies leaves the state where it
+    was: moved out, it is still in its slot; moved in, it is still away. Not for several threads at once.
     """
 
     def __init__(

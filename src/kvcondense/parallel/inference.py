@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -96,27 +96,29 @@ def condense_shard(
     lengths = torch.tensor([0, *(s.length for s in shards.own)], device=device)
     # A segment that no window ends in was told nothing of what is before it, and has nothing to do.
     starts = [s.start if emits(spec, s) else -1 for s in shards.own]
-    offsets = lengths.cumsum(0)
-    where = {"start_positions": starts, "state_slots": list(range(len(starts)))}
-    batch = RaggedBatch.build(offsets, slot_mapping=slot_mapping, **where)
-    slots = batch.slot_mapping
-    if merged is not None and slots is not None:
+    batch = RaggedBatch.build(
+        lengths.cumsum(0), start_positions=starts, state_slots=list(range(len(starts))), slot_mapping=slot_mapping
+    )
+    if merged is None:
+        rows = condense(spec, kv_score, weights, rope, batch, state=pool, cache=cache, impl=impl)
+    else:
         # Rows of merged windows are written behind the others: what may be wrong with them is found out before.
-        bound = bind(spec, weights, rope, state=pool, cache=cache)
+        bound, slots = bind(spec, weights, rope, state=pool, cache=cache), batch.slot_mapping
         bound.admit(bound.plan(batch), kv_score.shape[0])
-        merged.check(weights, rope, cache)
-        batch = RaggedBatch.build(offsets, slot_mapping=slots.index_fill(0, merged.last, -1), **where)
-    rows = condense(spec, kv_score, weights, rope, batch, state=pool, cache=cache, impl=impl)
-    if merged is not None:
-        merged.put(rows, weights, rope, slots, cache)
+        finished = merged.row(weights, rope)
+        if slots is not None:
+            if cache is not None:
+                cache.encode(finished, not spec.rounding.row)
+            batch = replace(batch, slot_mapping=slots.index_fill(0, merged.last, -1))
+        rows = condense(spec, kv_score, weights, rope, batch, state=pool, cache=cache, impl=impl)
+        merged.put(finished, rows, slots, cache)
     crossed = list(_crossing(spec, shards, wanted, statistics))
-    row_bytes = dtype.itemsize
     return ShardedRows(
         rows=rows,
         sequence=torch.tensor([s.sequence for s in shards.own], dtype=torch.int64, device=device)[rows.request],
         live=live,
-        sent=row_bytes * sum(many for sender, _, many in crossed if sender == shards.rank),
-        received=row_bytes * sum(many for _, reader, many in crossed if reader == shards.rank),
+        sent=dtype.itemsize * sum(many for sender, _, many in crossed if sender == shards.rank),
+        received=dtype.itemsize * sum(many for _, reader, many in crossed if reader == shards.rank),
         all_gather=(shards.total - shards.tokens) * spec.projected * kv_score.element_size(),
     )
 

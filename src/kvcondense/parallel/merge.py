@@ -18,7 +18,7 @@ from kvcondense.parallel.exchange import swap
 from kvcondense.parallel.shards import Segment, Shards
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
-from kvcondense.stages import norm, store
+from kvcondense.stages import norm, pool, store, window
 from kvcondense.stages.hadamard import hadamard
 from kvcondense.stages.rope import pairwise
 from kvcondense.weights import CompressorWeights
@@ -44,10 +44,10 @@ class Spread(NamedTuple):
 def spread(spec: CompressorSpec, shards: Shards) -> list[Spread]:
     """Of all ranks; each knows all of them, in one order."""
     return [
-        Spread(rank, index, s.sequence, window)
+        Spread(rank, index, s.sequence, ended)
         for rank, segments in enumerate(shards.segments)
         for index, s in enumerate(segments)
-        for window in _early(spec, s)
+        for ended in _early(spec, s)
     ]
 
 
@@ -81,40 +81,29 @@ class Merged:
     pooled: torch.Tensor
     last: torch.Tensor
 
-    def stand_in(self, pool: StatePool) -> None:
+    def stand_in(self, state: StatePool) -> None:
         """Zeros for the rows before segments, which lie elsewhere: what is made of them, ``put`` replaces."""
         for index in {one.segment for one in self.windows}:
             start = self.shards.own[index].start
-            rows = pool.data.new_zeros(self.spec.seed_rows(start), self.spec.state_dim)
-            import_live(self.spec, pool, RaggedBatch.at(start, state_slot=index, device=pool.device), rows)
+            rows = state.data.new_zeros(self.spec.seed_rows(start), self.spec.state_dim)
+            import_live(self.spec, state, RaggedBatch.at(start, state_slot=index, device=state.device), rows)
 
     def row(self, weights: CompressorWeights, rope: RopeTable | None) -> torch.Tensor:
         """Finished rows [n, d] of P: norm, RoPE at the window's first position, Hadamard."""
         row = norm.rms_norm(self.pooled, weights.norm, self.spec.eps, self.spec.rounding)
         if rope is not None:
-            window = torch.tensor([one.window for one in self.windows], dtype=torch.int64, device=row.device)
-            row = pairwise(row, *rope.rows(window * self.spec.ratio), self.spec.rounding)
+            index = torch.tensor([one.window for one in self.windows], dtype=torch.int64, device=row.device)
+            row = pairwise(row, *rope.rows(index * self.spec.ratio), self.spec.rounding)
         return hadamard(row) if self.spec.rotate else row
 
-    def check(self, weights: CompressorWeights, rope: RopeTable | None, cache: PagedCache | None) -> None:
-        """Raise if the cache takes one of these rows for one that its format does not hold."""
-        if cache is not None and self.windows:
-            cache.encode(self.row(weights, rope), not self.spec.rounding.row)
-
     def put(
-        self,
-        rows: CondensedRows,
-        weights: CompressorWeights,
-        rope: RopeTable | None,
-        slot_mapping: torch.Tensor | None,
-        cache: PagedCache | None,
+        self, row: torch.Tensor, rows: CondensedRows, slot_mapping: torch.Tensor | None, cache: PagedCache | None
     ) -> None:
-        """These windows' rows of P, in place of those in ``rows``, and in the cache at their last tokens' slots."""
+        """``row`` [n, d] of these windows in place of theirs in ``rows``, and to the cache at last tokens' slots."""
         if not self.windows:
             return
         place = {key: e for e, key in enumerate(zip(rows.request.tolist(), rows.window.tolist(), strict=True))}
         at = torch.tensor([place[one.segment, one.window] for one in self.windows], device=rows.values.device)
-        row = self.row(weights, rope)
         rows.values[at] = row.to(rows.values.dtype)
         if slot_mapping is not None:
             rows.slot[at] = slot_mapping[self.last].to(rows.slot)
@@ -184,17 +173,10 @@ def _statistics(
     there = (number >= 0)[:, :, None]
     parts = spec.state_dim // spec.width
     step = torch.arange(spec.window, device=rows.device)
-    half = (step >= spec.window - spec.ratio).to(torch.int64) if spec.overlap else torch.zeros_like(step)
+    half = window.halves_of(spec, step)
     picked = rows.view(-1, parts, spec.halves, spec.head_dim)[number.clamp(min=0), :, half]  # [n, W, parts, d]
-    score = picked[:, :, 1] if spec.has_gate else torch.zeros_like(picked[:, :, 0])
-    if not spec.has_gate and ape is not None:
-        by_half = ape.to(rows.dtype).view(spec.ratio, spec.halves, spec.head_dim)
-        score = score + by_half[step % spec.ratio, half]  # windows end at a multiple of the ratio
-    score = torch.where(there, score, float("-inf"))
-    m = score.amax(1)  # [n, d]
-    weight = torch.where(torch.isneginf(score), 0.0, torch.exp(score - m[:, None]))
-    total, weighted = torch.zeros_like(m), torch.zeros_like(m)
-    for j in range(spec.window):
-        total = total + weight[:, j]
-        weighted = weighted + weight[:, j] * torch.where(there[:, j], picked[:, j, 0], 0.0)
-    return torch.stack([m, total, weighted], 1)
+    # Windows end at a multiple of the ratio: a candidate's place has the phase of its position.
+    score = torch.where(there, window.scores(spec, picked, step, half, ape, raw=False), float("-inf"))
+    m, total, weighted = pool.statistics(torch.where(there, picked[:, :, 0], 0.0), score)
+    empty = torch.isneginf(m)  # no token of this rank's has weight
+    return torch.stack([m, total.masked_fill(empty, 0.0), weighted.masked_fill(empty, 0.0)], 1)

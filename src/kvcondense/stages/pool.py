@@ -10,6 +10,12 @@ def two_pass(kv: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
 
     P = (sum_j e^(z_j - m) K_j) / (sum_j e^(z_j - m)). A score of -inf has weight exactly 0.
     """
+    _, total, pooled = statistics(kv, score)
+    return pooled / total
+
+
+def statistics(kv: torch.Tensor, score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """m, l = sum_j e^(z_j - m) and o = sum_j e^(z_j - m) K_j, [E, d] each, of kv, score [E, W, d]; oldest to newest."""
     top = score.amax(dim=1)  # [E, d]
     weight = torch.exp(score - top[:, None])  # [E, W, d]
     total = torch.zeros_like(top)
@@ -17,7 +23,7 @@ def two_pass(kv: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
     for j in range(kv.shape[1]):
         total = total + weight[:, j]
         pooled = pooled + weight[:, j] * kv[:, j]
-    return pooled / total
+    return top, total, pooled
 
 
 def online(kv: torch.Tensor, score: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,7 @@ def gather(
     start = batch.start_positions[request]
     in_call = (position >= start) & (not stored)
     token = torch.where(in_call, batch.query_start_loc[request] + position - start, 0)
-    half = (step >= spec.window - spec.ratio).to(torch.int64) if spec.overlap else torch.zeros_like(step)
+    half = halves_of(spec, step)
     parts = spec.state_dim // spec.width  # kv and score, or kv alone
     by_half = rows.view(rows.shape[0], parts, spec.halves, d)  # [T, parts, c, d]
     picked = by_half[token, :, half]  # [E, W, parts, d]
@@ -77,11 +77,16 @@ def gather(
         picked = torch.where(old_ones[:, :, None, None], old, picked)
     kv = torch.where(missing[:, :, None], 0.0, picked[:, :, 0])
     raw = state is not None and state.layout.raw_scores
-    score = torch.where(missing[:, :, None], float("-inf"), _scores(spec, picked, position, half, ape, raw))
+    score = torch.where(missing[:, :, None], float("-inf"), scores(spec, picked, position, half, ape, raw))
     return kv, score
 
 
-def _scores(
+def halves_of(spec: CompressorSpec, step: torch.Tensor) -> torch.Tensor:
+    """Which half of its channels candidate ``step`` [W] of a window is read from: 1 in the window, 0 before it."""
+    return (step >= spec.window - spec.ratio).to(torch.int64) if spec.overlap else torch.zeros_like(step)
+
+
+def scores(
     spec: CompressorSpec,
     picked: torch.Tensor,
     position: torch.Tensor,

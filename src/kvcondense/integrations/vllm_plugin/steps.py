@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -114,10 +113,7 @@ def _static(bound: Bound, job: Job, told: Requests, table: torch.Tensor, cache_s
     found = _statics.pop(key, None)
     if found is None:
         with torch.inference_mode(False):  # a later pass may not be in that mode, and fills them anew
-            own = {f.name: t.clone() for f in fields(batch) if (t := getattr(batch, f.name)) is not None}
-            found = _planner(job).static(
-                RaggedBatch(**own), max_tokens=tokens, max_positions=sizes[0], cache_rows=sizes[1]
-            )
+            found = _planner(job).static(batch.owned(), max_tokens=tokens, max_positions=sizes[0], cache_rows=sizes[1])
     else:
         found.refill(batch)
     _statics[key] = found
