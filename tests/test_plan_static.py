@@ -1,5 +1,6 @@
 """The device-side plan builder: entry for entry the padded host plan, and no value is ever asked for."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -166,3 +167,38 @@ def test_fields_of_another_form_are_refused(name, change, error):
     ):
         with pytest.raises(error, match=name):
             door()
+
+
+LACKING = {
+    "batch": ({}, {"batch": "none"}),
+    "state_slots": ({"state_slots": None}, {}),
+    "state_block_table": ({}, {"state_layout": PagedLayout(4, 4)}),
+    "page_rows": ({"block_table": torch.zeros(2, 1, dtype=torch.int64)}, {"page_rows": None}),
+    "state_layout": ({}, {"state_layout": "ring"}),
+    "max_tokens": ({}, {"max_tokens": -1}),
+    "max_draft": ({}, {"max_draft": 1.0}),
+    "max_query_len": ({}, {"max_query_len": True}),
+    "max_positions": ({}, {"max_positions": -5}),
+    "cache_rows": ({}, {"cache_rows": "all"}),
+    "start_positions": ({"start_positions": None}, {}),
+    "draft_rows": ({"draft_rows": torch.zeros(2, dtype=torch.int64).to_sparse()}, {}),
+    "query_start_loc": ({"query_start_loc": torch.tensor(4)}, {}),
+    "slot_mapping": ({"slot_mapping": [0, 1]}, {}),
+}
+
+
+@pytest.mark.parametrize("door", ["build_static", "planner"])
+@pytest.mark.parametrize("name", LACKING)
+def test_what_is_not_there_is_named(name, door):
+    spec = SPECS["csa"]
+    fields, options = LACKING[name]
+    batch = replace(RaggedBatch.build([0, 4, 8], start_positions=[0, 0], state_slots=[0, 1]), **fields)
+    asked = {"max_tokens": 8, "state_layout": layout_of("ring", spec, 2), "page_rows": PAGE, **options}
+    batch = asked.pop("batch", batch)
+    if door == "planner":
+        planner = Planner([(spec, asked.pop("state_layout"), asked.pop("page_rows"))])
+        make = functools.partial(planner.static, batch)
+    else:
+        make = functools.partial(Plan.build_static, spec, batch)
+    with pytest.raises(KvCondenseError, match=name):
+        make(**asked)

@@ -81,6 +81,26 @@ def test_narrow_integers_are_widened():
     assert planned(s, batch).batch is batch
 
 
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize("door", ["by_build", "by_planner"])
+def test_what_a_field_becomes_later_is_nothing_to_the_plan(door, impl):
+    """Tensors of whoever replaced a field, filled with slots far away after the plan was made."""
+    s, other = Setting(impl=impl), Setting(impl=impl)
+    wanted = DOORS[door](other, other.made()[0]).values
+    given = s.made()[0]
+    batch = replace(given, **{f.name: t.clone() for f in fields(given) if (t := getattr(given, f.name)) is not None})
+    make = {"by_build": planned, "by_planner": lambda s, b: Planner([(s.spec, s.state.layout, 4)]).plans(b)[0]}[door]
+    plan = make(s, batch)
+    assert plan.given is batch
+    for field in fields(batch):
+        t = getattr(batch, field.name)
+        if t is not None:
+            t.fill_(2**40)
+    got = condense(s.spec, s.kv_score, s.weights, s.rope, batch, plan=plan, state=s.state, cache=s.cache, impl=s.impl)
+    assert torch.equal(got.values, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(s.held(), other.held(), strict=True))
+
+
 @pytest.mark.parametrize("kind", ["ring", "online"])
 def test_nobody_has_no_state(kind):
     s = Setting(OTHER if kind == "online" else SPEC, kind)

@@ -9,7 +9,7 @@ import torch
 
 from kvcondense.backends.cpu.planning import NativePlanner
 from kvcondense.backends.jobs import Job
-from kvcondense.errors import ShapeError
+from kvcondense.errors import ShapeError, require
 from kvcondense.layout.batch import IntTensor, RaggedBatch
 from kvcondense.layout.extremes import Bounds
 from kvcondense.layout.plan import Plan
@@ -92,6 +92,7 @@ class Planner:
 
         Raises as ``Plan.build_static`` does, and ShapeError if ``cache_rows`` are not as many as the jobs.
         """
+        require("batch", batch, RaggedBatch)
         rows = tuple(cache_rows) if isinstance(cache_rows, Sequence) else (cache_rows,) * len(self.jobs)
         if len(rows) != len(self.jobs):
             raise ShapeError("cache_rows", f"{len(self.jobs)} numbers, one for each job", len(rows))

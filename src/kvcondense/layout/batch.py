@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeError, ShapeError
+from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeError, ShapeError, require
 
 MOST_POSITIONS = 1 << 31
 """Positions of a sequence; kernels hold one in 32 bits."""
@@ -91,7 +91,7 @@ class RaggedBatch:
         for name in ("state_slots", "slot_mapping"):
             if name in given and bool((given[name] < -1).any()):
                 raise RangeError(name, "at least 0, or -1", int(given[name].min()))
-        return cls(qsl, starts, _drafts(draft_rows, lengths), **given)
+        return cls(qsl, starts, _drafts(draft_rows, lengths), **given).as_own()
 
     @classmethod
     def at(
@@ -118,31 +118,49 @@ class RaggedBatch:
         """Take over the values of a batch of the same shape, in place: a captured graph reads these very tensors."""
         copy_fields(self, other, [f.name for f in fields(self)])
 
-    def checked(self) -> RaggedBatch:
-        """This batch, or the one that ``build`` makes of its fields, if a field was put in its place since.
+    def as_own(self) -> RaggedBatch:
+        """This batch, of which its maker says that nobody else has its tensors."""
+        vars(self)["_own"] = True
+        return self
 
-        ``dataclasses.replace`` asks ``build`` nothing: a slot of -1 beside a position, say, would be written to. Raises
-        as ``build``.
+    @property
+    def is_own(self) -> bool:
+        """Whether nobody else has its tensors; ``dataclasses.replace`` takes in what somebody has."""
+        return "_own" in vars(self)
+
+    def owned(self) -> RaggedBatch:
+        """The same in tensors of its own, which nobody else changes."""
+        mine = {f.name: t.clone() for f in fields(self) if (t := getattr(self, f.name)) is not None}
+        return replace(self, **mine).as_own()
+
+    def checked(self) -> RaggedBatch:
+        """This batch, or the one that ``build`` makes of its fields, if they may be others than those of a build.
+
+        ``dataclasses.replace`` asks ``build`` nothing: a slot of -1 beside a position, say, would be written to. And
+        its tensors may become something else behind a plan, by whose addresses kernels read. Raises as ``build``.
         """
         sound = RaggedBatch.build(**{f.name: getattr(self, f.name) for f in fields(self)})
         pairs = [(getattr(self, f.name), getattr(sound, f.name)) for f in fields(self)]
         same = all(a is b or (a.dtype is b.dtype and torch.equal(a, b)) for a, b in pairs)
-        return self if same else sound
-
-    def owned(self) -> RaggedBatch:
-        """The same in tensors of its own, which nobody else changes."""
-        return replace(self, **{f.name: t.clone() for f in fields(self) if (t := getattr(self, f.name)) is not None})
+        return self if same and self.is_own else sound
 
     def check_form(self) -> None:
         """Raise unless fields have the types, shapes and strides that ``build`` gives them; asks for no value.
 
         Kernels read them by address, and static plans are made of batches that nobody else may look at.
         """
+        for name in ("query_start_loc", "start_positions", "draft_rows"):
+            require(name, getattr(self, name), torch.Tensor)
         qsl = self.query_start_loc
+        if qsl.dim() != 1 or qsl.shape[0] < 1:
+            raise ShapeError("query_start_loc", "shape [R+1]", f"shape {list(qsl.shape)}")
         for field in fields(self):
             name, t = field.name, getattr(self, field.name)
             if t is None:
                 continue
+            require(name, t, torch.Tensor)
+            if t.layout is not torch.strided:
+                raise KvCondenseError(name, "a dense tensor", t.layout)
             dim = 2 if name.endswith("block_table") else 1
             rows = None if name == "slot_mapping" else qsl.shape[0] - (name != "query_start_loc")
             if t.dtype != torch.int64:

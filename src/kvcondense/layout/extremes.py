@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kvcondense.errors import KvCondenseError, RangeError, ShapeError, require, require_int
 from kvcondense.layout.addresses import PagedLayout, RingLayout, live_starts
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.online import OnlineLayout
@@ -59,6 +60,36 @@ class Bounds:
     query_len: int
     draft: int
     positions: int | None
+
+    def check(self) -> None:
+        """Raise DtypeError or RangeError unless they are numbers of tokens."""
+        named = {"max_tokens": self.tokens, "max_query_len": self.query_len, "max_draft": self.draft}
+        for name, value in named.items():
+            require_int(name, value, 0)
+        if self.positions is not None:
+            require_int("max_positions", self.positions, 0)
+
+
+def check_places(batch: RaggedBatch, layout: Layout | None, page_rows: int | None, cache_rows: int | None) -> None:
+    """Raise unless a static batch says where its state and its rows are, as far as that needs no value."""
+    if isinstance(layout, RingLayout | OnlineLayout):
+        if batch.state_slots is None:
+            raise ShapeError("state_slots", "one state slot per request (the state has slots)", "None")
+    elif layout is not None:
+        require("state_layout", layout, PagedLayout)
+        if batch.state_block_table is None:
+            raise ShapeError("state_block_table", "a block table (the state is paged)", "None")
+    check_page_rows(batch, page_rows)
+    if cache_rows is not None:
+        require_int("cache_rows", cache_rows, 0)
+
+
+def check_page_rows(batch: RaggedBatch, page_rows: int | None) -> None:
+    """Raise unless the cache's page size is one, and there if pages are named by a table."""
+    if page_rows is not None and (isinstance(page_rows, bool) or not isinstance(page_rows, int) or page_rows < 1):
+        raise RangeError("page_rows", "None or an integer of at least 1", repr(page_rows))
+    if page_rows is None and batch.block_table is not None and batch.slot_mapping is None:
+        raise KvCondenseError("page_rows", "the cache's page size (block_table is given)", "None")
 
 
 def sound(spec: CompressorSpec, batch: RaggedBatch, layout: Layout | None, bounds: Bounds) -> RaggedBatch:

@@ -10,7 +10,7 @@ import torch
 from kvcondense.errors import KvCondenseError, RangeError, ShapeError, require
 from kvcondense.layout.addresses import PagedLayout, RingLayout, live_starts
 from kvcondense.layout.batch import RaggedBatch, check_fields, copy_fields, spread
-from kvcondense.layout.extremes import Bounds, Extremes, Layout, Slots, sound
+from kvcondense.layout.extremes import Bounds, Extremes, Layout, Slots, check_page_rows, check_places, sound
 from kvcondense.layout.online import OnlineLayout
 from kvcondense.layout.state import Reads
 from kvcondense.spec import CompressorSpec
@@ -86,8 +86,7 @@ class Plan:
         given, batch = batch, batch.checked()
         if state_layout is not None:
             require("state_layout", state_layout, (RingLayout, PagedLayout, OnlineLayout))
-        if page_rows is not None and (isinstance(page_rows, bool) or not isinstance(page_rows, int) or page_rows < 1):
-            raise RangeError("page_rows", "None or an integer of at least 1", repr(page_rows))
+        check_page_rows(batch, page_rows)
         if state_layout is not None:
             state_layout.check(batch, spec)
         start, first, windows, low, keep = _work(spec, batch, state_layout)
@@ -157,16 +156,22 @@ class Plan:
         where it is small enough, ``overwrites`` is False. ``max_positions`` is the RoPE table's, ``cache_rows`` the
         cache's size; a step with either needs it. Requests that pass a bound, or name a slot or page that the state
         lacks, are inert, and cache rows beyond ``cache_rows`` are not written: a captured graph with bad metadata
-        writes nothing rather than elsewhere. Raises RangeError if the state cannot take such steps at all.
+        writes nothing rather than elsewhere. Raises if the state cannot take such steps at all, if slots or tables that
+        it needs are not there, or if an argument is of another type or form.
         """
+        require("spec", spec, CompressorSpec)
+        require("batch", batch, RaggedBatch)
+        given, longest = batch, max_tokens if max_query_len is None else max_query_len
+        bounds = Bounds(max_tokens, longest, max_draft, max_positions)
+        bounds.check()
         batch.check_form()
+        check_places(batch, state_layout, page_rows, cache_rows)
         windows, keeps = cls.capacity(spec, max_tokens, batch.start_positions.shape[0], max_draft, state_layout)
         if batch.start_positions.shape[0] == 0:
             return cls.build(spec, batch, state_layout=state_layout, page_rows=page_rows).padded(windows, keeps)
-        given, longest = batch, max_tokens if max_query_len is None else max_query_len
         if state_layout is not None:
             state_layout.check_drafts(spec, max_draft)
-        batch = sound(spec, batch, state_layout, Bounds(max_tokens, longest, max_draft, max_positions)).owned()
+        batch = sound(spec, batch, state_layout, bounds).owned()
         start, first, ending, low, keep = _work(spec, batch, state_layout)
         request, offset, live = _spread_static(ending, windows)
         window = first[request] + offset
@@ -373,8 +378,7 @@ def _check_table(batch: RaggedBatch, first: torch.Tensor, windows: torch.Tensor,
     """Raise unless the block table has a column for every window; before anything is made for each window."""
     if batch.slot_mapping is not None or batch.block_table is None:
         return
-    if page_rows is None:
-        raise KvCondenseError("page_rows", "the cache's page size (block_table is given)", "None")
+    assert page_rows is not None
     last = torch.where(windows > 0, (first + windows - 1) // page_rows, -1)
     if bool((last >= batch.block_table.shape[1]).any()):
         raise ShapeError("block_table", f"at least {int(last.max()) + 1} pages", f"{batch.block_table.shape[1]}")

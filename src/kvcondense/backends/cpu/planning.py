@@ -83,12 +83,14 @@ class NativePlanner:
         for i in (4, 6):
             if own[i] is not None:
                 own[i] = own[i].view(columns[i][1:3])
-        batch = RaggedBatch(*own)
+        batch = RaggedBatch(*own).as_own()
         plans = self._plans(batch, block)
         return None if plans is None else (batch, plans)
 
     def plans(self, batch: RaggedBatch) -> tuple[Plan, ...] | None:
         """The plans of a batch that there is; None: the builders must look at it."""
+        if not batch.is_own:
+            return None
         block = self.block[:]
         for name, dimensions, at in zip(_FIELDS, _DIMENSIONS, _COLUMNS, strict=True):
             value = getattr(batch, name)
