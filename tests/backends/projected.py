@@ -22,8 +22,11 @@ def bf16_weights(spec, hidden=HIDDEN):
     return replace(w, w=w.w.bfloat16())
 
 
-def play(name, kind, chunks, way, dtype=torch.float32):
-    """Chunks (tokens of each request) in a way, or None: project, then condense; rows by request, bytes, state."""
+def play(name, kind, chunks, way, dtype=torch.float32, product="reference"):
+    """Chunks (tokens of each request) in a way, or None: project, then condense; rows by request, bytes, state.
+
+    product: who projects; the backend's own gives tokens the bits that tiles give them.
+    """
     spec = SPECS[name]
     w = bf16_weights(spec)
     gen = torch.Generator().manual_seed(3)
@@ -53,7 +56,7 @@ def play(name, kind, chunks, way, dtype=torch.float32):
         layout = None if state is None else state.layout
         plan = Plan.build(spec, batch, state_layout=layout, page_rows=4)
         if way is None:
-            kv_score = project(spec, tokens, w, tile=None, impl="reference")
+            kv_score = project(spec, tokens, w, tile=None, impl=product)
             out = condense(
                 spec, kv_score, w, rope(spec, 1024), batch, plan=plan, state=state, cache=cache, impl="triton"
             ).values

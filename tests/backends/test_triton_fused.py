@@ -36,6 +36,59 @@ def test_chunks_do_not_change_a_bit(name, dtype):
     assert torch.equal(whole[1], parts[1])
 
 
+@pytest.mark.parametrize("name", ["csa", "r2-overlap", "r8-overlap", "gateless"])
+def test_windows_at_the_edges_of_tiles(name):
+    """With overlap a tile's first window reads tokens of the one that the tile before finished."""
+    many = fused.TILE + 3 * SPECS[name].ratio
+    chunks = [(many, 1), (SPECS[name].ratio + 1, many + 40), (200, 150)]
+    tiles, steps = play(name, "ring", chunks, "tiles"), play(name, "ring", chunks, None, product="triton")
+    assert sum(len(rows) for rows in tiles[0]) > 2 * fused.windows_of(SPECS[name])
+    for a, b in zip([*tiles[0], *tiles[1:]], [*steps[0], *steps[1:]], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["r8", "hca", "r1"])
+def test_two_blocks_of_channels_from_one_reading_of_x(name, monkeypatch):
+    spec = replace(SPECS[name], head_dim=32)
+    monkeypatch.setitem(SPECS, "wide", spec)
+    monkeypatch.setattr(fused, "_BLOCK", 16)
+    assert fused.choice(spec, "sm_90")[1] == 2
+    ratio = spec.ratio
+    for kind in ("none", "ring", "paged"):
+        chunks = [(2 * ratio + 1, 11)] if kind == "none" else [(ratio + 3, 9), (1, 7), (2 * ratio, 0), (5, ratio + 2)]
+        check_against_two_steps("wide", kind, chunks, "tiles")
+    two = play("wide", "ring", [(2 * ratio + 5, ratio + 2)], "tiles")
+    monkeypatch.setattr(tuning, "tile_columns", lambda arch, overlap: 32)
+    assert fused.choice(spec, "sm_90")[1] == 1
+    one = play("wide", "ring", [(2 * ratio + 5, ratio + 2)], "tiles")
+    for a, b in zip(two[0], one[0], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["csa", "hca", "r8-overlap", "r1-overlap"])
+def test_what_a_neighbour_holds_reaches_nobody(name):
+    """NaN in one request of a tile: the other's rows are those of a clean neighbour."""
+    spec = SPECS[name]
+    w, n = bf16_weights(spec), 2 * spec.ratio + 1
+    x = torch.randn(3 * n, HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16()
+    batch = RaggedBatch.build([0, n, 2 * n, 3 * n], start_positions=[0, 0, 0], state_slots=[0, 1, 2])
+    found = []
+    for spoilt in (False, True):
+        state = StatePool.ring(spec, 3)
+        state.data.zero_()
+        held = x.clone()
+        if spoilt:
+            held[:n] = held[2 * n :] = float("nan")
+        plan = Plan.build(spec, batch, state_layout=state.layout)
+        out = torch.zeros(plan.num_windows, spec.head_dim)
+        angles = rope(spec, 1024) if spec.rope_dim else None
+        fused.run(Step(spec, plan, held[:0].float(), w.ape, w.norm, angles, state, None, out, None), held, w.w)
+        found.append((out[plan.window_request == 1], state.data[state.data.shape[0] // 3 :][: spec.ratio].clone()))
+    assert found[0][0].isfinite().all()
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_compress_fuses_where_the_table_says_so(monkeypatch):
     spec = SPECS["csa"]
     w = bf16_weights(spec)
@@ -112,6 +165,7 @@ def test_what_it_cannot_do_has_a_reason():
     assert "multiple" in why(x[:, :33], w[:, :33])
     assert "latent" in why(x, w, latent=torch.zeros(1, 16))
     assert "tile" in why(x, w, spec=replace(spec, ratio=256, overlap=False))
+    assert "overlap" in why(x, w, spec=replace(spec, ratio=32))
     assert "validation" in why(x, w, cache=PagedCache.allocate(16, 1, 4, strict=True))
 
 

@@ -32,7 +32,9 @@ TILE = 128
 """Tokens of a tile: whole windows, or kept rows."""
 DEPTH = 64
 """Hidden channels of one step of the products."""
-_BLOCK, _BLOCK_OVERLAP, _LEAST, _WARPS = 64, 32, 16, 8
+_BLOCK, _LEAST, _WARPS = 64, 16, 8
+_LEAD = 8
+"""Windows of a tile at least where they overlap: one of them is there for its tokens alone."""
 
 
 def why_not_project(x: torch.Tensor, w: torch.Tensor) -> str | None:
@@ -57,6 +59,8 @@ def why_not(step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
         return reason
     if spec.ratio & (spec.ratio - 1) or spec.ratio > TILE:
         return f"ratio {spec.ratio} does not divide a tile of {TILE} tokens"
+    if spec.overlap and TILE // spec.ratio < _LEAD:
+        return f"windows of ratio {spec.ratio} that overlap are too few in a tile of {TILE} tokens"
     if isinstance(step.state, OnlineState):
         return "an online state is folded token by token"
     if step.latent is not None or (step.cache is not None and step.cache.strict):
@@ -109,10 +113,22 @@ def _products(x: torch.Tensor, c: Constants) -> dict[str, Any]:
     return {"c": c, "K": DEPTH, "WIDE": interpreted(), "num_warps": _WARPS, **options}
 
 
-def choice(spec: CompressorSpec) -> Choice:
-    """Channels and warps of a program: with overlap, both halves of a window are accumulated side by side."""
-    block = min(spec.head_dim, _BLOCK_OVERLAP if spec.overlap else _BLOCK)
-    return Choice(block, _WARPS, counters=False)
+def choice(spec: CompressorSpec, arch: str) -> tuple[Choice, int]:
+    """Channels and warps of a program, and how many such blocks it has: kv and score of each are accumulated side by
+    side, with overlap of both halves.
+    """
+    columns = tuning.tile_columns(arch, spec.overlap)
+    if spec.overlap:
+        block, parts = min(spec.head_dim, columns // 4), 1
+    else:
+        block = min(spec.head_dim, _BLOCK)
+        parts = 2 if columns > 2 * _BLOCK and spec.head_dim % (2 * block) == 0 else 1
+    return Choice(block, _WARPS, counters=False), parts
+
+
+def windows_of(spec: CompressorSpec) -> int:
+    """That a tile finishes."""
+    return TILE // spec.ratio - spec.overlap
 
 
 def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
@@ -123,20 +139,20 @@ def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
     spec, plan, state, cache, batch = step.spec, step.plan, step.state, step.cache, step.plan.batch
     assert not isinstance(state, OnlineState)
     form, page_rows = (None, 0) if cache is None else (cache.format, cache.page_rows)
-    c = constants(spec, state_key(state), form, page_rows, False, choice(spec))
+    tiling, parts = choice(spec, tuning.architecture(x.device))
+    c = constants(spec, state_key(state), form, page_rows, False, tiling)
     products = _products(x, c)
     options = {"c": c, "num_warps": _WARPS, "enable_fp_fusion": False}
     x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (x, w))
     ape, data = None if step.ape is None else fp32(step.ape), state_rows(state)
     hidden, windows, keeps = x.shape[1], plan.num_windows, plan.keep_token.shape[0]
-    group = TILE // spec.ratio
     with on_device(x.device), proxy_fence():
         if windows:
             table, stride = state_table(batch, state)
-            fused.project_pool_kernel[(-(-windows // group) * c.blocks,)](
+            fused.project_pool_kernel[(-(-windows // windows_of(spec)) * (c.blocks // parts),)](
                 x, w, ape, batch.query_start_loc, batch.start_positions, table, data,
                 plan.window_request, plan.window_index, step.rows, windows, hidden,
-                x.stride(0), w.stride(0), stride, **{"G": group, **products},
+                x.stride(0), w.stride(0), stride, **{"G": TILE // spec.ratio, "PARTS": parts, **products},
             )  # fmt: skip
         if data is not None and keeps:
             fused.project_keep_kernel[(-(-keeps // TILE) * (spec.width // c.block),)](

@@ -119,6 +119,17 @@ def product_options(arch: str, tiles: bool) -> dict[str, Any]:
     return {"enable_fp_fusion": False, **({"maxnreg": 255} if told else {}), **({"num_stages": 1} if still else {})}
 
 
+def tile_columns(arch: str, overlap: bool) -> int:
+    """Projected channels that a tile of a long step accumulates at once, reading x once for them.
+
+    Sums of 256 take half the registers of eight warps; pooling and loads that run ahead fit beside them on sm_90 and
+    sm_100 alone. AMD's waves would multiply the same for 128 of overlapping windows, but for others, of which one tile
+    at a time would be left on a processor, 128 are faster (``kvcondense bench --predict gfx942``).
+    """
+    wide = arch == ANY or arch.startswith(("sm_9", "sm_10"))
+    return 256 if wide or (overlap and arch.startswith("gfx")) else 128
+
+
 def pooled_channels(arch: str) -> int:
     """Channels that a decode step from x pools at once at least: 256 bytes of a row, since a program waits for each.
 

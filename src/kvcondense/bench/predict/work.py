@@ -208,20 +208,27 @@ def _tiles(part: Part, arch: str) -> Iterator[Kernel]:
     pool, keep, finish = launches(variant, arch)
     c: Constants = pool.constants
     case, hidden = part.case, part.case.config.hidden_size
-    runs = Runs({}, {"project_tile": hidden / fused.DEPTH})
-    halves = 2 if c.window > c.ratio else 1  # before the window, and in it
-    each = halves * _BF16 * hidden * (fused.TILE + 2 * c.block)
-    work = 2.0 * fused.TILE * hidden * 2 * c.block
-    programs = -(-part.windows // (fused.TILE // c.ratio)) * c.blocks
+    turns = hidden / fused.DEPTH
+    runs = Runs({}, {"project_tile": turns, "project_two": turns})
+
+    def read(columns: int) -> float:
+        return _BF16 * hidden * (fused.TILE + columns)
+
+    def work(columns: int) -> float:
+        return 2.0 * fused.TILE * hidden * columns
+
+    parts = _argument(pool, "PARTS")
+    programs = -(-part.windows // fused.windows_of(case.spec)) * (c.blocks // parts)
     if programs:
+        columns = (4 if c.window > c.ratio else 2 * parts) * c.block
         memory = case.bytes - case.kept_bytes - case.cache_bytes + part.row_bytes
-        asked = programs * each + part.row_bytes
-        yield Kernel("tiles", variant, pool, programs, memory, asked, halves * programs * work, runs, (runs,))
+        asked = programs * read(columns) + part.row_bytes
+        yield Kernel("tiles", variant, pool, programs, memory, asked, programs * work(columns), runs, (runs,))
     if part.kept:
         tiles = -(-part.kept // fused.TILE) * (c.width // c.block)
         memory = part.kept * (_BF16 * hidden + case.row_bytes) + case.weight_bytes
-        asked = tiles * each / halves + part.kept * case.row_bytes
-        yield Kernel("kept rows", variant, keep, tiles, memory, asked, tiles * work, runs, (runs,))
+        asked = tiles * read(2 * c.block) + part.kept * case.row_bytes
+        yield Kernel("kept rows", variant, keep, tiles, memory, asked, tiles * work(2 * c.block), runs, (runs,))
     if part.windows:
         memory = 2 * part.row_bytes + case.cache_bytes
         yield Kernel("finish", variant, finish, part.windows, memory, memory, 0.0, Runs(), (Runs(),))

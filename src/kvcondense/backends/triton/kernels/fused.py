@@ -1,7 +1,8 @@
 """The projection in the step's kernels: tiles of whole windows accumulate kv and score and pool in their epilogue.
 
 kv_score never reaches memory. A tile gathers its tokens row by row, so its windows may belong to any requests; every
-product sums over the hidden channels in the same steps, so that a token gives the same bits in any tile.
+product sums over the hidden channels in the same steps, so that a token gives the same bits in any tile. Rows of x are
+read once for both halves of overlapping windows, or for two blocks of channels of others.
 """
 
 from __future__ import annotations
@@ -56,7 +57,32 @@ def project_tile(x, w, token, live, column, hidden, x_stride, w_stride,
 
 
 @triton.jit
-def with_state(kv, z, q, position, start, half, channel, known, ape, state_table, state, table_stride,
+def project_two(x, w, token, live, column, other, hidden, x_stride, w_stride,
+                c: tl.constexpr, M: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """``project_tile`` for the kv channels ``column`` and ``other`` [block] at once."""
+    N: tl.constexpr = c.value.width
+    BLOCK: tl.constexpr = c.value.block
+    GATE: tl.constexpr = c.value.has_gate
+    k = tl.arange(0, K)
+    source = x + tl.where(live, token, 0)[:, None] * x_stride + k[None, :]
+    weight = w + column[None, :].to(tl.int64) * w_stride + k[:, None]
+    weight_2 = w + other[None, :].to(tl.int64) * w_stride + k[:, None]
+    kv = tl.zeros([M, BLOCK], tl.float32)
+    z = tl.zeros([M, BLOCK], tl.float32)
+    kv_2 = tl.zeros([M, BLOCK], tl.float32)
+    z_2 = tl.zeros([M, BLOCK], tl.float32)
+    for i in range(0, hidden, K):
+        a = tl.load(source + i, mask=live[:, None], other=0.0)
+        kv = product(a, tl.load(weight + i), kv, WIDE)
+        kv_2 = product(a, tl.load(weight_2 + i), kv_2, WIDE)
+        if GATE:
+            z = product(a, tl.load(weight + N * w_stride + i), z, WIDE)
+            z_2 = product(a, tl.load(weight_2 + N * w_stride + i), z_2, WIDE)
+    return kv, z, kv_2, z_2
+
+
+@triton.jit
+def with_state(kv, z, m, q, position, start, half, channel, known, ape, state_table, state, table_stride,
                c: tl.constexpr):  # fmt: skip
     """What windows pool: projected tokens with their bias, stored ones before ``start``; -inf where there is none."""
     GATE: tl.constexpr = c.value.has_gate
@@ -68,18 +94,19 @@ def with_state(kv, z, q, position, start, half, channel, known, ape, state_table
     kv = as_stored(kv, c)
     if GATE:
         if APE and not RAW:
-            z += biases(ape, position, half, channel, fresh, c)
+            z += biases(ape, m, half, channel, fresh, c)
         z = as_stored(z, c)
     elif APE:
-        z = biases(ape, position, half, channel, valid, c)
+        z = biases(ape, m, half, channel, valid, c)
     if STATE:
         stored = valid & (position < start)
-        row = state_row(position, stored, q, state_table, table_stride, c) + half
-        kv = tl.where(stored[:, None], tile(values_of(state, c), row, channel, stored), kv)
-        if GATE:
-            z = tl.where(stored[:, None], tile(scores_of(state, c), row, channel, stored), z)
+        if tl.max(stored.to(tl.int32), axis=0) > 0:  # of few tiles
+            row = state_row(position, stored, q, state_table, table_stride, c) + half
+            kv = tl.where(stored[:, None], tile(values_of(state, c), row, channel, stored), kv)
+            if GATE:
+                z = tl.where(stored[:, None], tile(scores_of(state, c), row, channel, stored), z)
     if RAW and (GATE and APE):
-        z += biases(ape, position, half, channel, valid, c)
+        z += biases(ape, m, half, channel, valid, c)
     return kv, tl.where(valid[:, None], z, float("-inf"))
 
 
@@ -91,62 +118,105 @@ def tokens_sum(t, G: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, LEVELS:
     return tl.reshape(t, (G, BLOCK))
 
 
+@triton.jit
+def pooled_alone(kv, z, G: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+    """P [G, block] of windows of R tokens."""
+    z = tl.reshape(z, (G, R, BLOCK))
+    e = tl.exp(z - tl.max(z, axis=1)[:, None, :])
+    total = tokens_sum(e, G, R, BLOCK, LEVELS)
+    return tl.div_rn(tokens_sum(e * tl.reshape(kv, (G, R, BLOCK)), G, R, BLOCK, LEVELS), total)
+
+
+@triton.jit
+def pooled_with(kv, z, kv_before, z_before,
+                G: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr):  # fmt: skip
+    """P [G, block] of windows of R tokens and the R tokens before them."""
+    z = tl.reshape(z, (G, R, BLOCK))
+    z_before = tl.reshape(z_before, (G, R, BLOCK))
+    top = tl.maximum(tl.max(z, axis=1), tl.max(z_before, axis=1))
+    e_before = tl.exp(z_before - top[:, None, :])
+    e = tl.exp(z - top[:, None, :])
+    total = tokens_sum(e_before + e, G, R, BLOCK, LEVELS)
+    kv = e_before * tl.reshape(kv_before, (G, R, BLOCK)) + e * tl.reshape(kv, (G, R, BLOCK))
+    return tl.div_rn(tokens_sum(kv, G, R, BLOCK, LEVELS), total)
+
+
+@triton.jit
+def moved(t, m, live, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
+    """t [M, block] of the token R rows before, where ``live``, else 0."""
+    row = tl.broadcast_to(tl.maximum(m - R, 0)[:, None], (M, BLOCK))
+    return tl.where(live[:, None], tl.gather(t, row, axis=0), 0.0)
+
+
 @triton.jit(do_not_specialize=["windows", "table_stride"])
 def project_pool_kernel(
     x, w, ape, query_start_loc, start_positions, state_table, state, window_request, window_index, rows,
     windows, hidden, x_stride, w_stride, table_stride,
-    c: tl.constexpr, G: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+    c: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Pooled rows of G windows for a block of channels to ``rows``; ``finish_kernel`` follows."""
+    """Pooled rows of windows for ``PARTS`` blocks of channels to ``rows``; ``finish_kernel`` follows.
+
+    A tile is the tokens of G windows. With overlap the first is there for its tokens alone, which the next one reads:
+    no window has to look into another tile. Where the window before is not of this step, the state has its tokens.
+    """
     R: tl.constexpr = c.value.ratio
     W: tl.constexpr = c.value.window
     N: tl.constexpr = c.value.width
     D: tl.constexpr = c.value.head_dim
     BLOCK: tl.constexpr = c.value.block
-    BLOCKS: tl.constexpr = c.value.blocks
+    BLOCKS: tl.constexpr = c.value.blocks // PARTS
     LEVELS: tl.constexpr = c.value.ratio_levels
     M: tl.constexpr = G * R
+    LEAD: tl.constexpr = 1 if W > R else 0
     program = tl.program_id(0)
-    channel = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    channel = (program % BLOCKS) * (PARTS * BLOCK) + tl.arange(0, BLOCK)
+    first = (program // BLOCKS) * (G - LEAD) - LEAD
     m = tl.arange(0, M)
-    e = (program // BLOCKS) * G + m // R
-    here = e < windows
+    e = first + m // R
+    here = (e >= 0) & (e < windows)
     entry = tl.where(here, e, 0)
     request = tl.load(window_request + entry)
     known = here & (request >= 0)
     q = tl.where(known, request, 0)
-    start = tl.load(start_positions + q)
+    start = tl.load(start_positions + q).to(tl.int32)  # positions are below 2^31
     first_token = tl.load(query_start_loc + q) - start
-    position = tl.load(window_index + entry) * R + m % R
-    own = N - D  # the last d channels of tokens in the window, the first of those before it
-    kv, z = project_tile(x, w, first_token + position, known & (position >= start), own + channel, hidden,
-                         x_stride, w_stride, c, M, K, WIDE)  # fmt: skip
-    kv, z = with_state(kv, z, q, position, start, own, channel, known, ape, state_table, state,
-                       table_stride, c)  # fmt: skip
-    z = tl.reshape(z, (G, R, BLOCK))
-    kv = tl.reshape(kv, (G, R, BLOCK))
-    top = tl.max(z, axis=1)
+    position = tl.load(window_index + entry).to(tl.int32) * R + m % R
+    token, fresh = first_token + position, known & (position >= start)
+    g = tl.arange(0, G)
+    row = first + g
+    there = (row >= 0) & (row < windows)
+    there = there & (tl.load(window_request + tl.where(there, row, 0)) >= 0)
     if W > R:
+        there = there & (g > 0)
+    target = rows + row[:, None].to(tl.int64) * D + channel[None, :]
+    own = N - D  # the last d channels of tokens in the window, the first of those before it
+    if W > R:
+        kv, z, kv_before, z_before = project_two(x, w, token, fresh, own + channel, channel, hidden,
+                                                 x_stride, w_stride, c, M, K, WIDE)  # fmt: skip
         before = position - R
-        kv_before, z_before = project_tile(x, w, first_token + before, known & (before >= start), channel, hidden,
-                                           x_stride, w_stride, c, M, K, WIDE)  # fmt: skip
-        kv_before, z_before = with_state(kv_before, z_before, q, before, start, 0, channel, known, ape, state_table,
-                                         state, table_stride, c)  # fmt: skip
-        z_before = tl.reshape(z_before, (G, R, BLOCK))
-        top = tl.maximum(top, tl.max(z_before, axis=1))
-        e_before = tl.exp(z_before - top[:, None, :])
-        e_own = tl.exp(z - top[:, None, :])
-        total = tokens_sum(e_before + e_own, G, R, BLOCK, LEVELS)
-        pooled = tokens_sum(e_before * tl.reshape(kv_before, (G, R, BLOCK)) + e_own * kv, G, R, BLOCK, LEVELS)
+        known_before = known & (m >= R)
+        fresh = known_before & (before >= start)
+        kv_before = moved(kv_before, m, fresh, R, M, BLOCK)
+        z_before = moved(z_before, m, fresh, R, M, BLOCK)
+        kv, z = with_state(kv, z, m, q, position, start, own, channel, known, ape, state_table, state,
+                           table_stride, c)  # fmt: skip
+        kv_before, z_before = with_state(kv_before, z_before, m, q, before, start, 0, channel, known_before, ape,
+                                         state_table, state, table_stride, c)  # fmt: skip
+        pooled = pooled_with(kv, z, kv_before, z_before, G, R, BLOCK, LEVELS)
+    elif PARTS == 2:
+        kv, z, kv_2, z_2 = project_two(x, w, token, fresh, channel, channel + BLOCK, hidden,
+                                       x_stride, w_stride, c, M, K, WIDE)  # fmt: skip
+        kv, z = with_state(kv, z, m, q, position, start, 0, channel, known, ape, state_table, state, table_stride, c)
+        tl.store(target, pooled_alone(kv, z, G, R, BLOCK, LEVELS), mask=there[:, None])
+        kv, z = with_state(kv_2, z_2, m, q, position, start, 0, channel + BLOCK, known, ape, state_table, state,
+                           table_stride, c)  # fmt: skip
+        target += BLOCK
+        pooled = pooled_alone(kv, z, G, R, BLOCK, LEVELS)
     else:
-        e_own = tl.exp(z - top[:, None, :])
-        total = tokens_sum(e_own, G, R, BLOCK, LEVELS)
-        pooled = tokens_sum(e_own * kv, G, R, BLOCK, LEVELS)
-    pooled = tl.div_rn(pooled, total)  # [G, block]
-    g = (program // BLOCKS) * G + tl.arange(0, G)
-    there = g < windows
-    there = there & (tl.load(window_request + tl.where(there, g, 0)) >= 0)
-    tl.store(rows + g[:, None].to(tl.int64) * D + channel[None, :], pooled, mask=there[:, None])
+        kv, z = project_tile(x, w, token, fresh, channel, hidden, x_stride, w_stride, c, M, K, WIDE)
+        kv, z = with_state(kv, z, m, q, position, start, 0, channel, known, ape, state_table, state, table_stride, c)
+        pooled = pooled_alone(kv, z, G, R, BLOCK, LEVELS)
+    tl.store(target, pooled, mask=there[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens"])
