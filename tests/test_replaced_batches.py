@@ -1,5 +1,7 @@
 """Batches whose fields were put in their place after ``build``: every eager door asks of them what ``build`` asks."""
 
+import copy
+import pickle
 from dataclasses import fields, replace
 
 import pytest
@@ -99,6 +101,23 @@ def test_what_a_field_becomes_later_is_nothing_to_the_plan(door, impl):
     got = condense(s.spec, s.kv_score, s.weights, s.rope, batch, plan=plan, state=s.state, cache=s.cache, impl=s.impl)
     assert torch.equal(got.values, wanted)
     assert all(torch.equal(a, b) for a, b in zip(s.held(), other.held(), strict=True))
+
+
+def test_what_a_batch_remembers_is_no_field():
+    """``vars`` make another batch, and copies of any kind are batches that nobody vouches for."""
+    batch = RaggedBatch.build([0, 4], start_positions=[0], state_slots=[1])
+    assert batch.is_own
+    for other in (
+        RaggedBatch(**vars(batch)),
+        copy.copy(batch),
+        copy.deepcopy(batch),
+        pickle.loads(pickle.dumps(batch)),
+    ):
+        assert not other.is_own
+        assert vars(other).keys() == {f.name for f in fields(batch)}
+        assert other.checked() is not other
+    assert batch.owned().is_own
+    assert batch.checked() is batch
 
 
 @pytest.mark.parametrize("kind", ["ring", "online"])

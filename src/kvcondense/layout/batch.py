@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -11,6 +12,8 @@ from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeErr
 
 MOST_POSITIONS = 1 << 31
 """Positions of a sequence; kernels hold one in 32 bits."""
+_owners: WeakValueDictionary[int, RaggedBatch] = WeakValueDictionary()
+"""Batches that have their tensors for themselves, by id. No attribute says so: ``vars`` of a batch are its fields."""
 IntTensor = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -120,13 +123,13 @@ class RaggedBatch:
 
     def as_own(self) -> RaggedBatch:
         """This batch, of which its maker says that nobody else has its tensors."""
-        vars(self)["_own"] = True
+        _owners[id(self)] = self
         return self
 
     @property
     def is_own(self) -> bool:
         """Whether nobody else has its tensors; ``dataclasses.replace`` takes in what somebody has."""
-        return "_own" in vars(self)
+        return _owners.get(id(self)) is self
 
     def owned(self) -> RaggedBatch:
         """The same in tensors of its own, which nobody else changes."""
