@@ -58,10 +58,12 @@ def _blocks(kv_cache: torch.Tensor) -> torch.Tensor:
 def cache(kv_cache: torch.Tensor, *, scale: torch.Tensor | None = None, format: str | None = None) -> PagedCache:
     """A layer's compressed cache [num_blocks, rows of a block, n] as pages: dtype and n say the format where they can.
 
-    uint8 rows of 584 bytes are ``fp8_ds_mla`` (fp8_model1), of 68 bytes the indexer's MXFP4; bf16 rows are plain; e4m3
-    rows take ``scale``, fp32 [], of the whole cache. Rows of 132, 288 and 528 bytes lie in more than one way, which
-    nothing in the buffer tells apart: ``format`` names one. Raises KvCondenseError without it,
-    ShapeError for rows of other sizes, DtypeError for other types.
+    uint8 rows of 584 bytes are ``fp8_ds_mla`` as vLLM's Triton kernels write it (fp8_model1). Its C++ and CuTe kernels
+    have the floor on the scale: ``format="fp8_model1_scale_floor"``, other bytes where a block's largest value is below
+    0.0448, and read alike. Rows of 68 bytes are the indexer's MXFP4; bf16 rows are plain; e4m3 rows take ``scale``,
+    fp32 [], of the whole cache. Rows of 132, 288 and 528 bytes lie in more than one way, which nothing in the buffer
+    tells apart: ``format`` names one. Raises KvCondenseError without it, ShapeError for rows of other sizes, DtypeError
+    for other types.
     """
     require("kv_cache", kv_cache, torch.Tensor)
     if format is not None:
