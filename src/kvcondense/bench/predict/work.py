@@ -208,8 +208,7 @@ def _tiles(part: Part, arch: str) -> Iterator[Kernel]:
     pool, keep, finish = launches(variant, arch)
     c: Constants = pool.constants
     case, hidden = part.case, part.case.config.hidden_size
-    turns = hidden / fused.DEPTH
-    runs = Runs({}, {"project_tile": turns, "project_two": turns})
+    runs = Runs({}, {"project_tile": hidden / fused.DEPTH})
 
     def read(columns: int) -> float:
         return _BF16 * hidden * (fused.TILE + columns)

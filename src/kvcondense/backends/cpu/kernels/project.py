@@ -76,6 +76,8 @@ def _tile(tokens: int, channels: int) -> Any:
         nexts: list[list[Any]] = [[] for _ in rows_x]
         operands_x = [load(r) for r in rows_x]
         for j, row in enumerate(rows_w):
+            # The same line of a row behind these: each row is two pages, where memory's own prefetchers begin anew.
+            simd.emit_prefetch(b, b.add(b.add(row, at), b.mul(w_stride, number(channels))))
             operand = load(row)
             for line, of, x_operand in zip(nexts, sums, operands_x, strict=True):
                 line.append(_pair_products(b, of[j], x_operand, operand))

@@ -37,48 +37,38 @@ def product(a, b, total, WIDE: tl.constexpr):
 
 
 @triton.jit
-def project_tile(x, w, token, live, column, hidden, x_stride, w_stride,
+def project_tile(x, w, token, live, column, other, hidden, x_stride, w_stride,
                  c: tl.constexpr, M: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """kv, z [M, block] fp32 of tokens [M] (0 where not ``live``) for the kv channels ``column`` [block] of w."""
+    """kv, z [M, block] fp32 of tokens [M] (0 where not ``live``) for the kv channels ``column`` [block] of w.
+
+    Then the same for the channels ``other``, unless that is None: x is read once.
+    """
     N: tl.constexpr = c.value.width
     BLOCK: tl.constexpr = c.value.block
     GATE: tl.constexpr = c.value.has_gate
+    TWO: tl.constexpr = other is not None
     k = tl.arange(0, K)
     source = x + tl.where(live, token, 0)[:, None] * x_stride + k[None, :]
     weight = w + column[None, :].to(tl.int64) * w_stride + k[:, None]
     kv = tl.zeros([M, BLOCK], tl.float32)
     z = tl.zeros([M, BLOCK], tl.float32)
+    if TWO:
+        weight_2 = w + other[None, :].to(tl.int64) * w_stride + k[:, None]
+        kv_2 = tl.zeros([M, BLOCK], tl.float32)
+        z_2 = tl.zeros([M, BLOCK], tl.float32)
     for i in range(0, hidden, K):
         a = tl.load(source + i, mask=live[:, None], other=0.0)
         kv = product(a, tl.load(weight + i), kv, WIDE)
         if GATE:
             z = product(a, tl.load(weight + N * w_stride + i), z, WIDE)
-    return kv, z
-
-
-@triton.jit
-def project_two(x, w, token, live, column, other, hidden, x_stride, w_stride,
-                c: tl.constexpr, M: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """``project_tile`` for the kv channels ``column`` and ``other`` [block] at once."""
-    N: tl.constexpr = c.value.width
-    BLOCK: tl.constexpr = c.value.block
-    GATE: tl.constexpr = c.value.has_gate
-    k = tl.arange(0, K)
-    source = x + tl.where(live, token, 0)[:, None] * x_stride + k[None, :]
-    weight = w + column[None, :].to(tl.int64) * w_stride + k[:, None]
-    weight_2 = w + other[None, :].to(tl.int64) * w_stride + k[:, None]
-    kv = tl.zeros([M, BLOCK], tl.float32)
-    z = tl.zeros([M, BLOCK], tl.float32)
-    kv_2 = tl.zeros([M, BLOCK], tl.float32)
-    z_2 = tl.zeros([M, BLOCK], tl.float32)
-    for i in range(0, hidden, K):
-        a = tl.load(source + i, mask=live[:, None], other=0.0)
-        kv = product(a, tl.load(weight + i), kv, WIDE)
-        kv_2 = product(a, tl.load(weight_2 + i), kv_2, WIDE)
-        if GATE:
-            z = product(a, tl.load(weight + N * w_stride + i), z, WIDE)
-            z_2 = product(a, tl.load(weight_2 + N * w_stride + i), z_2, WIDE)
-    return kv, z, kv_2, z_2
+        if TWO:
+            kv_2 = product(a, tl.load(weight_2 + i), kv_2, WIDE)
+            if GATE:
+                z_2 = product(a, tl.load(weight_2 + N * w_stride + i), z_2, WIDE)
+    if TWO:
+        return kv, z, kv_2, z_2
+    else:  # noqa: RET505 - behind a return, Triton would take this for another of the same
+        return kv, z
 
 
 @triton.jit
@@ -191,8 +181,8 @@ def project_pool_kernel(
     target = rows + row[:, None].to(tl.int64) * D + channel[None, :]
     own = N - D  # the last d channels of tokens in the window, the first of those before it
     if W > R:
-        kv, z, kv_before, z_before = project_two(x, w, token, fresh, own + channel, channel, hidden,
-                                                 x_stride, w_stride, c, M, K, WIDE)  # fmt: skip
+        kv, z, kv_before, z_before = project_tile(x, w, token, fresh, own + channel, channel, hidden,
+                                                  x_stride, w_stride, c, M, K, WIDE)  # fmt: skip
         before = position - R
         known_before = known & (m >= R)
         fresh = known_before & (before >= start)
@@ -204,8 +194,8 @@ def project_pool_kernel(
                                          state_table, state, table_stride, c)  # fmt: skip
         pooled = pooled_with(kv, z, kv_before, z_before, G, R, BLOCK, LEVELS)
     elif PARTS == 2:
-        kv, z, kv_2, z_2 = project_two(x, w, token, fresh, channel, channel + BLOCK, hidden,
-                                       x_stride, w_stride, c, M, K, WIDE)  # fmt: skip
+        kv, z, kv_2, z_2 = project_tile(x, w, token, fresh, channel, channel + BLOCK, hidden,
+                                        x_stride, w_stride, c, M, K, WIDE)  # fmt: skip
         kv, z = with_state(kv, z, m, q, position, start, 0, channel, known, ape, state_table, state, table_stride, c)
         tl.store(target, pooled_alone(kv, z, G, R, BLOCK, LEVELS), mask=there[:, None])
         kv, z = with_state(kv_2, z_2, m, q, position, start, 0, channel + BLOCK, known, ape, state_table, state,
@@ -213,7 +203,7 @@ def project_pool_kernel(
         target += BLOCK
         pooled = pooled_alone(kv, z, G, R, BLOCK, LEVELS)
     else:
-        kv, z = project_tile(x, w, token, fresh, channel, hidden, x_stride, w_stride, c, M, K, WIDE)
+        kv, z = project_tile(x, w, token, fresh, channel, None, hidden, x_stride, w_stride, c, M, K, WIDE)
         kv, z = with_state(kv, z, m, q, position, start, 0, channel, known, ape, state_table, state, table_stride, c)
         pooled = pooled_alone(kv, z, G, R, BLOCK, LEVELS)
     tl.store(target, pooled, mask=there[:, None])
@@ -233,7 +223,7 @@ def project_kernel(
     channel = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     token = (program // BLOCKS) * M + tl.arange(0, M)
     live = token < tokens
-    kv, z = project_tile(x, w, token, live, channel, hidden, x_stride, w_stride, c, M, K, WIDE)
+    kv, z = project_tile(x, w, token, live, channel, None, hidden, x_stride, w_stride, c, M, K, WIDE)
     target = kv_score + token[:, None].to(tl.int64) * out_stride + channel[None, :]
     tl.store(target, kv, mask=live[:, None])
     if GATE:
@@ -260,7 +250,7 @@ def project_keep_kernel(
     entry = tl.where(here, k, 0)
     token = tl.load(keep_token + entry)
     kept = here & (token >= 0)
-    kv, z = project_tile(x, w, token, kept, channel, hidden, x_stride, w_stride, c, M, K, WIDE)
+    kv, z = project_tile(x, w, token, kept, channel, None, hidden, x_stride, w_stride, c, M, K, WIDE)
     if GATE and (APE and not RAW):
         z += biases(ape, tl.load(keep_position + entry), 0, channel, kept, c)
     row = tl.where(kept, tl.load(keep_row + entry), 0)
