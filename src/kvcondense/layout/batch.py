@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from weakref import WeakValueDictionary
 
 import torch
 
@@ -12,8 +11,6 @@ from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeErr
 
 MOST_POSITIONS = 1 << 31
 """Positions of a sequence; kernels hold one in 32 bits."""
-_owners: WeakValueDictionary[int, RaggedBatch] = WeakValueDictionary()
-"""Batches that have their tensors for themselves, by id. No attribute says so: ``vars`` of a batch are its fields."""
 IntTensor = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -30,6 +27,9 @@ class RaggedBatch:
     slot_mapping [T] or block_table [R, pages]: the cache row of the window that token t completes (-1: do not write),
     or the pages that hold rows 0, 1, ... of each request.
     """
+
+    # Who has the tensors is no field: ``vars`` of a batch make another one, and copies are batches of nobody known.
+    __slots__ = ("__dict__", "__weakref__", "_own")
 
     query_start_loc: torch.Tensor
     start_positions: torch.Tensor
@@ -121,15 +121,18 @@ class RaggedBatch:
         """Take over the values of a batch of the same shape, in place: a captured graph reads these very tensors."""
         copy_fields(self, other, [f.name for f in fields(self)])
 
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self)
+
     def as_own(self) -> RaggedBatch:
         """This batch, of which its maker says that nobody else has its tensors."""
-        _owners[id(self)] = self
+        object.__setattr__(self, "_own", True)
         return self
 
     @property
     def is_own(self) -> bool:
         """Whether nobody else has its tensors; ``dataclasses.replace`` takes in what somebody has."""
-        return _owners.get(id(self)) is self
+        return getattr(self, "_own", False)
 
     def owned(self) -> RaggedBatch:
         """The same in tensors of its own, which nobody else changes."""
