@@ -98,9 +98,7 @@ class PagedLayout:
 
     def check(self, batch: RaggedBatch, spec: CompressorSpec) -> None:
         """Raise unless every page that this step reads or writes is in the table and exists."""
-        table = batch.state_block_table
-        if table is None:
-            raise ShapeError("state_block_table", "a block table (the state is paged)", "None")
+        table = table_of(batch)
         self.check_drafts(spec, most_drafts(batch))
         start, end = batch.start_positions, batch.start_positions + batch.lengths
         column = torch.arange(table.shape[1], device=table.device)
@@ -147,16 +145,29 @@ def _check_ring(name: str, rows: int, spec: CompressorSpec, drafts: int) -> None
         raise RangeError(name, f"at least {needed} (window {spec.window}, {drafts} draft rows)", rows, hint)
 
 
-def check_slots(batch: RaggedBatch, num_slots: int) -> None:
-    """Raise unless every live request has a state slot of its own below ``num_slots``."""
+def slots_of(batch: RaggedBatch) -> torch.Tensor:
+    """The batch's state slots; raises ShapeError if it has none."""
     if batch.state_slots is None:
         raise ShapeError("state_slots", "one state slot per request (the state has slots)", "None")
-    used = batch.state_slots[batch.active]
+    return batch.state_slots
+
+
+def table_of(batch: RaggedBatch) -> torch.Tensor:
+    """The batch's pages of the state; raises ShapeError if it has none."""
+    if batch.state_block_table is None:
+        raise ShapeError("state_block_table", "a block table (the state is paged)", "None")
+    return batch.state_block_table
+
+
+def check_slots(batch: RaggedBatch, num_slots: int) -> None:
+    """Raise unless every live request has a state slot of its own below ``num_slots``."""
+    slots = slots_of(batch)
+    used = slots[batch.active]
     wrong = used[(used < 0) | (used >= num_slots)]
     if wrong.shape[0]:
         raise RangeError("state_slots", f"at least 0 and below {num_slots} for a live request", int(wrong[0]))
     if used.unique().shape[0] != used.shape[0]:
-        raise RangeError("state_slots", "a slot of its own for each request", batch.state_slots.tolist())
+        raise RangeError("state_slots", "a slot of its own for each request", slots.tolist())
 
 
 def _keep_start(spec: CompressorSpec, batch: RaggedBatch) -> torch.Tensor:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvcondense.errors import KvCondenseError, RangeError, ShapeError, require, require_int
-from kvcondense.layout.addresses import PagedLayout, RingLayout, live_starts
+from kvcondense.errors import KvCondenseError, RangeError, require, require_int
+from kvcondense.layout.addresses import PagedLayout, RingLayout, live_starts, slots_of, table_of
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.online import OnlineLayout
 from kvcondense.spec import CompressorSpec
@@ -72,20 +72,19 @@ class Bounds:
 
 def check_places(batch: RaggedBatch, layout: Layout | None, page_rows: int | None, cache_rows: int | None) -> None:
     """Raise unless a static batch says where its state and its rows are, as far as that needs no value."""
-    if isinstance(layout, RingLayout | OnlineLayout):
-        if batch.state_slots is None:
-            raise ShapeError("state_slots", "one state slot per request (the state has slots)", "None")
+    check_kinds(batch, layout, page_rows)
+    if isinstance(layout, PagedLayout):
+        table_of(batch)
     elif layout is not None:
-        require("state_layout", layout, PagedLayout)
-        if batch.state_block_table is None:
-            raise ShapeError("state_block_table", "a block table (the state is paged)", "None")
-    check_page_rows(batch, page_rows)
+        slots_of(batch)
     if cache_rows is not None:
         require_int("cache_rows", cache_rows, 0)
 
 
-def check_page_rows(batch: RaggedBatch, page_rows: int | None) -> None:
-    """Raise unless the cache's page size is one, and there if pages are named by a table."""
+def check_kinds(batch: RaggedBatch, layout: Layout | None, page_rows: int | None) -> None:
+    """Raise unless these are a layout and the cache's page size, and it is there if pages are named by a table."""
+    if layout is not None:
+        require("state_layout", layout, (RingLayout, PagedLayout, OnlineLayout))
     if page_rows is not None and (isinstance(page_rows, bool) or not isinstance(page_rows, int) or page_rows < 1):
         raise RangeError("page_rows", "None or an integer of at least 1", repr(page_rows))
     if page_rows is None and batch.block_table is not None and batch.slot_mapping is None:
@@ -105,8 +104,7 @@ def sound(spec: CompressorSpec, batch: RaggedBatch, layout: Layout | None, bound
     good = same[:-1] & same[1:] & (count > 0) & (count <= bounds.query_len) & (start >= 0) & (start <= most - count)
     good &= (drafts >= 0) & (drafts <= count) & (drafts <= bounds.draft)
     if isinstance(layout, RingLayout | OnlineLayout):
-        assert batch.state_slots is not None
-        slot = batch.state_slots
+        slot = slots_of(batch)
         good &= (slot >= 0) & (slot < layout.num_slots)
         where = torch.where(good, slot, layout.num_slots)  # one more, for those that have none
         owners = torch.zeros(layout.num_slots + 1, dtype=torch.int64, device=slot.device)

@@ -10,8 +10,7 @@ import torch
 from kvcondense.errors import KvCondenseError, RangeError, ShapeError, require
 from kvcondense.layout.addresses import PagedLayout, RingLayout, live_starts
 from kvcondense.layout.batch import RaggedBatch, check_fields, copy_fields, spread
-from kvcondense.layout.extremes import Bounds, Extremes, Layout, Slots, check_page_rows, check_places, sound
-from kvcondense.layout.online import OnlineLayout
+from kvcondense.layout.extremes import Bounds, Extremes, Layout, Slots, check_kinds, check_places, sound
 from kvcondense.layout.state import Reads
 from kvcondense.spec import CompressorSpec
 
@@ -84,9 +83,7 @@ class Plan:
         require("spec", spec, CompressorSpec)
         require("batch", batch, RaggedBatch)
         given, batch = batch, batch.checked()
-        if state_layout is not None:
-            require("state_layout", state_layout, (RingLayout, PagedLayout, OnlineLayout))
-        check_page_rows(batch, page_rows)
+        check_kinds(batch, state_layout, page_rows)
         if state_layout is not None:
             state_layout.check(batch, spec)
         start, first, windows, low, keep = _work(spec, batch, state_layout)

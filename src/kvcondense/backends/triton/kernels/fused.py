@@ -74,7 +74,10 @@ def project_tile(x, w, token, live, column, other, hidden, x_stride, w_stride,
 @triton.jit
 def with_state(kv, z, m, q, position, start, half, channel, known, ape, state_table, state, table_stride,
                c: tl.constexpr):  # fmt: skip
-    """What windows pool: projected tokens with their bias, stored ones before ``start``; -inf where there is none."""
+    """What windows pool: projected tokens with their bias, stored ones before ``start``; -inf where there is none.
+
+    m: of each row, any number with the phase of its position, which the compiler knows.
+    """
     GATE: tl.constexpr = c.value.has_gate
     APE: tl.constexpr = c.value.has_ape
     STATE: tl.constexpr = c.value.has_state
