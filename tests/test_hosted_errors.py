@@ -1,5 +1,6 @@
 """What HostedStates refuses, what is left where a move is broken off, and what a device is told in which order."""
 
+import contextlib
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from hosting import Model
+from interrupting import interrupted_at
 from kvcondense import KvCondenseError, OnlineState, StatePool
 from kvcondense.bench import measure
 from kvcondense.bench.swap import Case
@@ -50,6 +52,48 @@ def test_nothing_is_lost_when_a_move_is_broken_off(broken, monkeypatch):
     for m in (model, stays):
         m.feed([120, 1, 0, 0])
     model.check(stays)
+
+
+@pytest.mark.parametrize("move", ["out", "in", "drop"])
+def test_an_interrupt_at_any_line_leaves_a_state_in_one_place(move):
+    """Where it is, all tags name it and no others do; moved again from there, it goes on as if nothing had been."""
+    layers, q, ends = ("0 csa", "2 online"), ("request", 0), set()
+    stays = Model("cpu", layers, length=40)
+    for counts in ([9, 3, 0, 0], [20, 1, 0, 0]):
+        stays.feed(counts)
+    lines, seen = 0, [0]
+    while seen[0] == lines:
+        model = Model("cpu", layers, length=40)
+        model.feed([9, 3, 0, 0])
+        hosted, slot, lines = model.hosted, model.slot(0), lines + 1
+        calls = {
+            "out": lambda h=hosted, s=slot: h.swap_out(q, s, 9),
+            "in": lambda h=hosted, s=slot: h.swap_in(q, s),
+            "drop": lambda h=hosted: h.drop(q),
+        }
+        if move != "out":
+            calls["out"]()
+        with contextlib.suppress(KeyboardInterrupt), interrupted_at(lines) as seen:
+            calls[move]()
+        away = hosted.requests == (q,)
+        ends.add(away)
+        for name, m in model.machines.items():
+            tags = m.state.tags.view(m.state.layout.num_slots, -1)[slot]
+            assert bool((tags >= 0).any()) is (not away and move != "drop"), f"line {lines}"
+            assert bool((hosted.pool(name).tags >= 0).any()) is away, f"line {lines}"
+        numbers = [moved.number for moved in hosted.moves()]
+        assert numbers == sorted(set(numbers))
+        hosted.swap_out("another", model.slot(1), 3)  # takes no room that is not free
+        if not away and move == "drop":
+            continue
+        if not away:
+            calls["out"]()
+        calls["in"]()
+        hosted.swap_in("another", model.slot(1))
+        model.feed([20, 1, 0, 0])
+        model.check(stays)
+    assert ends == {True, False}
+    assert lines > 15
 
 
 def bits(model):
@@ -217,6 +261,25 @@ def test_on_an_accelerator_copies_have_a_stream_and_each_layer_an_event(monkeypa
     model.back(0, model.slot(0))
     model.hosted.wait("1 ring")
     assert streams.said == [*told[:3], "event 3", "1 ring", "event 4", "off own", "current waits for event 4"]
+
+
+def test_what_an_interrupt_has_begun_to_copy_is_waited_for(monkeypatch):
+    model = Model("cpu", ("0 csa", "1 ring"))
+    model.feed([6, 0, 0, 0])
+    streams = Streams()
+    monkeypatch.setattr(model.hosted, "_streams", streams)
+    monkeypatch.setattr(model.hosted, "_stream", streams.own)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(streams.own, "record_event", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.out(0)
+    streams.said.clear()
+    model.hosted.wait("0 csa")
+    model.hosted.wait("1 ring")
+    assert streams.said == ["current waits for own"], "the first layer has begun, the second has not"
 
 
 def test_the_bench_compares_and_prints(tmp_path, monkeypatch):

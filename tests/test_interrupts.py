@@ -3,18 +3,15 @@
 import contextlib
 import gc
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import kvcondense
+from interrupting import interrupted_at
 from kvcondense import KvCondenseError, OnlineState, PagedCache, RaggedBatch, StatePool, compress, condense
 from kvcondense.errors import StateMismatchError
+from kvcondense.snapshot import load_live, save_live
 from machine import SPECS, rope, tokens, weights
-
-HOME = str(Path(kvcondense.__file__).parent)
 
 
 class Request:
@@ -39,28 +36,6 @@ class Request:
         x = torch.cat([x[self.at : end] for x in self.x])
         condense(self.spec, x, self.weights, self.rope, batch, state=self.state, cache=self.cache, impl=self.impl)
         self.at = end
-
-
-@contextlib.contextmanager
-def interrupted_at(line):
-    """KeyboardInterrupt before the ``line``-th line of the library that runs within; yields how many have run."""
-    seen = [0]
-
-    def trace(frame, event, _):
-        if not frame.f_code.co_filename.startswith(HOME):
-            return None
-        if event == "line":
-            seen[0] += 1
-            if seen[0] == line:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield seen
-    finally:
-        sys.settrace(before)
 
 
 CASES = [("csa", False), ("r8", False), ("r8", True)]
@@ -135,6 +110,61 @@ def test_a_signal_while_kernels_run(impl):
                 continue
         assert torch.equal(request.cache.data, right.cache.data)
     assert noticed
+
+
+class Pool:
+    """Two slots of 11 and 6 tokens, and what may happen to the second."""
+
+    def __init__(self, kind):
+        self.spec = SPECS["r8" if kind == "online" else "csa"]
+        self.state = OnlineState.allocate(self.spec, 2) if kind == "online" else StatePool.ring(self.spec, 2)
+        self.weights, self.rope = weights(self.spec), rope(self.spec, 64)
+        for t in self.state.tensors.values():
+            t.fill_(0)
+        self.step(tokens(self.spec, 17, seed=1), [0, 0], [11, 6])
+        self.payload = save_live(self.spec, self.state, RaggedBatch.at(11, state_slot=0))
+
+    def step(self, x, starts, counts):
+        batch = RaggedBatch.build(torch.tensor([0, *counts]).cumsum(0), start_positions=starts, state_slots=[0, 1])
+        return condense(self.spec, x, self.weights, self.rope, batch, state=self.state).values
+
+    def load(self):
+        load_live(self.spec, self.state, RaggedBatch.at(11, state_slot=1), self.payload)
+
+    def fork(self):
+        self.state.fork([0], [1])
+
+    def reset(self):
+        self.state.reset([1])
+
+    def goes_on(self, position):
+        """Rows of the second slot from a position on; None if its tags say that it does not hold that."""
+        try:
+            return self.step(tokens(self.spec, 8, seed=position), [0, position], [0, 8])
+        except StateMismatchError:
+            return None
+
+
+@pytest.mark.parametrize("kind", ["ring", "online"])
+@pytest.mark.parametrize("what", ["load", "fork", "reset"])
+def test_what_is_put_into_a_slot_is_not_taken_for_what_was_there(kind, what):
+    whole = Pool(kind)
+    old = Pool(kind).goes_on(6)
+    getattr(whole, what)()
+    new = whole.goes_on(11)
+    assert (new is None) is (what == "reset")
+    lines, seen = 0, [0]
+    while seen[0] == lines:
+        lines += 1
+        for position, wanted in ((6, old), (11, new)):
+            pool = Pool(kind)
+            with contextlib.suppress(KeyboardInterrupt), interrupted_at(lines) as seen:
+                getattr(pool, what)()
+            found = pool.goes_on(position)
+            assert found is None or torch.equal(found, wanted), f"interrupted at line {lines}"
+            getattr(pool, what)()
+            assert new is None or torch.equal(pool.goes_on(11), new), "a retry repairs it"
+    assert lines > 5
 
 
 @pytest.mark.parametrize("form", ["one launch", "tiles"])

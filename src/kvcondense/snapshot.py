@@ -31,7 +31,7 @@ from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.snapshot import export_live, import_live
-from kvcondense.layout.state import StatePool
+from kvcondense.layout.state import UNKNOWN, StatePool
 from kvcondense.spec import CompressorSpec
 
 SCHEMA = 2
@@ -209,6 +209,8 @@ def _load_online(
     acc = tensors["acc"].to(state.device) if "acc" in tensors else None
     acc = _fold(spec, acc, position - rows.shape[0], rows, ape, impl)
     assert batch.state_slots is not None
+    if state.tags is not None:  # broken off below, values are not taken for what was there
+        state.tags[batch.state_slots] = UNKNOWN
     state.acc[batch.state_slots] = acc
     state.folded[batch.state_slots] = position
     if state.tags is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
@@ -33,6 +33,7 @@ from kvcondense.spec import CompressorSpec
 KEPT = 1 << 14
 """Records of moves that wait for a reader at most."""
 _State = TypeVar("_State", bound=StatePool | OnlineState)
+_Tags = list[tuple[torch.Tensor, torch.Tensor]]
 _WHOLE = [slice(None)]
 
 
@@ -41,7 +42,7 @@ class Move:
     """What one layer's part of a move has copied: ``bytes``, "out" to ``host_slot`` of its host memory or "in" from it.
 
     position: up to which rows were moved (``HostedStates.swap_out``), None: the whole slot. number: counts all moves; a
-    gap says that records were dropped, because nobody read them.
+    gap says that records were dropped, because nobody read them or because an interrupt came between.
     """
 
     number: int
@@ -121,26 +122,25 @@ class _Layer:
         pairs = zip(self.pairs, self.live(position), strict=True)
         return [(a[slot, rows], b[host_slot, rows]) for (a, b), runs in pairs for rows in runs]
 
-    def put_tags(self, slot: int, host_slot: int, position: int | None) -> None:
-        """Name on the host what has come from the device's slot: with a position, no row but those that moved."""
-        if self.tags is not None:
-            here, there = self.tags[0][slot], self.tags[1][host_slot]
-            there.copy_(here)
-            if position is not None and isinstance(self.pool, OnlineState):
-                there.fill_(position if position % self.spec.ratio else -1)
-            elif position is not None:
-                there[(here < self.spec.live_start(position)) | (here >= position)] = -1
+    def leaves(self, slot: int, host_slot: int, position: int | None) -> _Tags:
+        """Tags and what they become when a slot has moved out: with a position, only rows that moved have a name."""
+        if self.tags is None:
+            return []
+        here, there = self.tags[0][slot], self.tags[1][host_slot]
+        names = here.clone()
+        if position is not None and isinstance(self.pool, OnlineState):
+            names.fill_(position if position % self.spec.ratio else -1)
+        elif position is not None:
+            names[(here < self.spec.live_start(position)) | (here >= position)] = -1
+        return [(there, names), (here, torch.full_like(here, -1))]
 
-    def take_tags(self, slot: int, host_slot: int) -> None:
-        """Name on the device what has come from the host."""
-        if self.tags is not None:
-            self.tags[0][slot] = self.tags[1][host_slot]
-
-    def forget(self, *, slot: int | None = None, host_slot: int | None = None) -> None:
-        """Have the tags of one of the slots name nothing."""
-        for tags, of in zip(self.tags or (), (slot, host_slot), strict=False):
-            if of is not None:
-                tags[of] = -1
+    def enters(self, slot: int | None, host_slot: int) -> _Tags:
+        """Tags and what they become when a slot has moved in; None: when it is forgotten."""
+        if self.tags is None:
+            return []
+        there = self.tags[1][host_slot]
+        named = [] if slot is None else [(self.tags[0][slot], there.clone())]
+        return [*named, (there, torch.full_like(there, -1))]
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ class HostedStates:
     begun. **After any move, call** ``wait(layer)`` **before the layer's step or whatever else touches its pool.** So
     layer k waits for no later layer's copy. On the CPU copies are done when the call returns, and ``wait`` is empty.
 
-    Every method raises before anything is written. One that is broken off while it copies leaves the state where it
-    was: moved out, it is still in its slot; moved in, it is still away. Not for several threads at once.
+    Every method raises before anything is written. One that is broken off, wherever, leaves the state in one place:
+    where it was or where it was to go; ``requests`` says who is away. Not for several threads at once.
     """
 
     def __init__(
@@ -194,6 +194,7 @@ class HostedStates:
         self._stream = None if self._streams is None else self._streams.Stream(device=self._device)
         self._copied: dict[str, Any] = {}
         self._away: dict[Hashable, _Away] = {}
+        self._taken = torch.zeros(host_slots, dtype=torch.int64)  # 0: not away, whatever ``_away`` says of the slot
         self._moves: deque[tuple[Move, Any]] = deque(maxlen=require_int("kept", kept, 0))
         self._numbers = itertools.count()
 
@@ -207,22 +208,19 @@ class HostedStates:
         request at ``position``, or if a pool has other tensors than when it was given.
         """
         self._check(slot)
+        self._away = self._still_away()
         if _known(request, self._away):
             raise RangeError("request", "one that is not away", repr(request))
-        taken = {away.host_slot for away in self._away.values()}
-        host_slot = next((i for i in range(self.host_slots) if i not in taken), None)
-        if host_slot is None:
+        taken = self._taken.tolist()
+        if all(taken):
             raise RangeError("host_slots", f"more than {self.host_slots}, which are all taken", self.host_slots)
+        host_slot = taken.index(0)
         if position is not None:
             require_int("position", position, 0)
             self._check_holds(request, slot, position)
-        copies = self._copy("out", slot, host_slot, position)
-        for layer in self._layers.values():
-            layer.put_tags(slot, host_slot, position)
-        self._away[request] = _Away(host_slot, position, sum(size for size, _ in copies))
-        self._record(request, "out", copies)
-        for layer in self._layers.values():  # not StatePool.reset, whose NaN are as many bytes as the state
-            layer.forget(slot=slot)
+        moves = self._copy(request, "out", slot, host_slot, position)
+        self._away[request] = _Away(host_slot, position, sum(move.bytes for move, _ in moves))
+        self._commit(host_slot, 1, [layer.leaves(slot, host_slot, position) for layer in self._layers.values()], moves)
 
     def swap_in(self, request: Hashable, slot: int) -> None:
         """Move the state of ``request`` back, into ``slot`` of every pool; its room on the host is free then.
@@ -235,18 +233,13 @@ class HostedStates:
         away = self._of(request)
         for layer in self._layers.values():
             layer.check_free(request, slot)
-        copies = self._copy("in", slot, away.host_slot, away.position)
-        for layer in self._layers.values():  # after all copies: broken off among them, nothing is named
-            layer.take_tags(slot, away.host_slot)
-        self._record(request, "in", copies)
-        self.drop(request)
+        moves = self._copy(request, "in", slot, away.host_slot, away.position)
+        self._commit(away.host_slot, 0, [layer.enters(slot, away.host_slot) for layer in self._layers.values()], moves)
 
     def drop(self, request: Hashable) -> None:
         """Forget a request that is away. Raises RangeError for one that is not."""
         host_slot = self._of(request).host_slot
-        for layer in self._layers.values():
-            layer.forget(host_slot=host_slot)
-        del self._away[request]
+        self._commit(host_slot, 0, [layer.enters(None, host_slot) for layer in self._layers.values()])
 
     def wait(self, layer: str) -> None:
         """Have the device's current stream wait for the last copy of ``layer``, and the host for none.
@@ -255,8 +248,9 @@ class HostedStates:
         unknown layer.
         """
         self._layer(layer)
-        if layer in self._copied:
-            self._streams.current_stream(self._device).wait_event(self._copied[layer])
+        if (copied := self._copied.get(layer)) is not None:
+            current = self._streams.current_stream(self._device)
+            current.wait_stream(copied) if copied is self._stream else current.wait_event(copied)
 
     def moves(self) -> Iterator[Move]:
         """Records of all copies since they were last read, in order; each is handed out once, when its copy is done.
@@ -272,7 +266,7 @@ class HostedStates:
     @property
     def requests(self) -> tuple[Hashable, ...]:
         """Who is away, in the order in which they went."""
-        return tuple(self._away)
+        return tuple(self._still_away())
 
     def host_slot(self, request: Hashable) -> int:
         """Slot of a request that is away in the host's memory. Raises RangeError for one that is not."""
@@ -318,35 +312,39 @@ class HostedStates:
         return self._layers[name]
 
     def _of(self, request: Hashable) -> _Away:
-        if not _known(request, self._away):
+        if not _known(request, self._away) or not self._taken[self._away[request].host_slot]:
             raise RangeError("request", "one that is away", repr(request))
         return self._away[request]
 
+    def _still_away(self) -> dict[Hashable, _Away]:
+        taken = self._taken.tolist()
+        return {request: away for request, away in self._away.items() if taken[away.host_slot]}
+
     def _copy(
-        self, direction: Literal["out", "in"], slot: int, host_slot: int, position: int | None
-    ) -> list[tuple[int, Any]]:
-        """Copy, or begin to copy, layer after layer; of each, its bytes and an event that follows it (None: done)."""
-        copies = []
+        self, request: Hashable, direction: Literal["out", "in"], slot: int, host_slot: int, position: int | None
+    ) -> list[tuple[Move, Any]]:
+        """Copy, or begin to copy, layer after layer: a record of each, and an event that follows it (None: done)."""
+        moves = []
         if self._stream is not None:  # the step before may still write what is read here, or read what is written
             self._stream.wait_stream(self._streams.current_stream(self._device))
         with nullcontext() if self._stream is None else self._streams.stream(self._stream):
             for name, layer in self._layers.items():
-                size = 0
+                size, self._copied[name] = 0, self._stream  # broken off among its copies, ``wait`` waits for all
                 for device, host in layer.rows(slot, host_slot, position):
                     target, source = (host, device) if direction == "out" else (device, host)
                     target.copy_(source, non_blocking=True)
                     size += source.nbytes
                 if self._stream is not None:
                     self._copied[name] = self._stream.record_event()
-                copies.append((size, self._copied.get(name)))
-        return copies
+                move = Move(next(self._numbers), request, name, direction, host_slot, position, size)
+                moves.append((move, self._copied[name]))
+        return moves
 
-    def _record(self, request: Hashable, direction: Literal["out", "in"], copies: list[tuple[int, Any]]) -> None:
-        away = self._away[request]
-        for layer, (size, copied) in zip(self._layers, copies, strict=True):
-            number = next(self._numbers)
-            move = Move(number, request, layer, direction, away.host_slot, away.position, size)
-            self._moves.append((move, copied))
+    def _commit(self, host_slot: int, taken: int, tags: list[_Tags], moves: Sequence[tuple[Move, Any]] = ()) -> None:
+        """Make a move count: whether the host's slot is taken, and all tags, by one call that no interrupt parts."""
+        there, new = zip(*itertools.chain(*tags), (self._taken[host_slot], torch.tensor(taken)), strict=True)
+        torch._foreach_copy_(there, new)  # type: ignore[attr-defined]
+        self._moves.extend(moves)
 
 
 def _check(name: str, pair: tuple[CompressorSpec, StatePool | OnlineState]) -> None:

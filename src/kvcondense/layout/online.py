@@ -189,16 +189,18 @@ class OnlineState:
     def reset(self, slots: torch.Tensor | Sequence[int]) -> None:
         """Forget what ``slots`` hold: NaN, and continuing from them raises (but at a window boundary)."""
         index = slot_index("slots", slots, self.layout.num_slots, self.device)
-        self.acc[index], self.folded[index] = float("nan"), -1
-        self._log()[index] = float("nan")
         if self.tags is not None:
             self.tags[index] = -1
+        self.acc[index], self.folded[index] = float("nan"), -1
+        self._log()[index] = float("nan")
 
     def fork(self, source: torch.Tensor | Sequence[int], target: torch.Tensor | Sequence[int]) -> None:
         """Copy slots ``source`` to ``target``, one to one: a second request goes on from there."""
         old = slot_index("source", source, self.layout.num_slots, self.device)
         new = slot_index("target", target, self.layout.num_slots, self.device)
         check_fork(old, new)
+        if self.tags is not None:  # broken off below, a copy is not taken for what was there
+            self.tags[new] = UNKNOWN
         for tensor in (self.acc, self.folded, self._log(), self.tags):
             if tensor is not None:
                 tensor[new] = tensor[old]

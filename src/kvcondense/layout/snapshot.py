@@ -6,7 +6,7 @@ import torch
 
 from kvcondense.errors import DtypeError, RangeError, ShapeError
 from kvcondense.layout.batch import RaggedBatch
-from kvcondense.layout.state import StatePool, live_rows
+from kvcondense.layout.state import UNKNOWN, StatePool, live_rows
 from kvcondense.spec import CompressorSpec
 
 
@@ -33,6 +33,8 @@ def import_live(spec: CompressorSpec, state: StatePool, batch: RaggedBatch, rows
         raise ShapeError("rows", f"shape [{position.shape[0]}, {spec.state_dim}]", f"shape {list(rows.shape)}")
     if rows.dtype != state.data.dtype:
         raise DtypeError("rows", f"{state.data.dtype} as the state", rows.dtype)
+    if state.tags is not None:  # broken off below, rows are not taken for what was there
+        state.tags[address] = UNKNOWN
     state.put(address, rows)
     if state.tags is not None:
         state.tags[address] = position

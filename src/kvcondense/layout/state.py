@@ -210,10 +210,10 @@ class StatePool:
         Mutates data and tags. Raises RangeError for a slot or page that the pool lacks.
         """
         index = self._index("slots", slots)
-        for t in self.memory:
-            self._in_blocks(t)[index] = float("nan")
         if self.tags is not None:
             self.tags.view(-1, self.layout.block_rows)[index] = -1
+        for t in self.memory:
+            self._in_blocks(t)[index] = float("nan")
 
     def fork(self, source: torch.Tensor | Sequence[int], target: torch.Tensor | Sequence[int]) -> None:
         """Copy slots (of a ring) or pages ``source`` to ``target``, one to one: a second request goes on from there.
@@ -223,10 +223,12 @@ class StatePool:
         """
         old, new = self._index("source", source), self._index("target", target)
         check_fork(old, new)
+        tags = None if self.tags is None else self.tags.view(-1, self.layout.block_rows)
+        if tags is not None:  # broken off below, a copy is not taken for what was there
+            tags[new] = UNKNOWN
         for t in self.memory:
             self._in_blocks(t)[new] = self._in_blocks(t)[old]
-        if self.tags is not None:
-            tags = self.tags.view(-1, self.layout.block_rows)
+        if tags is not None:
             tags[new] = tags[old]
 
     def _index(self, name: str, blocks: torch.Tensor | Sequence[int]) -> torch.Tensor:
