@@ -142,6 +142,7 @@ def test_weights_that_are_loaded_anew_in_place():
             forward_unified(backend, x, forward_batch, 0, compressor)
         compressor.ape.data.neg_()
         compressor.norm.weight.mul_(2)
+        compressor.freqs_cis.copy_(compressor.freqs_cis.flip(0))
         forward_unified(backend, x, forward_batch, 0, compressor)
         written.append(pages)
     assert torch.equal(*written)

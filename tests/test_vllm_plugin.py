@@ -17,16 +17,13 @@ from typer.testing import CliRunner
 import kvcondense_vllm
 import vllm_stand_ins as stand_ins
 from engine_tensors import CSA, HCA, ROPE, UNROTATED, tokens, weights
-from kvcondense import CompressorWeights, PagedCache, RaggedBatch, RopeTable, StatePool, condense
-from kvcondense.bound import bind
+from kvcondense import CompressorWeights, PagedCache, RaggedBatch, StatePool, condense
 from kvcondense.cli import app
-from kvcondense.errors import KvCondenseError, ShapeError
-from kvcondense.integrations import vllm as engine
 from kvcondense.integrations.vllm_plugin import install, steps, support
+from vllm_stand_ins import BLOCKS, step
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed: make vllm")
 SPECS = pytest.mark.parametrize("spec", [CSA, HCA, UNROTATED], ids=["csa", "hca", "indexer"])
-BLOCKS = 400
 # (starts, lengths, padding) of two requests: prefill, chunk, decode over a boundary, drafts, three of five rejected.
 HISTORY = (
     ([0, 0], [131, 9], 0), ([131, 9], [1, 6], 3), ([132, 15], [1, 1], 0), ([133, 16], [5, 5], 6),
@@ -39,14 +36,6 @@ def vllm(monkeypatch):
     made = stand_ins.install(monkeypatch)
     assert install().why == ""
     return made
-
-
-def step(vllm, module, rope, memory_tables, kv_score, starts, lengths, pad=0):
-    metadata, slots, positions = memory_tables.metadata(starts, lengths, pad)
-    told = {module.state_cache.prefix: metadata, module.k_cache_prefix: SimpleNamespace(slot_mapping=slots)}
-    vllm.context = stand_ins.Context(told)
-    module.forward(kv_score, positions, rope)
-    return vllm.context
 
 
 def by_hand(spec, tables, history, inputs):
@@ -241,36 +230,6 @@ def test_a_cache_or_a_device_that_is_not_known(monkeypatch, caplog, device):
     assert ("rows of" if device == "cpu" else "not tried on xpu") in caplog.text
 
 
-def test_memory_that_moves_and_weights_that_are_loaded_anew(vllm):
-    first, second = (torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8) for _ in range(2))
-    module, rope = stand_ins.layer(vllm, CSA, first)
-    moved, _ = stand_ins.layer(vllm, CSA, second)
-    tables = stand_ins.Engine.of(CSA, 1, 64, BLOCKS)
-    step(vllm, module, rope, tables, tokens(CSA, 8), [0], [8])
-    module.state_cache, module._static_forward_context = moved.state_cache, moved._static_forward_context
-    with torch.no_grad():
-        module.norm.weight.mul_(2)
-    step(vllm, module, rope, tables, tokens(CSA, 8), [0], [8])
-    block = tables.cache_table[0, 0]
-    rows = [engine.cache(m.as_strided((BLOCKS, 64, 584), (stand_ins.PAGE, 584, 1))) for m in (first, second)]
-    once, twice = (r.decode_rows(torch.arange(2) + 64 * block) for r in rows)
-    assert torch.allclose(twice, 2 * once, rtol=2**-6)
-    assert float(once.abs().max()) > 0.1
-
-
-def test_layers_share_one_table_of_angles(vllm):
-    from kvcondense.integrations.vllm_plugin import compressor
-
-    memory = torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8)
-    layers = [stand_ins.layer(vllm, CSA, memory.clone(), f"layers.{i}")[0] for i in range(2)]
-    rope = SimpleNamespace(cos_sin_cache=torch.cat([ROPE.cos, ROPE.sin], 1))
-    tables = stand_ins.Engine.of(CSA, 1, 64, BLOCKS)
-    for module in layers:
-        step(vllm, module, rope, tables, tokens(CSA, 4), [0], [4])
-    one, other = (compressor._layers[m].bound for m in layers)
-    assert one.rope is other.rope
-
-
 @pytest.mark.parametrize("scales", [None, True, False])
 def test_the_indexers_scales_are_those_that_vllms_kernel_writes(vllm, scales):
     from kvcondense.integrations.vllm_plugin.compressor import cache_of
@@ -346,26 +305,3 @@ def test_without_the_variable_nothing_is_imported():
     code = "import sys, kvcondense_vllm as k; k.register(); print('kvcondense' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
-
-
-def test_blocks_of_one_memory_have_one_stride():
-    memory = torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8)
-    state = engine.state(
-        memory.view(torch.float32).as_strided((BLOCKS, 4, CSA.state_dim), (stand_ins.PAGE // 4, CSA.state_dim, 1))
-    )
-    w = weights(CSA)
-    cache = engine.cache(memory.as_strided((BLOCKS, 64, 584), (stand_ins.PAGE, 584, 1)))
-    with pytest.raises(KvCondenseError, match="memory of state"):
-        bind(CSA, w, ROPE, state=state, cache=cache)
-    assert bind(CSA, w, ROPE, state=state, cache=cache, shared_blocks=True).cache is cache
-    other = engine.cache(memory.as_strided((BLOCKS // 2, 64, 584), (2 * stand_ins.PAGE, 584, 1)))
-    with pytest.raises(ShapeError, match=f"{stand_ins.PAGE} bytes apart"):
-        bind(CSA, w, ROPE, state=state, cache=other, shared_blocks=True)
-    late = memory.view(torch.float32).as_strided(
-        (BLOCKS - 1, 4, 2048), (stand_ins.PAGE // 4, 2048, 1), stand_ins.PAGE // 8
-    )
-    with pytest.raises(ShapeError, match="bytes of the memory's first"):
-        bind(CSA, w, ROPE, state=engine.state(late), cache=cache, shared_blocks=True)
-    angles = memory.view(torch.float32).flatten()[: ROPE.cos.numel()].view(ROPE.cos.shape)
-    with pytest.raises(KvCondenseError, match="no step writes"):
-        bind(CSA, w, RopeTable(angles, ROPE.sin), state=state, cache=cache, shared_blocks=True)

@@ -10,8 +10,8 @@ from torch import nn
 
 from engine_tensors import ROPE, weights
 
-PAGE = 47808
-"""Bytes from block to block, as vLLM 0.32 has them for layers of all three kinds."""
+PAGE, BLOCKS = 47808, 400
+"""Bytes from block to block, as vLLM 0.32 has them for layers of all three kinds; blocks of a memory."""
 
 
 @dataclass
@@ -124,3 +124,12 @@ class Engine:
             token_to_req_indices=torch.tensor([*owner, *[0] * pad], dtype=torch.int32),
         )
         return metadata, torch.tensor([*cache_slots, *[-1] * pad]), torch.tensor([*positions, *[0] * pad])
+
+
+def step(vllm, module, rope, memory_tables, kv_score, starts, lengths, pad=0):
+    """One forward of a module; ``memory_tables``: its ``Engine``."""
+    metadata, slots, positions = memory_tables.metadata(starts, lengths, pad)
+    told = {module.state_cache.prefix: metadata, module.k_cache_prefix: SimpleNamespace(slot_mapping=slots)}
+    vllm.context = Context(told)
+    module.forward(kv_score, positions, rope)
+    return vllm.context

@@ -83,7 +83,7 @@ def batch(
 
 
 def rope(cos_cache: torch.Tensor, sin_cache: torch.Tensor) -> RopeTable:
-    """cos and sin [positions, (1, 1,) rope_dim / 2], bf16 or fp16 as ATOM has them. Copied, once."""
+    """cos and sin [positions, (1, 1,) rope_dim / 2], bf16 or fp16 as ATOM has them. A copy, as ``vllm.rope``."""
     if cos_cache.shape != sin_cache.shape or cos_cache.dim() < 2:
         raise ShapeError("cos_cache, sin_cache", "[positions, rope_dim / 2] both", f"{list(cos_cache.shape)}")
     cos, sin = (t.float().reshape(t.shape[0], -1).contiguous() for t in (cos_cache, sin_cache))

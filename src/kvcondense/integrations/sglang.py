@@ -118,7 +118,7 @@ def batch(
 
 
 def rope(freqs_cis: torch.Tensor) -> RopeTable:
-    """``freqs_cis`` [positions, rope_dim / 2] complex, cos + i sin. Copied, once."""
+    """``freqs_cis`` [positions, rope_dim / 2] complex, cos + i sin. A copy, as ``vllm.rope``."""
     if not freqs_cis.is_complex() or freqs_cis.dim() != 2:
         raise ShapeError("freqs_cis", "complex [positions, rope_dim / 2]", f"{freqs_cis.dtype} {list(freqs_cis.shape)}")
     return RopeTable(freqs_cis.real.float().contiguous(), freqs_cis.imag.float().contiguous())

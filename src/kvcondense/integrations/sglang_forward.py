@@ -22,10 +22,11 @@ from kvcondense.bound import Bound, bind
 from kvcondense.errors import ShapeError, UnsupportedError
 from kvcondense.integrations import sglang
 from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.memory import version
 from kvcondense.spec import CompressorSpec, Rounding
 from kvcondense.weights import CompressorWeights
 
-_bound: weakref.WeakKeyDictionary[Any, tuple[tuple[Any, ...], Bound]] = weakref.WeakKeyDictionary()
+_bound: weakref.WeakKeyDictionary[Any, tuple[tuple[Any, ...], torch.Tensor, Bound]] = weakref.WeakKeyDictionary()
 
 
 def forward_unified(self: Any, x: torch.Tensor, forward_batch: Any, layer_id: int, compressor: Any) -> None:
@@ -77,8 +78,9 @@ def _layer(backend: Any, compressor: Any, layer_id: int) -> Bound:
     pages = (pool.get_index_k_with_scale_buffer if indexer else pool.get_extra_key_buffer)(layer_id)
     norm, ape, angles = compressor.norm.weight.detach(), compressor.ape.detach(), compressor.freqs_cis
     places = tuple((t.data_ptr(), t.shape) for t in (states, pages, norm, ape, angles))
+    places += (version(angles),)  # which are copied
     found = _bound.get(compressor)
-    if found is None or found[0] != places:
+    if found is None or found[0] != places or found[1] is not angles:
         rows = pool.get_index_k_page_size(ratio) if indexer else pool.get_extra_key_page_size(layer_id)
         ring = pool.get_ring_size(compress_ratio=ratio)
         spec = CompressorSpec(
@@ -97,9 +99,9 @@ def _layer(backend: Any, compressor: Any, layer_id: int) -> Bound:
             state=sglang.state(states, ring, swa_page_size=pool.swa_page_size),
             cache=sglang.cache(pages, rows, format="fp8_indexer_plain" if indexer else "fp8_model1"),
         )
-        found = _bound[compressor] = places, made
-    weights = found[1].weights
+        found = _bound[compressor] = places, angles, made
+    weights = found[2].weights
     for mine, theirs in ((weights.norm, norm), (weights.ape, sglang.ape(ape, overlap))):
         if mine is not None and mine.data_ptr() != theirs.data_ptr():
             mine.copy_(theirs)  # weights can be loaded anew in place
-    return found[1]
+    return found[2]

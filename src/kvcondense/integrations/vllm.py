@@ -133,7 +133,11 @@ def ring_batch(
 
 
 def rope(cos_sin_cache: torch.Tensor) -> RopeTable:
-    """``rotary_emb.cos_sin_cache`` [positions, rope_dim], cos in the first half, sin in the second. Copied, once."""
+    """``rotary_emb.cos_sin_cache`` [positions, rope_dim], cos in the first half, sin in the second.
+
+    A copy, which does not see what becomes of vLLM's: make it anew where that is replaced or written to
+    (``layout.memory.version`` tells), as the plugin does.
+    """
     if cos_sin_cache.dim() != 2 or cos_sin_cache.shape[1] % 2:
         raise ShapeError("cos_sin_cache", "[positions, rope_dim]", list(cos_sin_cache.shape))
     cos, sin = cos_sin_cache.float().chunk(2, dim=1)

@@ -56,6 +56,14 @@ def check_apart(written: Mapping[str, torch.Tensor], read: Mapping[str, torch.Te
                 raise KvCondenseError(other, f"memory that no step writes ({name} is written)", f"memory of {name}")
 
 
+def version(t: torch.Tensor) -> int | None:
+    """A number that changes made in place to a tensor, or to a view of it, change; None where nobody counts them.
+
+    Changes made through ``t.data`` are not counted, nor are those of tensors that were made in inference mode.
+    """
+    return None if t.is_inference() else t._version
+
+
 def span(t: torch.Tensor) -> tuple[int, int]:
     """Address of its first byte, and of the first behind its last."""
     start = t.data_ptr()

@@ -11,6 +11,7 @@ import torch
 from kvcondense.backends import Backend
 from kvcondense.integrations.memory import Memory, Tokens
 from kvcondense.integrations.transformers import hooks, positions
+from kvcondense.layout.memory import version
 from kvcondense.layout.plan import Plan
 from kvcondense.planning import Planner
 from kvcondense.rope_table import RopeTable
@@ -65,8 +66,7 @@ class Accelerated:
 
     def tokens(self, position_ids: torch.Tensor, sequences: int, *, fresh: bool, cached: bool) -> Tokens | None:
         """``positions.read``; all layers of a call ask with one tensor, which is read once."""
-        version = None if position_ids.is_inference() else position_ids._version
-        key, known = (sequences, fresh, cached, version), self._tokens
+        key, known = (sequences, fresh, cached, version(position_ids)), self._tokens
         if known is not None and known[0] is position_ids and known[1] == key:
             return known[2]
         tokens = positions.read(position_ids, sequences, fresh=fresh, cached=cached)

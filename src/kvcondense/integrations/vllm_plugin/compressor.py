@@ -17,23 +17,43 @@ from kvcondense.errors import KvCondenseError
 from kvcondense.integrations import vllm
 from kvcondense.integrations.vllm_plugin import steps
 from kvcondense.integrations.vllm_plugin.support import OURS, Support, support
+from kvcondense.layout.memory import version
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec, Rounding
 from kvcondense.weights import CompressorWeights
 
 _log = logging.getLogger("vllm.kvcondense")  # vLLM's own handler shows what is below "vllm"
 _layers: weakref.WeakKeyDictionary[Any, Layer] = weakref.WeakKeyDictionary()
-_ropes = WeakTensorKeyDictionary()
+_angles = WeakTensorKeyDictionary()
 
 
 @dataclass
 class Layer:
-    """A module's compressor, bound to the memory that lay at ``places``; None: vLLM's own forward runs, and why."""
+    """A module's compressor, bound to the memory that lay at ``places``; without one, vLLM's own forward runs.
+
+    angles: vLLM's own table, and what was copied of it. copies: of weights that are narrower there, (ours, vLLM's).
+    """
 
     bound: Bound | None
     places: tuple[Any, ...]
-    gamma: torch.Tensor | None = None
-    """The norm's weight in bf16, which ``bound`` has a widened copy of."""
+    angles: tuple[torch.Tensor, Angles | None]
+    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+
+
+@dataclass
+class Angles:
+    """A copy of vLLM's table, for all modules that share that, and the ``version`` that was copied."""
+
+    table: RopeTable
+    version: int | None
+
+    def follow(self, cos_sin_cache: torch.Tensor) -> None:
+        """Take over what vLLM's table has become in place, in place: captured graphs read this one."""
+        now = version(cos_sin_cache)
+        if self.version != now:
+            new, self.version = vllm.rope(cos_sin_cache), now
+            self.table.cos.copy_(new.cos)
+            self.table.sin.copy_(new.sin)
 
 
 def install() -> Support:
@@ -75,37 +95,42 @@ def _instead(original: Any, found: Support) -> Any:
 
 
 def _layer(module: Any, rotary_emb: Any, found: Support) -> Layer:
-    """What a module is bound to; bound anew if vLLM has moved any of it."""
-    cache = module._static_forward_context[module.k_cache_prefix]
-    tensors = (module.state_cache.kv_cache, cache.kv_cache, module.norm.weight, module.ape, rotary_emb.cos_sin_cache)
-    places = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
+    """What a module is bound to; bound anew if vLLM has moved any of it. What was copied is as vLLM has it by now."""
+    cache, table = module._static_forward_context[module.k_cache_prefix], rotary_emb.cos_sin_cache
+    tensors = (module.state_cache.kv_cache, cache.kv_cache, module.norm.weight, module.ape, table, _scale_of(cache))
+    places = tuple(None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
     layer = _layers.get(module)
-    if layer is None or layer.places != places:
-        layer = _layers[module] = _bound(module, cache, rotary_emb.cos_sin_cache, places, found)
-    if layer.gamma is not None and layer.bound is not None and not steps.captured(layer.gamma.device):
-        layer.bound.weights.norm.copy_(layer.gamma)  # weights can be loaded anew in place
+    if layer is None or layer.places != places or layer.angles[0] is not table:
+        layer = _layers[module] = _bound(module, cache, table, places, found)
+    for mine, theirs in layer.copies:  # weights can be loaded anew in place: a captured graph copies them, too
+        mine.copy_(theirs)
+    if layer.angles[1] is not None:
+        layer.angles[1].follow(table)
     return layer
 
 
-def _bound(module: Any, cache: Any, cos_sin_cache: torch.Tensor, places: tuple[Any, ...], found: Support) -> Layer:
+def _bound(module: Any, cache: Any, table: torch.Tensor, places: tuple[Any, ...], found: Support) -> Layer:
     why = _why_not(module, found)
     if why is None:
         try:
-            gamma = module.norm.weight.detach()
-            with torch.inference_mode(False):  # a later pass may not be in that mode, and widens the norm anew
+            norm, ape = module.norm.weight.detach(), module.ape.detach()
+            with torch.inference_mode(False):  # a later pass may not be in that mode, and copies anew
+                angles = _angles_of(table)
                 bound = bind(
                     spec_of(module),
-                    CompressorWeights(norm=gamma, ape=module.ape.detach()),
-                    _rope(cos_sin_cache),
+                    CompressorWeights(norm=norm, ape=ape),
+                    angles.table,
                     state=vllm.state(module.state_cache.kv_cache),
                     cache=cache_of(cache),
                     shared_blocks=True,
                 )
-            return Layer(bound, places, None if gamma.dtype == torch.float32 else gamma)
+            pairs = (bound.weights.norm, norm), (bound.weights.ape, ape)
+            copies = tuple((mine, theirs) for mine, theirs in pairs if mine is not None and mine is not theirs)
+            return Layer(bound, places, (table, angles), copies)
         except KvCondenseError as error:
             why = str(error)
     _log.warning("kvcondense: %s stays vLLM's: %s", module.prefix, why)
-    return Layer(None, places)
+    return Layer(None, places, (table, None))
 
 
 def _why_not(module: Any, found: Support) -> str | None:
@@ -144,13 +169,17 @@ def cache_of(cache: Any) -> Any:
         kernels = import_module("vllm.models.deepseek_v4.common.ops.fused_compress_quant_cache")
         bytes_of_scales = getattr(kernels, "mqa_logits_use_mx_scales", lambda: False)()
         name = "fp8_indexer_ue8m0" if bytes_of_scales else "fp8_indexer_pow2"
-    scale = getattr(cache, "_flashinfer_fp8_kv_scale", None) if kv_cache.dtype == torch.float8_e4m3fn else None
-    return vllm.cache(kv_cache, scale=scale, format=name)
+    return vllm.cache(kv_cache, scale=_scale_of(cache), format=name)
 
 
-def _rope(cos_sin_cache: torch.Tensor) -> RopeTable:
-    """Of all modules that share vLLM's table, which is copied once."""
-    found = _ropes.get(cos_sin_cache)
+def _angles_of(cos_sin_cache: torch.Tensor) -> Angles:
+    """The copy that all modules share which share vLLM's table."""
+    found: Angles | None = _angles.get(cos_sin_cache)
     if found is None:
-        found = _ropes[cos_sin_cache] = vllm.rope(cos_sin_cache)
+        found = _angles[cos_sin_cache] = Angles(vllm.rope(cos_sin_cache), version(cos_sin_cache))
     return found
+
+
+def _scale_of(cache: Any) -> torch.Tensor | None:
+    """Of a whole cache of e4m3 rows."""
+    return getattr(cache, "_flashinfer_fp8_kv_scale", None) if cache.kv_cache.dtype == torch.float8_e4m3fn else None
