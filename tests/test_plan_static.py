@@ -145,7 +145,8 @@ def test_what_checks_remember_is_forgotten_with_the_values():
 @pytest.mark.parametrize(
     ("name", "change", "error"),
     [
-        ("state_block_table", lambda t: t.to(torch.int32), DtypeError),
+        ("state_block_table", lambda t: t.to(torch.int16), DtypeError),
+        ("start_positions", lambda t: t.to(torch.int32), DtypeError),
         ("start_positions", lambda t: t.to(torch.float32), DtypeError),
         ("state_block_table", lambda t: t[:1], ShapeError),
         ("state_block_table", lambda t: t.T.contiguous().T, ShapeError),

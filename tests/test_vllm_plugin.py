@@ -66,10 +66,8 @@ def by_hand(spec, tables, history, inputs):
 @SPECS
 @pytest.mark.parametrize("static", [False, True], ids=["host", "static"])
 def test_every_byte_of_the_shared_blocks(vllm, monkeypatch, spec, static):
-    if static:  # as on a GPU, where no value is looked at
-        monkeypatch.setattr(
-            steps, "_plan", lambda b, job, told, meta, s: steps._static(b, job, told, meta.block_table, s)
-        )
+    if static:
+        stand_ins.as_on_a_gpu(monkeypatch)
     memory = torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8)
     module, rope = stand_ins.layer(vllm, spec, memory)
     tables = stand_ins.Engine.of(spec, 2, 264, BLOCKS)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from engine_tensors import ROPE, weights
+from kvcondense.integrations.vllm_plugin import steps
 
 PAGE, BLOCKS = 47808, 400
 """Bytes from block to block, as vLLM 0.32 has them for layers of all three kinds; blocks of a memory."""
@@ -57,6 +58,12 @@ def install(monkeypatch, version="0.32.0", device="cpu", ranks=1):
     vllm.cpu = _module(monkeypatch, cpu, DeepseekV4CPUCompressor=DeepseekV4CPUCompressor)
     vllm.kernels = _module(monkeypatch, "vllm.models.deepseek_v4.common.ops.fused_compress_quant_cache")
     return vllm
+
+
+def as_on_a_gpu(monkeypatch):
+    """Steps of the plugin for which no value is asked, with one static plan for all of a shape."""
+    monkeypatch.setattr(steps, "requests", steps.spans)
+    monkeypatch.setattr(steps, "_plan", lambda b, job, told, meta, s: steps._static(b, job, told, meta.block_table, s))
 
 
 def _module(monkeypatch, name, **contents):

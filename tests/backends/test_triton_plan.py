@@ -152,6 +152,25 @@ def test_plans_are_the_builders(hostile, data):
 
 
 @given(data=st.data())
+def test_tables_of_an_engine_are_read_as_they_are(data):
+    """int32, at any stride: the plans of the same numbers in int64."""
+    jobs, batch, bounds, rows = data.draw(steps(hostile=False))
+    narrow = {}
+    for name in ("state_block_table", "block_table"):
+        if (table := getattr(batch, name)) is not None:
+            memory = torch.full((table.shape[0], table.shape[1] + 3), -1, dtype=torch.int32)
+            narrow[name] = memory[:, : table.shape[1]].copy_(table)
+    found = static(jobs, replace(batch, **narrow), bounds, rows).plans
+    for plan, expected in zip(found, by_torch(jobs, batch, bounds, rows), strict=True):
+        for field in fields(Plan):
+            if isinstance(t := getattr(expected, field.name), torch.Tensor):
+                assert torch.equal(getattr(plan, field.name), t), field.name
+        assert all(getattr(plan.batch, name) is t for name, t in narrow.items())
+    for plan in by_torch(jobs, replace(batch, **narrow), bounds, rows):
+        assert all(getattr(plan.batch, name).dtype == torch.int64 for name in narrow)
+
+
+@given(data=st.data())
 def test_refilled_plans_are_the_builders(data):
     """In place, from what the batch's tensors hold by then; what was left in counters is gone."""
     jobs, batch, bounds, rows = data.draw(steps(hostile=True))

@@ -90,7 +90,7 @@ class PagedLayout:
         """State row of each (request, position), int64; positions must be >= 0."""
         assert batch.state_block_table is not None
         page = batch.state_block_table[request, position // self.page_tokens]
-        return page * self.page_rows + position % self.page_rows
+        return page.to(torch.int64) * self.page_rows + position % self.page_rows
 
     def keep_start(self, spec: CompressorSpec, batch: RaggedBatch) -> torch.Tensor:
         """First position of each request [R] whose row is kept."""

@@ -16,7 +16,7 @@ IntTensor = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """Prefill, chunk, decode and verify requests of one step. Build it with ``build``; all fields are int64.
+    """Prefill, chunk, decode and verify requests of one step. Build it with ``build``; its fields are int64 then.
 
     A batch owns its integers: what the caller's tensors become later does not change it.
 
@@ -26,6 +26,8 @@ class RaggedBatch:
     state_slots [R] or state_block_table [R, pages]: where the state lives; state slot -1 makes the request inert.
     slot_mapping [T] or block_table [R, pages]: the cache row of the window that token t completes (-1: do not write),
     or the pages that hold rows 0, 1, ... of each request.
+
+    Where static plans are made of a batch, tables may be an engine's own, int32: on a GPU they are read where they lie.
     """
 
     # Who has the tensors is no field: ``vars`` of a batch make another one, and copies are batches of nobody known.
@@ -135,9 +137,9 @@ class RaggedBatch:
         return getattr(self, "_own", False)
 
     def owned(self) -> RaggedBatch:
-        """The same in tensors of its own, which nobody else changes."""
-        mine = {f.name: t.clone() for f in fields(self) if (t := getattr(self, f.name)) is not None}
-        return replace(self, **mine).as_own()
+        """The same in int64 tensors of its own, which nobody else changes."""
+        given = {f.name: t for f in fields(self) if (t := getattr(self, f.name)) is not None}
+        return replace(self, **{name: _copy(t) for name, t in given.items()}).as_own()
 
     def checked(self) -> RaggedBatch:
         """This batch, or the one that ``build`` makes of its fields, if they may be others than those of a build.
@@ -169,8 +171,9 @@ class RaggedBatch:
                 raise KvCondenseError(name, "a dense tensor", t.layout)
             dim = 2 if name.endswith("block_table") else 1
             rows = None if name == "slot_mapping" else qsl.shape[0] - (name != "query_start_loc")
-            if t.dtype != torch.int64:
-                raise DtypeError(name, "int64 (RaggedBatch.build widens)", t.dtype)
+            if t.dtype not in dtypes_of(name):
+                wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes_of(name))
+                raise DtypeError(name, f"{wanted} (RaggedBatch.build widens)", t.dtype)
             if t.dim() != dim or (rows is not None and t.shape[0] != rows):
                 wanted = f"{dim} dimension(s), {'any number of' if rows is None else rows} rows"
                 raise ShapeError(name, wanted, list(t.shape))
@@ -188,6 +191,11 @@ class RaggedBatch:
     def active(self) -> torch.Tensor:
         """Requests that read and write anything at all [R] bool."""
         return (self.start_positions >= 0) & (self.lengths > 0)
+
+
+def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
+    """What a field of a batch may be, where kernels read it by address."""
+    return (torch.int64, torch.int32) if name.endswith("block_table") else (torch.int64,)
 
 
 def check_fields(target: object, source: object, names: Sequence[str]) -> None:
@@ -235,7 +243,11 @@ def _ints(name: str, value: object, dim: int, device: torch.device | None, rows:
         raise DeviceError(name, f"device {device} as query_start_loc", value.device)
     if value.is_meta:
         raise DeviceError(name, "a device that holds values", value.device)
-    return value.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
+    return _copy(value)
+
+
+def _copy(t: torch.Tensor) -> torch.Tensor:
+    return t.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
 
 
 def _drafts(draft_rows: IntTensor | int, lengths: torch.Tensor) -> torch.Tensor:

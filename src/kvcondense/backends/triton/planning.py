@@ -12,7 +12,7 @@ import torch
 from kvcondense.backends.jobs import ONLINE, PAGED, RING, Job, Rule, rule_of
 from kvcondense.backends.triton import tuning
 from kvcondense.backends.triton.runtime import interpreted, on_device, why_no_device
-from kvcondense.layout.batch import MOST_POSITIONS, RaggedBatch
+from kvcondense.layout.batch import MOST_POSITIONS, RaggedBatch, dtypes_of
 from kvcondense.layout.extremes import Bounds, Extremes
 from kvcondense.layout.plan import COUNTERS, KEEP_FIELDS, WINDOW_FIELDS, Plan, may_overwrite
 
@@ -158,15 +158,15 @@ class _Place:
 
 
 def _takes(batch: RaggedBatch, bounds: Bounds, cache_rows: Sequence[int | None]) -> bool:
-    """Whether the batch's tensors, and the numbers, are what the kernel takes: plain int64, positions in 32 bits."""
+    """Whether the batch's tensors, and the numbers, are what the kernel takes: plain integers, positions in 32 bits."""
     numbers = (bounds.tokens, bounds.query_len, bounds.draft, 0 if bounds.positions is None else bounds.positions)
     if not all(type(n) is int and 0 <= n < MOST_POSITIONS for n in numbers):
         return False
     if not all(n is None or (type(n) is int and 0 <= n <= _MOST) for n in cache_rows):
         return False
     tensors = {name: t for name in _FIELDS if (t := getattr(batch, name)) is not None}
-    for t in tensors.values():
-        if type(t) is not torch.Tensor or t.layout is not torch.strided or t.dtype is not torch.int64:
+    for name, t in tensors.items():
+        if type(t) is not torch.Tensor or t.layout is not torch.strided or t.dtype not in dtypes_of(name):
             return False
     device, requests = batch.query_start_loc.device, batch.query_start_loc.numel() - 1
     for name, t in tensors.items():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from kvcondense.backends.jobs import Job
 from kvcondense.bound import Bound
-from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.batch import RaggedBatch, copy_fields
 from kvcondense.layout.plan import Plan
 from kvcondense.planning import Planner, StaticPlans
 
@@ -41,37 +42,69 @@ def plan(bound: Bound, context: Any, metadata: Any, cache_slots: torch.Tensor, p
     known = vars(context).setdefault("kvcondense", {})
     key = (job, id(metadata), cache_slots.data_ptr())
     if key not in known:
+        on_cpu = cache_slots.device.type == "cpu"
         # vLLM runs a layer's two compressors on two streams, which wait for nobody: each finds out for itself there.
-        shared = id(metadata) if cache_slots.device.type == "cpu" else (*key, "requests")
+        shared = id(metadata) if on_cpu else (*key, "requests")
         if shared not in known:
-            known[shared] = requests(metadata, positions)
+            known[shared] = (requests if on_cpu else spans)(metadata, positions)
         known[key] = None if known[shared] is None else _plan(bound, job, known[shared], metadata, cache_slots)
     return known[key]
 
 
-def requests(metadata: Any, positions: torch.Tensor) -> Requests | None:
-    """Who has which tokens. slot_mapping [n] of -1 marks padding behind the last token; elsewhere: None.
+def _told(metadata: Any, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Owner and position of each token [n]. Padding, of slot -1, has one request more than there are as its owner.
 
     vLLM pads slots for its graphs, and not always what else there is of each token: what is behind it is padding.
-    Values are looked at on the CPU alone. On GPUs, where that would wait for the device, padding is where it may be.
     """
     count = metadata.block_table.shape[0]
     many = min(metadata.slot_mapping.shape[0], metadata.token_to_req_indices.shape[0], positions.shape[0])
-    slots = metadata.slot_mapping[:many]
+    owner = metadata.token_to_req_indices[:many].to(torch.int64)
+    there = (metadata.slot_mapping[:many] >= 0) & (owner >= 0) & (owner < count)
+    return torch.where(there, owner, count), positions[:many]
+
+
+def requests(metadata: Any, positions: torch.Tensor) -> Requests | None:
+    """Who has which tokens, on the CPU. None if one is none of its request's next ones, or padding is before one."""
+    count = metadata.block_table.shape[0]
+    owner, positions = _told(metadata, positions)
+    many = owner.shape[0]
     if not many:
         return None
-    # Padding belongs to request 0 there, and to nobody here: [n], never falling.
-    owner = torch.where(slots >= 0, metadata.token_to_req_indices[:many].to(torch.int64), count)
-    bounds = torch.searchsorted(owner, torch.arange(count + 1, device=slots.device))
+    bounds = torch.searchsorted(owner, torch.arange(count + 1))  # never falling
     first = positions[bounds[:-1].clamp(max=many - 1)]
     starts = torch.where(bounds.diff() > 0, first, -1)
-    if slots.device.type == "cpu":
-        total = int(bounds[-1])
-        mine = owner[:total]
-        wanted = starts[mine.clamp(max=count - 1)] + torch.arange(total) - bounds[mine.clamp(max=count - 1)]
-        if bool((owner.diff() < 0).any()) or not torch.equal(wanted, positions[:total]):
-            return None
+    total = int(bounds[-1])
+    mine = owner[:total]
+    wanted = starts[mine.clamp(max=count - 1)] + torch.arange(total) - bounds[mine.clamp(max=count - 1)]
+    if bool((owner.diff() < 0).any()) or not torch.equal(wanted, positions[:total]):
+        return None
     return Requests(bounds, starts)
+
+
+def spans(metadata: Any, positions: torch.Tensor) -> Requests | None:
+    """The same on a device, which is asked for no value: vLLM's request q is request 2 q of 2 R - 1.
+
+    Those between are inert and own padding amid tokens, as vLLM has it behind drafts of one request and before the next
+    one. Inert is also, so that nothing is written for it, a request whose tokens are not side by side, position after
+    position, in the order of requests, and the first one behind padding. None without tokens or requests.
+    """
+    count = metadata.block_table.shape[0]
+    owner, positions = _told(metadata, positions)
+    many = owner.shape[0]
+    if not many or not count:
+        return None
+    token = torch.arange(many, device=owner.device)
+    first = token.new_full((count + 1,), many).scatter_reduce_(0, owner, token, "amin")
+    last = token.new_full((count + 1,), -1).scatter_reduce_(0, owner, token, "amax")
+    start = positions[first.clamp(max=many - 1)] - first
+    following = torch.zeros_like(first).scatter_add_(0, owner, (positions - token == start[owner]).to(torch.int64))
+    whole = (following == last - first + 1)[:-1]  # [R]; False without tokens, since there is one at least
+    edges = torch.stack([first[:-1], last[:-1] + 1], 1) * whole[:, None]  # [R, 2]
+    edges[0, 0] = 0
+    offsets = edges.flatten().cummax(0).values  # [2 R]
+    good = whole & (offsets[::2] == first[:-1])
+    starts = torch.where(good, start[:-1] + first[:-1], -1)
+    return Requests(offsets, torch.stack([starts, torch.full_like(starts, -1)], 1).flatten()[:-1])
 
 
 def _plan(bound: Bound, job: Job, told: Requests, metadata: Any, cache_slots: torch.Tensor) -> Plan:
@@ -95,7 +128,7 @@ def _planner(job: Job) -> Planner:
 
 
 def _static(bound: Bound, job: Job, told: Requests, table: torch.Tensor, cache_slots: torch.Tensor) -> Plan:
-    """A static plan of what lies on the device: a captured graph copies and plans it again."""
+    """A static plan of what lies on the device: a captured graph plans it again, from vLLM's own table."""
     rope, cache = bound.rope, bound.cache
     assert rope is not None
     assert cache is not None
@@ -103,25 +136,41 @@ def _static(bound: Bound, job: Job, told: Requests, table: torch.Tensor, cache_s
         query_start_loc=told.query_start_loc,
         start_positions=told.start_positions,
         draft_rows=torch.zeros_like(told.start_positions),
-        state_block_table=table.to(torch.int64),
         slot_mapping=cache_slots,
     )
     tokens, sizes = cache_slots.shape[0], (rope.cos.shape[0], cache.num_rows)
     # Layers of one kind may have tables of their own in one pass: each keeps its plan until the pass is over.
-    places = table.device, table.data_ptr(), tuple(table.shape), cache_slots.data_ptr(), tokens
-    key = (job, *places, *sizes)
+    places = table.device, table.dtype, table.data_ptr(), tuple(table.shape), table.stride(), cache_slots.data_ptr()
+    key = (job, *places, tokens, *sizes)
     found = _statics.pop(key, None)
     if found is None:
         with torch.inference_mode(False):  # a later pass may not be in that mode, and fills them anew
-            found = _planner(job).static(batch.owned(), max_tokens=tokens, max_positions=sizes[0], cache_rows=sizes[1])
+            mine = replace(batch.owned(), state_block_table=_spread(table))
+            found = _planner(job).static(mine, max_tokens=tokens, max_positions=sizes[0], cache_rows=sizes[1])
     else:
-        found.refill(batch)
+        copy_fields(found.batch, batch, ("query_start_loc", "start_positions", "slot_mapping"))
+        if table.stride(0) % 2:
+            assert found.batch.state_block_table is not None
+            found.batch.state_block_table[::2].copy_(table)
+        found.refill()
     _statics[key] = found
     if captured(table.device):
         _captured.append(found)
     elif len(_statics) > _KEPT:
         _statics.popitem(last=False)
     return found.plans[0]
+
+
+def _spread(table: torch.Tensor) -> torch.Tensor:
+    """vLLM's table [R, blocks] as one of the requests of ``spans``: row 2 q is row q, and nobody reads those between.
+
+    It is vLLM's memory, since tables are as wide as the longest sequence that there may be, or a copy, where the middle
+    between two rows is no entry.
+    """
+    rows, columns = table.shape
+    if table.stride(0) % 2:
+        table = table.new_empty(rows, columns + columns % 2)[:, :columns].copy_(table)
+    return table.as_strided((2 * rows - 1, columns), (table.stride(0) // 2, 1))
 
 
 def captured(device: torch.device) -> bool:

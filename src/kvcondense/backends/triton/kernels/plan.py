@@ -246,7 +246,7 @@ def plan_windows(job, out, side, target, gap, slot_mapping, block_table, BLOCK: 
             slot = tl.load(slot_mapping + end, mask=live & (end >= 0) & (end < entries), other=-1)
         elif source == TABLE:
             column = window // page_rows
-            page = tl.load(block_table + owner * stride + column, mask=live & (column < entries), other=-1)
+            page = tl.load(block_table + owner * stride + column, mask=live & (column < entries), other=-1).to(tl.int64)
             there = (page >= 0) & (page < last_page)
             slot = tl.where(there, tl.where(there, page, 0) * page_rows + window % page_rows, -1)
         slot = tl.where((slot >= 0) & (slot < cache_rows), slot, -1)
@@ -277,7 +277,7 @@ def plan_keeps(job, out, side, target, gap, state_slots, state_table, BLOCK: tl.
         block = item * 0
         if kind == PAGED:
             column = position // page_tokens
-            block = tl.load(state_table + owner * stride + column, mask=live & (column < width), other=0)
+            block = tl.load(state_table + owner * stride + column, mask=live & (column < width), other=0).to(tl.int64)
         elif kind != STATELESS:
             block = tl.load(state_slots + owner, mask=live, other=0)
         row = block * rows + position % ring
@@ -293,10 +293,11 @@ def plan_kernel(
     jobs, memory, query_start_loc, start_positions, draft_rows, state_slots, state_table, slot_mapping, block_table,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Plan ``program_id(0)`` of those that ``jobs`` [programs, SIZE] describes, into ``memory``; all int64.
+    """Plan ``program_id(0)`` of those that ``jobs`` [programs, SIZE] describes, into ``memory``.
 
-    Work is O(R log R + (E + K + pages) log R) for R requests: slots are compared through memory, not with each other,
-    and whoever owns a window, a kept row or a page is searched for in the running sums.
+    All are int64, tables perhaps int32. Work is O(R log R + (E + K + pages) log R) for R requests: slots are compared
+    through memory, not with each other, and whoever owns a window, a kept row or a page is searched for in the running
+    sums.
     """
     job = jobs + tl.program_id(0) * SIZE
     kind = tl.load(job + KIND)

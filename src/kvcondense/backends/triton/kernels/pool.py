@@ -22,7 +22,7 @@ def state_row(position, live, q, state_table, table_stride, c: tl.constexpr):
         page = tl.load(state_table + q * table_stride + p // TOKENS)  # where not live, that of position 0
     else:
         page = tl.load(state_table + q)
-    row = tl.where(live, page * PAGE_STRIDE + p % ROWS * STRIDE, 0)
+    row = tl.where(live, page.to(tl.int64) * PAGE_STRIDE + p % ROWS * STRIDE, 0)
     # tl.where hides from the compiler what rows are multiples of, and with it loads of 16 bytes.
     return tl.multiple_of(row, [MULTIPLE])
 
