@@ -114,7 +114,7 @@ def compress(
 
 @dataclass(frozen=True)
 class Job:
-    """Arguments of one of the ``compress`` calls that ``compress_many`` does."""
+    """Arguments of one of the ``compress`` calls that ``compress_many`` does; shared_blocks: as in ``bound.bind``."""
 
     spec: CompressorSpec
     weights: CompressorWeights
@@ -124,18 +124,21 @@ class Job:
     state: StatePool | OnlineState | None = None
     cache: PagedCache | None = None
     latent: bool = False
+    shared_blocks: bool = False
 
 
 def compress_many(x: torch.Tensor, jobs: Sequence[Job], *, impl: str | Backend = "auto") -> tuple[CondensedRows, ...]:
     """``compress`` for several compressors that read the same x [T, D], as the main and the indexer's one of a layer.
 
     Backends may do them together: ``triton`` takes two in one launch where ``explain`` says so of both. Every job needs
-    a state and a cache of its own. All are checked before anything is written.
+    a state and a cache of its own, or, with ``shared_blocks``, blocks of its own in one memory, and then a state block
+    table of its own; that no block is named twice is the engine's to see to. All are checked before any is written.
     """
     bounds, plans = [], []
     for job in jobs:
         require("job", job, Job)
-        bound = _bound(job.spec, job.weights, job.rope, job.batch, job.plan, job.state, job.cache, job.latent, impl)
+        fields = (job.spec, job.weights, job.rope, job.batch, job.plan, job.state, job.cache, job.latent)
+        bound = _bound(*fields, impl, job.shared_blocks)
         validate.projection(job.spec, x, job.weights)
         bounds.append(bound)
         plans.append(job.plan or _planned(bound, job.batch, x.shape[0], "x"))
@@ -185,6 +188,7 @@ def _bound(
     cache: PagedCache | None,
     latent: bool,
     impl: str | Backend,
+    shared_blocks: bool = False,
 ) -> Bound:
     require("spec", spec, CompressorSpec)
     require("batch", batch, RaggedBatch)
@@ -192,7 +196,9 @@ def _bound(
         require("plan", plan, Plan)
         if batch is not plan.batch and batch is not plan.given:
             raise KvCondenseError("plan", "the plan of this batch", "a plan of another batch")
-    return bind(spec, weights, rope, state=state, cache=cache, latent=latent, impl=impl)
+    return bind(
+        spec, weights, rope, state=state, cache=cache, latent=latent, impl=impl, shared_blocks=shared_blocks
+    )  # fmt: skip
 
 
 def _planned(bound: Bound, batch: RaggedBatch, rows: int, name: str) -> Plan:

@@ -176,6 +176,11 @@ class Bound:
         return x.new_zeros(1, self.spec.projected, dtype=dtype).expand(x.shape[0], -1)
 
     @property
+    def shared_blocks(self) -> bool:
+        """As ``bind`` was told."""
+        return bool(self.checked.fixed[-1])
+
+    @property
     def w(self) -> torch.Tensor:
         """The merged weight of the projection."""
         assert self.weights.w is not None
@@ -236,7 +241,8 @@ def _weakly(owner: object) -> Callable[[], object]:
 def compress_together(bounds: Sequence[Bound], x: torch.Tensor, plans: Sequence[Plan]) -> tuple[CondensedRows, ...]:
     """``compress`` of compressors that read the same x [T, D]; a backend may do two of them in one launch.
 
-    All are checked before anything is written; no two may share a state or a cache.
+    All are checked before anything is written; no two may share a state or a cache. Of those that were bound with
+    ``shared_blocks``, memory may be one as within each of them.
     """
     validate.no_gradients("x", x)
     steps, ways = [], []
@@ -244,9 +250,7 @@ def compress_together(bounds: Sequence[Bound], x: torch.Tensor, plans: Sequence[
         steps.append(bound.step(bound.unprojected(x), plan, "x"))
         backend: Any = bound.backend(steps[-1])
         ways.append((backend, fused_form(backend, steps[-1], x, bound.w)))
-    if len(bounds) > 1:
-        all_written = [validate.written(b.state, b.cache).items() for b in bounds]
-        check_apart({f"{name} of job {i}": t for i, items in enumerate(all_written) for name, t in items}, {"x": x})
+    _check_together(bounds, plans, x)
 
     def run() -> None:
         for way in dict.fromkeys(ways):
@@ -260,6 +264,22 @@ def compress_together(bounds: Sequence[Bound], x: torch.Tensor, plans: Sequence[
                 select(bound.impl, projected).run(projected)
 
     return _run(steps, run)
+
+
+def _check_together(bounds: Sequence[Bound], plans: Sequence[Plan], x: torch.Tensor) -> None:
+    """Raise if a layer writes what another one writes, or x."""
+    jobs = [
+        {f"{name} of job {i}": t for name, t in validate.written(bound.state, bound.cache).items()}
+        for i, bound in enumerate(bounds)
+    ]
+    for i, mine in enumerate(jobs):
+        for name, t in mine.items():
+            check_apart({name: t}, {"x": x})
+        for j, other in enumerate(jobs[:i]):
+            one_memory = validate.apart(mine, other, bounds[i].shared_blocks and bounds[j].shared_blocks)
+            table = plans[i].batch.state_block_table
+            if one_memory and table is not None and table is plans[j].batch.state_block_table:
+                raise KvCondenseError(f"batch of job {i}", "blocks of its own", f"the state_block_table of job {j}")
 
 
 def _run(steps: Sequence[Step], run: Callable[[], None]) -> tuple[CondensedRows, ...]:

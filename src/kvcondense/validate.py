@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeError, ShapeError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.extremes import Slots
-from kvcondense.layout.memory import check_apart, check_plain, span
+from kvcondense.layout.memory import check_apart, check_plain, overlap, span
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
@@ -173,6 +175,22 @@ def slots(slot: Slots, rows: int, name: str = "slot_mapping") -> None:
 def written(state: StatePool | OnlineState | None, cache: PagedCache | None) -> dict[str, torch.Tensor]:
     """What every step of a layer writes, by name."""
     return {name: t for owner in (state, cache) if owner is not None for name, t in owner.tensors.items()}
+
+
+def apart(mine: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], shared_blocks: bool) -> bool:
+    """Raise if what two layers write is the same memory; shared_blocks: unless it is blocks that an engine deals out.
+
+    True if it is such blocks. One tensor for both is refused in any case.
+    """
+    found = False
+    for name, t in mine.items():
+        for beside, u in other.items():
+            if overlap(t, u):
+                if t is u or not shared_blocks:
+                    raise KvCondenseError(name, "memory of its own", f"memory of {beside}")
+                _one_stride({beside: u, name: t})
+                found = True
+    return found
 
 
 def _one_stride(tensors: dict[str, torch.Tensor]) -> None:
