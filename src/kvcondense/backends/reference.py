@@ -11,6 +11,8 @@ from kvcondense.backends import Step
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
+from kvcondense.rope_table import RopeTable
+from kvcondense.spec import CompressorSpec
 from kvcondense.stages import hadamard, norm, online, pool, project, rope, store, window
 
 
@@ -28,6 +30,20 @@ class Stages:
     hadamard: Callable = hadamard.hadamard
     scatter: Callable = store.scatter
     rope_position: Callable[[Plan], torch.Tensor] = lambda plan: plan.window_index * plan.ratio
+
+    def finish(
+        self,
+        spec: CompressorSpec,
+        pooled: torch.Tensor,
+        gamma: torch.Tensor,
+        table: RopeTable | None,
+        position: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [E, d] of P before and after RoPE at ``position`` [E] and Hadamard: stages 4 to 6."""
+        latent = row = self.norm(pooled, gamma, spec.eps, spec.rounding)
+        if table is not None:
+            row = self.rope(row, *table.rows(position), spec.rounding)
+        return latent, self.hadamard(row) if spec.rotate else row
 
 
 @dataclass(frozen=True)
@@ -66,13 +82,9 @@ class ReferenceBackend:
         else:
             read = (step.stored,) if step.stored else ()
             pooled = do.pool(*do.gather(spec, dense, tokens, step.state, step.ape, *read))  # [E, W, d] each -> [E, d]
-        row = do.norm(pooled, step.gamma, spec.eps, spec.rounding)  # [E, d]
+        latent, row = do.finish(spec, pooled, step.gamma, step.rope, do.rope_position(dense))  # [E, d] each
         if step.latent is not None:
-            step.latent[live] = row.to(step.latent.dtype)
-        if step.rope is not None:
-            row = do.rope(row, *step.rope.rows(do.rope_position(dense)), spec.rounding)
-        if spec.rotate:
-            row = do.hadamard(row)
+            step.latent[live] = latent.to(step.latent.dtype)
         step.rows[live] = row.to(step.rows.dtype)
         if step.cache is not None:
             do.scatter(row, dense.window_slot, step.cache, not spec.rounding.row)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from kvcondense.api import CondensedRows
+from kvcondense.backends.reference import Stages
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.snapshot import import_live
@@ -18,9 +19,7 @@ from kvcondense.parallel.exchange import swap
 from kvcondense.parallel.shards import Segment, Shards
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
-from kvcondense.stages import norm, pool, store, window
-from kvcondense.stages.hadamard import hadamard
-from kvcondense.stages.rope import pairwise
+from kvcondense.stages import pool, store, window
 from kvcondense.weights import CompressorWeights
 
 STATISTICS = 3
@@ -90,11 +89,8 @@ class Merged:
 
     def row(self, weights: CompressorWeights, rope: RopeTable | None) -> torch.Tensor:
         """Finished rows [n, d] of P: norm, RoPE at the window's first position, Hadamard."""
-        row = norm.rms_norm(self.pooled, weights.norm, self.spec.eps, self.spec.rounding)
-        if rope is not None:
-            index = torch.tensor([one.window for one in self.windows], dtype=torch.int64, device=row.device)
-            row = pairwise(row, *rope.rows(index * self.spec.ratio), self.spec.rounding)
-        return hadamard(row) if self.spec.rotate else row
+        index = torch.tensor([one.window for one in self.windows], dtype=torch.int64, device=self.pooled.device)
+        return Stages().finish(self.spec, self.pooled, weights.norm, rope, index * self.spec.ratio)[1]
 
     def put(
         self, row: torch.Tensor, rows: CondensedRows, slot_mapping: torch.Tensor | None, cache: PagedCache | None
