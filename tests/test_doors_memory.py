@@ -8,8 +8,10 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from kvcondense import KvCondenseError
+from guarded import guarded
+from kvcondense import KvCondenseError, OnlineState, RaggedBatch, condense
 from kvcondense.bound import bind
+from machine import SPECS, rope, weights
 from test_doors import Setting, by_bound, by_condense
 
 
@@ -95,3 +97,17 @@ def test_doors_look_again_at_memory_that_moved():
     s.state.data = s.kv_score.new_zeros(1).expand(s.state.layout.num_rows, s.spec.state_dim)
     with pytest.raises(KvCondenseError, match="state|memory"):
         by_condense(s)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("folded", [-(2**62), -1, 0, 5, 7, 13, 2**62])
+def test_an_online_state_without_a_log_is_left_by_nobody(impl, folded):
+    """Whatever it says of what it has folded, where no tags are there to know better."""
+    spec = SPECS["r8"]
+    fresh = OnlineState.allocate(spec, 2)
+    state = OnlineState(guarded(fresh.acc.zero_()), guarded(fresh.folded.fill_(folded)), fresh.log, fresh.layout)
+    batch = RaggedBatch.build([0, 9], start_positions=[6], state_slots=[1])
+    args = spec, torch.randn(9, spec.projected), weights(spec), rope(spec, 64), batch
+    rows = condense(*args, state=state, impl=impl)
+    assert rows.values.shape[0] == 1
+    assert state.folded.tolist() == [folded, 15]

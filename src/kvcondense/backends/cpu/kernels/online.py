@@ -7,7 +7,7 @@ import numpy as np
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import fields, functions, pool, window
 from kvcondense.backends.cpu.kernels.functions import kernel
-from kvcondense.backends.cpu.kernels.integers import take
+from kvcondense.backends.cpu.kernels.integers import larger, take
 from kvcondense.backends.cpu.kernels.simd import BYTES, load, splat, store
 
 _MINUS_INFINITY = np.float32(-np.inf)
@@ -29,6 +29,8 @@ def _fold(call, q, begin, stop, first, last, room):
         store(acc + 2 * row_bytes + c, load(old + 2 * row_bytes + c) if stored else splat(_ZERO))
     if stored:
         begin = folded
+    if call.layer.state_page_stride == 0:  # no log: whatever ``folded`` holds, no row of one is read
+        begin = larger(begin, start)
     if begin < stop:
         logged = window.candidates(call, q, begin, stop, begin, room, room.table)
         window.fold(call, stop - begin, logged, first, last, room)
