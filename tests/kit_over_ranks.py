@@ -32,11 +32,10 @@ def dealt(lengths, ranks, turn):
     return found
 
 
-def part(spec, weights, rope, tokens, segments):
+def part(spec, weights, rope, tokens, segments, decoders):
     """What a rank does for a prefill: (sequence, window, row) of its windows, and the states it is to decode on."""
-    shards = Shards.agree_on(segments, timeout=30)
-    decoders = dict.fromkeys(shards.lengths, 0)
-    done = condense_shard(spec, tokens, weights, rope, shards, decode_ranks=decoders, impl="reference")
+    shards = Shards.agree_on(segments, decode_ranks=decoders, timeout=30)
+    done = condense_shard(spec, tokens, weights, rope, shards, impl="reference")
     return (done.sequence, done.rows.window, done.rows.values), done.live
 
 
@@ -61,10 +60,9 @@ class Ranked(BackendAdapter):
         tokens = [kv_score[bounds[q] : bounds[q + 1]] for q in requests]
         segments = dealt([len(t) for t in tokens], self.ranks, self.turn)
         self.turn, self.prefills = self.turn + 1, self.prefills + 1
-        jobs = [
-            (s.spec, s.weights, s.rope, torch.cat([kv_score[:0], *(tokens[q][a : a + n] for q, a, n in mine)]), mine)
-            for mine in segments
-        ]
+        decoders = {q: 0 for q, some in enumerate(tokens) if len(some)}
+        parts = [torch.cat([kv_score[:0], *(tokens[q][a : a + n] for q, a, n in mine)]) for mine in segments]
+        jobs = [(s.spec, s.weights, s.rope, *job, decoders) for job in zip(parts, segments, strict=True)]
         told = [None]
         dist.scatter_object_list(told, jobs, src=0)
         found = [None] * self.ranks

@@ -44,10 +44,10 @@ def equal(rank, ranks):
             starts = [0, *cuts, TOKENS]
             begin, end = starts[rank], starts[rank + 1]
             cache = PagedCache.allocate(spec.head_dim, 40, 8)
-            shards = Shards.agree(begin, end - begin, timeout=30)
+            shards = Shards.agree_on([(0, begin, end - begin)], decode_ranks={0: len(cuts) // 2}, timeout=30)
             done = condense_shard(
                 spec, kv_score[begin:end], w, rope(spec, 512), shards, cache=cache,
-                slot_mapping=torch.arange(begin, end) // spec.ratio, decode_ranks={0: len(cuts) // 2},
+                slot_mapping=torch.arange(begin, end) // spec.ratio,
             )  # fmt: skip
             mine = slice(begin // spec.ratio, end // spec.ratio)
             assert torch.equal(done.rows.values, expected.values[mine]), (name, cuts)
@@ -112,11 +112,11 @@ def packed(rank, ranks):
         expected = condense(spec, torch.cat(tokens), w, rope(spec, 512), batch, state=pool, cache=cache)
         for how, segments in deals(ranks).items():
             own, decoder = PagedCache.allocate(spec.head_dim, 240, 8), {0: ranks - 1, 3: 0}
-            shards = Shards.agree_on(segments[rank], timeout=30)
+            shards = Shards.agree_on(segments[rank], decode_ranks=decoder, timeout=30)
             assert shards.segments == tuple(map(tuple, segments))
             done = condense_shard(
                 spec, cut(tokens, segments[rank]), w, rope(spec, 512), shards, cache=own,
-                slot_mapping=cut(slots, segments[rank]), decode_ranks=decoder,
+                slot_mapping=cut(slots, segments[rank]),
             )  # fmt: skip
             places = zip(done.sequence.tolist(), done.rows.window.tolist(), strict=True)
             rows = dict(zip(places, done.rows.values, strict=True))

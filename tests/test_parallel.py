@@ -1,16 +1,14 @@
 """Sequences on several ranks, over gloo: the bits of one rank, few bytes, errors that name the rank."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from typer.testing import CliRunner
 
+import over_ranks
 from kvcondense import CompressorSpec, CompressorWeights, PagedCache, RaggedBatch, StatePool, condense
 from kvcondense.bench import context_parallel as bench
 from kvcondense.bench import measure
@@ -21,26 +19,14 @@ from kvcondense.errors import RangeError, ShapeError
 from kvcondense.parallel import Segment, Shards, condense_shard, interleaved_slots, round_robin, zigzag
 from machine import SPECS, rope, weights
 
-TESTS = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def play(scenario, ranks, tmp_path):
     """What every rank printed."""
-    tmp_path.mkdir(exist_ok=True)
-    command = [
-        sys.executable,
-        *([TESTS / "kit_over_ranks.py"] if scenario == "kit" else [TESTS / "ranks.py", scenario]),
-    ]
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), str(ranks), tmp_path / "store"], env=ENVIRONMENT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    return [(process.communicate(timeout=150)[0], process.returncode) for process in started]
+    if scenario == "kit":
+        return over_ranks.play("kit_over_ranks.py", ranks, tmp_path)
+    return over_ranks.play("ranks.py", ranks, tmp_path, scenario)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -111,9 +97,9 @@ def test_bad_input_is_an_error_before_anybody_is_asked():
     shards = Shards(((Segment(0, 0, 4),),), 0, None, None)
     with pytest.raises(ShapeError, match="kv_score"):
         condense_shard(spec, torch.zeros(3, spec.projected), weights, None, shards)
-    for wrong in ({0: 1}, {1: 0}):
+    for wrong in ((0, 1), (1, 0)):
         with pytest.raises(RangeError, match="decode_ranks"):
-            condense_shard(spec, torch.zeros(4, spec.projected), weights, None, shards, decode_ranks=wrong)
+            replace(shards, decode_ranks=(wrong,)).checked()
     with pytest.raises(RangeError, match="start"):
         Shards.agree(-1, 4)
 

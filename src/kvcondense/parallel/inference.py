@@ -11,15 +11,16 @@ import torch
 from kvcondense.api import CondensedRows, condense
 from kvcondense.backends import Backend
 from kvcondense.bound import bind
-from kvcondense.errors import RangeError, ShapeError, require
+from kvcondense.errors import DeviceError, DtypeError, RangeError, ShapeError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.memory import check_plain
 from kvcondense.layout.snapshot import import_live
 from kvcondense.layout.state import StatePool
 from kvcondense.numerics import compute_dtype
 from kvcondense.parallel import merge
 from kvcondense.parallel.exchange import crossing, deliver, same
-from kvcondense.parallel.shards import Segment, Shards, Wanted, emits, halos
+from kvcondense.parallel.shards import Hold, Segment, Shards, Wanted, emits, halos
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec
 from kvcondense.stages.window import state_rows
@@ -30,8 +31,8 @@ from kvcondense.weights import CompressorWeights
 class ShardedRows:
     """rows: of the windows that end in this rank's segments; ``rows.request``: the segment, ``rows.window``: the index
     in its sequence. sequence [E]: which one that is. live: of each sequence that this rank decodes, what a state holds
-    at its end, [length - live_start, state_dim]. sent, received: bytes of rows and statistics; all_gather: bytes that
-    this rank would have received had all kv_score been gathered.
+    at its end, [end - live_start(end), state_dim]: ``held`` of the call that goes on from there. sent, received: bytes
+    of rows and statistics; all_gather: bytes that this rank would have received had all kv_score been gathered.
     """
 
     rows: CondensedRows
@@ -51,38 +52,46 @@ def condense_shard(
     *,
     cache: PagedCache | None = None,
     slot_mapping: torch.Tensor | None = None,
-    decode_ranks: Mapping[int, int] | None = None,
+    held: Mapping[int, torch.Tensor] | None = None,
     statistics: bool = False,
     impl: str | Backend = "auto",
 ) -> ShardedRows:
     """``condense`` for this rank's tokens kv_score [tokens, projected], segment by segment. All ranks call it.
 
-    Rows go to ``cache`` at ``slot_mapping`` [tokens] as in ``condense``, if both are given. ``decode_ranks``: by
-    sequence, the rank that gets the state's rows at its end (the one with its last token, unless another is named);
-    ``layout.snapshot.import_live`` puts them into a pool. All ranks name the same. Raises RankError if a rank is silent
-    or has other weights or another spec, KvCondenseError for bad input.
+    Rows go to ``cache`` at ``slot_mapping`` [tokens] as in ``condense``, if both are given. The state's rows at the end
+    of a sequence are in ``live`` of its decode rank; ``layout.snapshot.import_live`` puts them into a pool.
+
+    ``held``: of each sequence that this rank ``holds`` in ``shards``, the state's rows at its position p,
+    [p - live_start(p), state_dim], fp32 (fp64 for tokens of fp64), with the ape: ``live`` of the call before, or
+    ``layout.snapshot.export_live``. They are read, not kept. Raises RankError if a rank is silent or has other weights
+    or another spec, KvCondenseError for bad input: RangeError, ShapeError, DtypeError or DeviceError for ``held``.
 
     ``statistics``: of a window whose tokens lie on several ranks, each rank sends (m, l, o), 3 head_dim numbers, rather
     than its rows. They are merged in the order of ranks. Its P is then not one rank's to the bit, but within 2^-15 of
     the largest |K| of the window: n numbers are added in another order, with 2^-24 of rounding each, n up to 256.
     """
     require("shards", shards, Shards)
-    decoders = _decoders(shards, decode_ranks)
+    shards = shards.with_states(spec)
     check_tokens(spec, kv_score, shards)
-    facts = (spec, kv_score.dtype, sorted(decoders.items()), statistics, weights.ape, weights.norm)
-    same(shards, f"spec, decode_ranks, statistics, ape, norm and {kv_score.dtype} tokens", *facts)
-    wanted = _wanted(spec, shards, decoders, statistics)
+    kept = _held_rows(spec, kv_score, shards.own_holds, {} if held is None else held)
+    facts = (spec, kv_score.dtype, statistics, weights.ape, weights.norm)
+    same(shards, f"spec, statistics, ape, norm and {kv_score.dtype} tokens", *facts)
+    wanted = _wanted(spec, shards, statistics)
     device, dtype = kv_score.device, compute_dtype(kv_score.dtype)
     positions = shards.positions(device)
 
     def stored(numbers: torch.Tensor) -> torch.Tensor:  # [n] -> [n, state_dim]
-        numbers = numbers.to(device)
-        return state_rows(spec, kv_score[numbers], weights.ape, positions[numbers], None).to(dtype)
+        old = numbers >= shards.tokens  # behind the tokens, rows that are held
+        new = numbers[~old].to(device)
+        rows = kept.new_empty(numbers.shape[0], spec.state_dim)
+        rows[~old.to(device)] = state_rows(spec, kv_score[new], weights.ape, positions[new], None).to(dtype)
+        rows[old.to(device)] = kept[(numbers[old] - shards.tokens).to(device)]
+        return rows
 
     found = deliver(shards, wanted, stored)
     pool = StatePool.ring(spec, max(len(shards.own), 1), dtype=dtype, device=device)
     nothing = kv_score.new_empty(0, spec.state_dim, dtype=dtype)
-    live = {sequence: nothing for sequence, rank in decoders.items() if rank == shards.rank}
+    live = dict.fromkeys(shards.held_after, nothing)
     for index, rows in found.items():
         want = wanted[index]
         if want.segment < 0:
@@ -91,7 +100,7 @@ def condense_shard(
             import_live(spec, pool, RaggedBatch.at(want.last, state_slot=want.segment, device=device), rows)
     merged = None
     if statistics:
-        merged = merge.merge(spec, shards, stored(torch.arange(shards.tokens)), weights.ape)
+        merged = merge.merge(spec, shards, stored(torch.arange(shards.tokens + kept.shape[0])), weights.ape)
         merged.stand_in(pool)
     lengths = torch.tensor([0, *(s.length for s in shards.own)], device=device)
     # A segment that no window ends in was told nothing of what is before it, and has nothing to do.
@@ -128,13 +137,19 @@ def traffic(
     segments: Sequence[Sequence[Segment]],
     decode_ranks: Mapping[int, int] | None = None,
     *,
+    holds: Sequence[Mapping[int, int]] = (),
     statistics: bool = False,
 ) -> tuple[int, int]:
     """Bytes of fp32 that ``condense_shard`` sends between ranks with these segments, and that an all-gather of
-    kv_score would: no process is asked, so that any number of ranks can be counted. Raises as ``condense_shard``.
+    kv_score would: no process is asked, so that any number of ranks can be counted. ``segments`` and ``holds`` by rank.
+    Raises as ``Shards.agree_on``.
     """
-    shards = Shards(tuple(map(tuple, segments)), 0, None, timedelta(0)).checked()
-    wanted = _wanted(spec, shards, _decoders(shards, decode_ranks), statistics)
+    if len(holds) > len(segments):
+        raise ShapeError("holds", f"{len(segments)} ranks at most", len(holds))
+    states = tuple(Hold(q, p, rank) for rank, held in enumerate(holds) for q, p in held.items())
+    decoders = tuple((decode_ranks or {}).items())
+    shards = Shards(tuple(map(tuple, segments)), 0, None, timedelta(0), states, decoders).checked().with_states(spec)
+    wanted = _wanted(spec, shards, statistics)
     values = sum(many for _, _, many in _crossing(spec, shards, wanted, statistics))
     return 4 * values, 4 * (shards.ranks - 1) * shards.total * spec.projected
 
@@ -149,21 +164,34 @@ def _crossing(
         yield from merge.crossing(spec, shards)
 
 
-def _decoders(shards: Shards, decode_ranks: Mapping[int, int] | None) -> dict[int, int]:
-    """The rank that gets the state at the end of each sequence."""
-    found, lengths = shards.last_ranks | dict(decode_ranks or {}), shards.lengths
-    for sequence, rank in found.items():
-        if sequence not in lengths:
-            raise RangeError("decode_ranks", f"sequences {sorted(lengths)}", sequence)
-        if not 0 <= rank < shards.ranks:
-            raise RangeError("decode_ranks", f"0..{shards.ranks - 1}", rank)
-    return found
-
-
-def _wanted(spec: CompressorSpec, shards: Shards, decoders: Mapping[int, int], statistics: bool) -> list[Wanted]:
+def _wanted(spec: CompressorSpec, shards: Shards, statistics: bool) -> list[Wanted]:
     """Halos of all segments, unless statistics stand for them; then the state at the end of each sequence."""
+    decoders = shards.decoders
     ends = [Wanted(decoders[s], -1, s, spec.live_start(n), n) for s, n in shards.lengths.items()]
     return ends if statistics else [*halos(spec, shards), *ends]
+
+
+def _held_rows(
+    spec: CompressorSpec, kv_score: torch.Tensor, holds: Sequence[Hold], held: Mapping[int, torch.Tensor]
+) -> torch.Tensor:
+    """Rows [n, state_dim] of the states that this rank holds, one behind the other; raises unless ``held`` has them."""
+    require("held", held, Mapping)
+    dtype, device = compute_dtype(kv_score.dtype), kv_score.device
+    if set(held) != {h.sequence for h in holds}:
+        raise RangeError("held", f"rows of the sequences that this rank holds, {[h.sequence for h in holds]}", [*held])
+    parts = [torch.empty(0, spec.state_dim, dtype=dtype, device=device)]
+    for h in holds:
+        name, rows = f"held[{h.sequence}]", held[h.sequence]
+        require(name, rows, torch.Tensor)
+        if rows.shape != (h.rows, spec.state_dim):
+            raise ShapeError(name, f"[{h.rows}, {spec.state_dim}] at position {h.position}", list(rows.shape))
+        if rows.dtype != dtype:
+            raise DtypeError(name, f"{dtype} for {kv_score.dtype} tokens", rows.dtype)
+        if rows.device != device:
+            raise DeviceError(name, f"device {device} as kv_score", rows.device)
+        check_plain(name, rows)
+        parts.append(rows.detach())
+    return torch.cat(parts)
 
 
 def check_tokens(spec: CompressorSpec, kv_score: torch.Tensor, shards: Shards) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from kvcondense import training
 from kvcondense.api import CondensedRows
-from kvcondense.errors import require
+from kvcondense.errors import UnsupportedError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.parallel.exchange import deliver, hand_back, same
 from kvcondense.parallel.inference import check_tokens
@@ -33,9 +33,14 @@ def train_shard(
     All ranks also call backward, since gradients of a halo go back to the ranks that sent it; a rank that emits no row
     calls it on its empty rows. kv_score gets its whole gradient, ape and norm that of this rank's windows: the sum over
     ranks (DDP and FSDP take the mean) is that of the sequences. ``request``: the segment, ``window``: the index in its
-    sequence. Raises as ``condense_shard``; in backward, too, RankError names a rank that is silent.
+    sequence. Raises as ``condense_shard``; in backward, too, RankError names a rank that is silent. Sequences begin at
+    position 0, since no gradient goes through a state: UnsupportedError for others.
     """
     require("shards", shards, Shards)
+    for hold in shards.holds:
+        if hold.position:
+            others = f"sequence {hold.sequence} from position {hold.position} on"
+            raise UnsupportedError("shards", "sequences that begin at position 0", others)
     check_tokens(spec, kv_score, shards)
     same(shards, f"spec and {kv_score.dtype} tokens", spec, kv_score.dtype)
     wanted = halos(spec, shards)
