@@ -21,7 +21,8 @@ def deliver(
 ) -> dict[int, torch.Tensor]:
     """The rows [last - first, width] that this rank reads, by index in ``wanted``. All ranks call it.
 
-    rows_of: rows [n, width] of this rank's tokens, by their numbers int64 [n]; asked for what others read, and itself.
+    rows_of: rows [n, width] of this rank's tokens, and of states that it holds, by their numbers int64 [n] on the CPU;
+    asked for what others read, and itself.
     """
     given, read = _traffic(shards, wanted)
     sends = {reader: rows_of(_numbers(pieces)).contiguous() for reader, pieces in given.items()}
@@ -71,7 +72,7 @@ def _traffic(
 
 
 def _numbers(pieces: Sequence[Piece]) -> torch.Tensor:
-    """Of the tokens of this rank's pieces, int64 [n]."""
+    """Of the tokens, or rows, of this rank's pieces, int64 [n]."""
     return torch.cat([torch.arange(p.offset, p.offset + p.last - p.first) for p in pieces])
 
 

@@ -66,7 +66,7 @@ def crossing(spec: CompressorSpec, shards: Shards) -> Iterator[tuple[int, int, i
 
 
 def _ranks(shards: Shards, one: Spread, spec: CompressorSpec) -> list[int]:
-    """Who has tokens of a window, in the order in which they are merged."""
+    """Who has tokens of a window, or holds them as rows of a state, in the order in which they are merged."""
     return sorted({piece.rank for piece in shards.pieces(one.sequence, *one.span(spec))})
 
 
@@ -110,7 +110,7 @@ class Merged:
 def merge(spec: CompressorSpec, shards: Shards, rows: torch.Tensor, ape: torch.Tensor | None) -> Merged:
     """P of this rank's spread windows, merged by rank. All ranks call it.
 
-    rows [tokens, state_dim]: ``state_rows`` of this rank's tokens. M = max_k m_k, l = sum_k l_k e^(m_k - M), o
+    rows [tokens + held, state_dim]: ``state_rows`` of this rank's tokens, and the rows of states that it holds. M = max_k m_k, l = sum_k l_k e^(m_k - M), o
     likewise, P = o / l, over ranks k in ascending order, whoever answers first.
     """
     windows = spread(spec, shards)
@@ -155,8 +155,8 @@ def _merged(parts: torch.Tensor) -> torch.Tensor:
 def _statistics(
     spec: CompressorSpec, shards: Shards, windows: list[Spread], rows: torch.Tensor, ape: torch.Tensor | None
 ) -> torch.Tensor:
-    """(m, l, o) [n, 3, d] of this rank's tokens in each window, oldest to newest."""
-    number = torch.full((len(windows), spec.window), -1)  # of the token, by its place in the window: [n, W]
+    """(m, l, o) [n, 3, d] of what this rank has of each window, oldest to newest."""
+    number = torch.full((len(windows), spec.window), -1)  # of the row, by its place in the window: [n, W]
     for n, one in enumerate(windows):
         first, end = one.span(spec)
         place = spec.window - (end - first)
