@@ -110,8 +110,9 @@ class Merged:
 def merge(spec: CompressorSpec, shards: Shards, rows: torch.Tensor, ape: torch.Tensor | None) -> Merged:
     """P of this rank's spread windows, merged by rank. All ranks call it.
 
-    rows [tokens + held, state_dim]: ``state_rows`` of this rank's tokens, and the rows of states that it holds. M = max_k m_k, l = sum_k l_k e^(m_k - M), o
-    likewise, P = o / l, over ranks k in ascending order, whoever answers first.
+    rows [tokens + held, state_dim]: ``state_rows`` of this rank's tokens, and the rows of states that it holds.
+    M = max_k m_k, l = sum_k l_k e^(m_k - M), o likewise, P = o / l, over ranks k in ascending order, whoever answers
+    first.
     """
     windows = spread(spec, shards)
     parts = [_ranks(shards, one, spec) for one in windows]
