@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvcondense.backends.triton import tuning
 from kvcondense.backends.triton.aot import ARCHITECTURES
 from kvcondense.backends.triton.fences import fenced
 from kvcondense.backends.triton.launches import target
-from kvcondense.backends.triton.variants import few, variants
+from kvcondense.backends.triton.variants import few, specs, variants
 from kvcondense.formats import FORMATS
 
 pytest.importorskip("triton")
@@ -109,7 +110,9 @@ def test_the_fence_goes_behind_the_copies_of_kernels_that_multiply():
 
 def occupy(kernel, arch):
     """(32-bit registers, bytes of shared memory) that the programs of a processor take which wait for one another."""
-    each = tuning.table()["any"]["decode_programs"]
+    window = specs()[kernel["variant"].partition("-")[0]].window
+    with tuning.stand_in(arch):
+        each = tuning.decode_programs(torch.device("cpu"), window)
     lanes = kernel["num_warps"] * (64 if arch.startswith("gfx") else 32)
     return each * lanes * -(-kernel["registers"] // 8) * 8, each * (kernel["shared"] + 1024)
 

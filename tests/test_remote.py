@@ -329,8 +329,8 @@ def test_a_shell_is_not_asked_and_a_whole_group_ends(tmp_path):
     with pytest.raises(KvCondenseError, match="--exec"):
         exec_factory(f"true; touch {tmp_path}/made", timeout=5)
     assert not list(tmp_path.iterdir())
-    make = exec_factory(f"sh -c '{faulty('hang', 'step', marker)}; true'", timeout=0.3)
-    with pytest.raises(RemoteError, match="within 0.3 s"):
+    make = exec_factory(f"sh -c '{faulty('hang', 'step', marker)}; true'", timeout=2)
+    with pytest.raises(RemoteError, match="within 2 s"):
         Player(Case("csa", 1, (Op("step", (1,)),)), make).run()
     assert gone(marker)
     sleep = f"{7 * 10**8 + os.getpid()}"

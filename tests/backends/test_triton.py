@@ -158,6 +158,33 @@ def test_blocks_of_channels_do_not_change_a_bit(kind, tiled):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["csa", "r8", "gateless"])
+def test_where_rows_of_tokens_begin_does_not_change_a_bit(name, monkeypatch):
+    spec, kinds = SPECS[name], []
+    real = backend.constants
+    monkeypatch.setattr(backend, "constants", lambda *a, **more: kinds.append(more["tokens"]) or real(*a, **more))
+    x = tokens(spec, 40)
+    wide = torch.full((40, spec.projected + 5), torch.nan)
+    wide[:, 1:-4] = x
+    every_other = torch.stack([x, x], dim=2).flatten(1)[:, ::2]
+    seen = []
+    for given in (x, wide[:, 1:-4], every_other):
+        rows, cache, state = play(spec, "ring", "triton", given)
+        seen.append([*rows, cache, state.data])
+    assert set(kinds) == {"fp32, aligned", "fp32"}
+    assert seen[0][0].abs().sum() > 0
+    for other in seen[1:]:
+        for a, b in zip(seen[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_classes_of_rows_are_cut_as_the_table_says(monkeypatch):
+    part = {"entries": [[128, 512, 128, 32, 8], [128, 512, None, 64, 4]], "hardware_cast": False, "counters": True}
+    monkeypatch.setattr(tuning, "table", lambda: {"any": part})
+    chosen = [tuning.choose_for.__wrapped__("sm_90", 128, 128, 512, rows) for rows in (1, 128, 129, 10**6)]
+    assert [(c.block, c.num_warps) for c in chosen] == [(32, 8), (32, 8), (64, 4), (64, 4)]
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """(windows, kept rows) of every launch."""
@@ -330,8 +357,6 @@ def test_the_tuning_table_serves_what_it_does_not_name():
             choice = tuning.choose(torch.device("cpu"), spec, rows)
             assert spec.head_dim % choice.block == 0
             assert choice.num_warps & (choice.num_warps - 1) == 0
-    few, many = (tuning.choose_for("sm_90", 128, 128, 512, rows).block for rows in (64, 100000))
-    assert few < many
     assert tuning.choose_for("Ascend", 128, 128, 512, 1).counters is False
     long = replace(wide("hca"), ratio=1024)
     assert tuning.choose(torch.device("cpu"), long, 1).block * 1024 <= 16384

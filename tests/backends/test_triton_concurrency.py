@@ -82,7 +82,7 @@ def small(monkeypatch):
     monkeypatch.setattr(decode, "choice", lambda _, window, head_dim: Choice(BLOCK, 4))
 
     def together(programs):
-        monkeypatch.setattr(decode, "_programs", lambda device: (True, programs))
+        monkeypatch.setattr(decode, "_programs", lambda device, each: (True, programs))
 
     return together
 
@@ -145,7 +145,7 @@ def test_concurrency_of_graphs_replayed_in_a_row(small, monkeypatch):
         alone = DECODES["two compressors"]()
         for _, x, _ in alone:
             x.copy_(torch.randn(x.shape, generator=generator(2)))
-        monkeypatch.setattr(decode, "_programs", lambda device: (False, 4))
+        monkeypatch.setattr(decode, "_programs", lambda device, each: (False, 4))
         assert same(steps, decode_once(alone)), seed
         small(4)
 

@@ -14,7 +14,7 @@ import torch
 
 from kvcondense.backends import Step
 from kvcondense.backends.triton import decode, fused, tuning
-from kvcondense.backends.triton.constants import UNROLL, Constants, constants, state_key
+from kvcondense.backends.triton.constants import UNROLL, Constants, constants, state_key, tokens_key
 from kvcondense.backends.triton.runtime import (
     cache_operands,
     clean_counters,
@@ -160,6 +160,8 @@ def _run(
     if choice is None:
         choice = tuning.choose(step.kv_score.device, spec, plan.num_windows)
     form = None if cache is None else cache.format
+    if step.kv_score.stride(1) != 1:
+        step = replace(step, kv_score=step.kv_score.contiguous())
     c = constants(
         spec,
         state_key(state),
@@ -169,6 +171,7 @@ def _run(
         choice,
         unroll=1 if interpreted() else UNROLL,
         stored=step.stored,
+        tokens=tokens_key(step.kv_score),
     )
     launch(step, cache, c, count, kept, choice.num_warps)
 
@@ -180,7 +183,7 @@ def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept:
 
     plan, state, batch = step.plan, step.state, step.plan.batch
     number = next_launch()
-    kv_score = step.kv_score if step.kv_score.stride(1) == 1 else step.kv_score.contiguous()
+    kv_score = step.kv_score
     ape, gamma = None if step.ape is None else fp32(step.ape), fp32(step.gamma)
     cos, sin = rope_operands(step)
     counters = plan.counters if c.blocks > 1 and c.counters else None

@@ -20,6 +20,7 @@ from kvcondense.spec import CompressorSpec
 
 _MULTIPLE = 16
 _ALIGNED = 4  # fp32 of a load of 16 bytes
+ALIGNED = "fp32, aligned"
 UNROLL = 4
 """Tokens that an online fold reads ahead."""
 SCALE_PART = Part(
@@ -34,7 +35,8 @@ class Constants:
     block: channels of a program, blocks: programs per window, counters: whether the last of them finishes it.
     state_rows: rows of a ring, a page or a draft log; page_tokens: positions that share a page; state_apart: kv and
     scores are two tensors; strides in elements, state_multiple: a power of two that divides them, so that rows begin
-    where 16 bytes do, if the tensors do; state_aligned: they do, and so do the halves of fp32 rows. window_padded,
+    where 16 bytes do, if the tensors do. alike: tokens and the state are fp32, so that one load takes a row from either
+    place; aligned: and where they and their halves begin, so do 16 bytes. window_padded,
     window_levels: the window as a power of two, and its logarithm; ratio_levels: the ratio's. splits: partial sums of
     which this launch makes kv_score; 0: it is given. stored: all tokens are read from the state. rounds_rows: rows are
     rounded before the cache takes them.
@@ -71,7 +73,8 @@ class Constants:
     state_stride: int
     state_page_stride: int
     state_multiple: int
-    state_aligned: bool
+    alike: bool
+    aligned: bool
     raw_scores: bool
     latent: bool
     has_cache: bool
@@ -114,8 +117,9 @@ def constants(
     unroll: int = UNROLL,
     splits: int = 0,
     stored: bool = False,
+    tokens: str = "",
 ) -> Constants:
-    """The record for these; ``state`` as ``state_key`` has it, ``page_rows`` of the cache."""
+    """The record for these; ``state`` as ``state_key`` has it, ``page_rows`` of the cache, ``tokens_key`` of tokens."""
     # Without counters a launch of its own finishes windows; who writes back an online state then has to be one program.
     block = spec.head_dim if state.kind == "online" and not choice.counters else choice.block
     padded = 1 << (spec.window - 1).bit_length()
@@ -152,7 +156,10 @@ def constants(
         state_stride=state.stride,
         state_page_stride=state.page_stride,
         state_multiple=math.gcd(state.stride, state.page_stride, _MULTIPLE),
-        state_aligned=state.aligned and math.gcd(state.stride, state.page_stride, spec.head_dim) % _ALIGNED == 0,
+        alike=tokens != "" and state.kind in ("ring", "paged") and not state.bf16,
+        aligned=tokens == ALIGNED
+        and state.aligned
+        and math.gcd(state.stride, state.page_stride, spec.head_dim) % _ALIGNED == 0,
         raw_scores=state.raw_scores,
         latent=latent,
         has_cache=form is not None,
@@ -164,6 +171,14 @@ def constants(
         splits=splits,
         stored=stored,
     )
+
+
+def tokens_key(kv_score: torch.Tensor) -> str:
+    """What kernels are compiled for of tokens: "fp32", ``ALIGNED`` if their rows begin where 16 bytes do; else ""."""
+    if kv_score.dtype is not torch.float32:
+        return ""
+    whole = kv_score.data_ptr() % (4 * _ALIGNED) == 0 and kv_score.stride(0) % _ALIGNED == 0
+    return ALIGNED if whole else "fp32"
 
 
 def state_key(state: StatePool | OnlineState | None) -> StateKey:

@@ -14,7 +14,7 @@ import torch
 
 from kvcondense.backends import Step
 from kvcondense.backends.triton import tuning
-from kvcondense.backends.triton.constants import Constants, constants, state_key
+from kvcondense.backends.triton.constants import ALIGNED, Constants, constants, state_key
 from kvcondense.backends.triton.fences import proxy_fence
 from kvcondense.backends.triton.fused import DEPTH, why_not_project
 from kvcondense.backends.triton.runtime import (
@@ -49,7 +49,7 @@ def why_not(step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
     """None if ``run`` can do this step from x [T, D] and w [projected, D], else the reason."""
     if x.shape[0] > TOKENS:
         return f"{x.shape[0]} tokens; a launch takes {TOKENS}"
-    if tuning.decode_programs(step.rows.device) is None:
+    if tuning.decode_programs(step.rows.device, step.spec.window) is None:
         return "the table has no such launch for this device"
     reason = why_not_project(x, w)
     if reason is not None:
@@ -114,10 +114,12 @@ def _launch(jobs: Sequence[_Job], x: torch.Tensor) -> None:
     ordered = any(step.plan.overwrites for step, _, _ in jobs)
     products = sum(c.projected // block * c.splits for _, _, c in jobs)
     others = sum(step.plan.num_windows * c.blocks + step.plan.keep_token.shape[0] for step, _, c in jobs)
-    whole, programs = _programs(x.device)
-    options = tuning.product_options(tuning.architecture(x.device), tiles=False)
+    each = tuning.decode_programs(x.device, max(step.spec.window for step, _, _ in jobs))
+    assert each is not None
+    whole, programs = _programs(x.device, each)
+    options = tuning.decode_options(tuning.architecture(x.device), each)
     if whole:
-        options = {**options, "launch_cooperative_grid": True}
+        options["launch_cooperative_grid"] = True
     second, number = jobs[1][1] if two else _NONE, next_launch()
     plans = [step.plan for step, _, _ in jobs]
     with on_device(x.device), proxy_fence(), clean_counters(plans):
@@ -131,10 +133,8 @@ def _launch(jobs: Sequence[_Job], x: torch.Tensor) -> None:
             )
 
 
-def _programs(device: torch.device) -> tuple[bool, int]:
-    """Whether programs may wait for one another, and how many fit on the device at once."""
-    each = tuning.decode_programs(device)
-    assert each is not None
+def _programs(device: torch.device, each: int) -> tuple[bool, int]:
+    """Whether programs may wait for one another, and how many are on the device at once, ``each`` on a processor."""
     return not interpreted(), each * _processors(device)
 
 
@@ -150,7 +150,9 @@ def _arguments(step: Step, x: torch.Tensor, w: torch.Tensor) -> tuple[tuple[Any,
     form, page_rows = (None, 0) if cache is None else (cache.format, cache.page_rows)
     count = splits(x.shape[1])
     chosen = choice(step.rows.device, spec.window, spec.head_dim)
-    c = constants(spec, state_key(state), form, page_rows, step.latent is not None, chosen, splits=count)
+    c = constants(
+        spec, state_key(state), form, page_rows, step.latent is not None, chosen, splits=count, tokens=ALIGNED
+    )
     w = w if w.stride(1) == 1 else w.contiguous()
     partials = torch.empty(count, x.shape[0], spec.projected, dtype=torch.float32, device=x.device)
     table, stride = state_table(batch, state)

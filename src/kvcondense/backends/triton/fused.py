@@ -109,7 +109,7 @@ def project(x: torch.Tensor, w: torch.Tensor, library: bool) -> torch.Tensor:
 
 
 def _products(x: torch.Tensor, c: Constants) -> dict[str, Any]:
-    options = tuning.product_options(tuning.architecture(x.device), tiles=True)
+    options = tuning.product_options(tuning.architecture(x.device))
     return {"c": c, "K": DEPTH, "WIDE": interpreted(), "num_warps": _WARPS, **options}
 
 

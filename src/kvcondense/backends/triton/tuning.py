@@ -42,7 +42,7 @@ class Choice:
 @functools.cache
 def table() -> dict[str, Any]:
     """The file: by architecture its source, hardware_cast, counters, fused_tokens, library_product,
-    decode_programs, and entries.
+    decode_programs ([window, programs], for windows of at most so many tokens, null any), and entries.
 
     An entry is [ratio, head_dim, rows, block, num_warps] and serves steps of at most ``rows`` windows, null any number.
     """
@@ -108,15 +108,26 @@ def library_product(device: torch.device) -> bool:
     return _part(architecture(device))["library_product"]
 
 
-def product_options(arch: str, tiles: bool) -> dict[str, Any]:
-    """Options of a kernel that multiplies, in long tiles or in a decode step's.
+def product_options(arch: str) -> dict[str, Any]:
+    """Options of a kernel that multiplies in long tiles or by itself.
 
-    Where the assembler spills before it takes all registers there are, it is told how many. Without matrix units that
-    read shared memory, sm_120 has too few of them for tiles whose loads run ahead.
+    Without matrix units that read shared memory, sm_120 has too few registers for tiles whose loads run ahead; where
+    the assembler would spill before it takes all that there are, it is told how many.
     """
-    told = arch.startswith("sm_1") or (arch.startswith("sm_8") and not tiles)
-    still = tiles and arch.startswith("sm_12")
-    return {"enable_fp_fusion": False, **({"maxnreg": 255} if told else {}), **({"num_stages": 1} if still else {})}
+    still = {"num_stages": 1} if arch.startswith("sm_12") else {}
+    return {"enable_fp_fusion": False, **({"maxnreg": 255} if arch.startswith("sm_1") else {}), **still}
+
+
+def decode_options(arch: str, each: int) -> dict[str, Any]:
+    """Options of a launch whose programs of four warps wait for one another, ``each`` of them on a processor.
+
+    The compiler is told how many registers are left for each, since a grid that does not fit would be refused. Not on
+    sm_90, where it takes no more by itself, and spills if it is told.
+    """
+    told: dict[str, Any] = {"maxnreg": min(255, 65536 // (128 * each))}
+    if arch.startswith("gfx"):  # a program has a wave on each of four units, whose registers such waves share
+        told = {"waves_per_eu": each}
+    return {"enable_fp_fusion": False, **({} if arch.startswith("sm_9") else told)}
 
 
 def tile_columns(arch: str, overlap: bool) -> int:
@@ -138,9 +149,13 @@ def pooled_channels(arch: str) -> int:
     return 32 if arch == "sm_89" else 64
 
 
-def decode_programs(device: torch.device) -> int | None:
-    """Programs of a processor in launches whose programs wait for one another; None: there are none such."""
-    return _part(architecture(device))["decode_programs"]
+def decode_programs(device: torch.device, window: int) -> int | None:
+    """Programs of a processor in launches whose programs wait for one another; None: there are none such.
+
+    Long windows take twice the registers of short ones, of which four fit without spills (``kvcondense aot``).
+    """
+    entries = _part(architecture(device))["decode_programs"]
+    return entries and next(each for most, each in entries if most is None or window <= most)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -120,7 +120,8 @@ def form_of(parts: Sequence[Part], arch: str) -> str:
         return STEP
     with tuning.stand_in(arch):
         device = torch.device("cpu")
-        one_launch, least = tuning.decode_programs(device) is not None, tuning.fused_tokens(device)
+        one_launch = tuning.decode_programs(device, case.spec.window) is not None
+        least = tuning.fused_tokens(device)
         library = tuning.library_product(device) and arch.startswith("sm_")
     if one_launch and parts[0].tokens <= decode.TOKENS:
         return ONE_LAUNCH
@@ -245,7 +246,8 @@ def _decode(parts: Sequence[Part], arch: str) -> Kernel:
     windows = [part.windows * c.blocks for part, c in zip(parts, every, strict=True)]
     kept = [part.kept for part in parts]
     with tuning.stand_in(arch):
-        resident = (tuning.decode_programs(torch.device("cpu")) or 1) * MACHINES[arch].processors
+        longest = max(part.case.spec.window for part in parts)
+        resident = (tuning.decode_programs(torch.device("cpu"), longest) or 1) * MACHINES[arch].processors
     programs = min(max(sum(products), sum(windows) + sum(kept)), resident)
     x = _BF16 * tokens * hidden
     memory = sum(part.step_bytes() for part in parts) - (len(parts) - 1) * x

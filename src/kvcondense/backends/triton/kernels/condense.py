@@ -27,6 +27,8 @@ def finish(pooled, e, index, gamma, cos, sin, rows, latent, window_slot, cache, 
     ROTATE: tl.constexpr = c.value.rotate
     CACHE: tl.constexpr = c.value.has_cache
     channel = tl.arange(0, D)
+    if CACHE:  # asked for while the row is formed
+        slot = tl.load(window_slot + e)
     row = rms_norm(pooled, gamma, c)
     if LATENT:
         tl.store(latent + e.to(tl.int64) * D + channel, row)
@@ -36,7 +38,6 @@ def finish(pooled, e, index, gamma, cos, sin, rows, latent, window_slot, cache, 
         row = hadamard(row, c)
     tl.store(rows + e.to(tl.int64) * D + channel, row)
     if CACHE:
-        slot = tl.load(window_slot + e)
         if slot >= 0:
             put(row, slot, cache, scales, page_stride, scales_stride, c)
 
@@ -53,18 +54,19 @@ def keep(k, kv_score, ape, keep_token, keep_position, keep_row, state, kv_stride
     GATE: tl.constexpr = c.value.has_gate
     APE: tl.constexpr = c.value.has_ape
     RAW: tl.constexpr = c.value.raw_scores
-    token = tl.load(keep_token + k)
+    # All that is asked for before anything is waited for: entries together, then rows together.
+    token, position, row = tl.load(keep_token + k), tl.load(keep_position + k), tl.load(keep_row + k)
     if token >= 0:
         channel = tl.arange(0, N)
         source = kv_score + token * kv_stride + channel
-        offset = row_offset(tl.load(keep_row + k), c) + channel
-        store_as_state(
-            values_of(state, c) + offset, tl.where(sound, fresh_values(source, None, None, c), float("nan")), c
-        )
+        kv = fresh_values(source, None, None, c)
         if GATE:
             z = fresh_values(source + N, None, None, c)
             if APE and not RAW:
-                z += tl.load(ape + (tl.load(keep_position + k) % R) * N + channel)
+                z += tl.load(ape + (position % R) * N + channel)
+        offset = row_offset(row, c) + channel
+        store_as_state(values_of(state, c) + offset, tl.where(sound, kv, float("nan")), c)
+        if GATE:
             store_as_state(scores_of(state, c) + offset, tl.where(sound, z, float("nan")), c)
 
 
@@ -93,9 +95,8 @@ def window_task(
     D: tl.constexpr = c.value.head_dim
     COUNTERS: tl.constexpr = c.value.counters
     e = task // BLOCKS
-    q = tl.load(window_request + e)
+    q, index = tl.load(window_request + e), tl.load(window_index + e)
     if q >= 0:
-        index = tl.load(window_index + e)
         channel = (task % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
         pooled = pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, state_table, state,
                       kv_stride, table_stride, c)  # fmt: skip

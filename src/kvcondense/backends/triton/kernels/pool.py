@@ -19,7 +19,7 @@ def state_row(position, live, q, state_table, table_stride, c: tl.constexpr):
     MULTIPLE: tl.constexpr = c.value.state_multiple
     p = tl.where(live, position, 0).to(tl.int32)
     if PAGED:
-        page = tl.load(state_table + q * table_stride + p // TOKENS)  # where not live, that of position 0
+        page = tl.load(state_table + q * table_stride + p // TOKENS, mask=live, other=0)
     else:
         page = tl.load(state_table + q)
     row = tl.where(live, page.to(tl.int64) * PAGE_STRIDE + p % ROWS * STRIDE, 0)
@@ -96,8 +96,11 @@ def fresh_values(source, live, other, c: tl.constexpr):
 
 @triton.jit
 def either(one, other, first, channel, live, nothing, c: tl.constexpr):
-    """fp32 [n, channels] at the pointers ``one`` [n] where ``first``, else at ``other``; ``nothing`` where not live."""
-    ALIGNED: tl.constexpr = c.value.state_aligned
+    """fp32 [n, channels] at the pointers ``one`` [n] where ``first``, else at ``other``; ``nothing`` where not live.
+
+    Past the first cache, since other programs of this launch may have stored it.
+    """
+    ALIGNED: tl.constexpr = c.value.aligned
     rows = tl.where(first, one, other)
     if ALIGNED:  # which tl.where hides from the compiler, and with it loads of 16 bytes
         rows = tl.multiple_of(rows, [16])
@@ -142,6 +145,7 @@ def candidates(kv_score, ape, q, begin, start, first_token, channel, state_table
     APE: tl.constexpr = c.value.has_ape
     STATE: tl.constexpr = c.value.has_state
     RAW: tl.constexpr = c.value.raw_scores
+    ALIKE: tl.constexpr = c.value.alike
     j = tl.arange(0, PADDED)
     position = begin + j
     valid = (position >= 0) & (j < W)
@@ -149,8 +153,7 @@ def candidates(kv_score, ape, q, begin, start, first_token, channel, state_table
     # Channels [0, d) are read of tokens before the window, the last d of those in it.
     half = (j >= W - R).to(tl.int64) * (N - D)
     offset = tl.where(fresh, first_token + position, 0) * kv_stride + half
-    if c.value.splits > 0 and STATE and GATE and not c.value.state_bf16:
-        # What this launch has stored, and fp32 rows of the state: one load from either place, past the first cache.
+    if ALIKE and GATE:  # one load from either place takes half the time and the registers of two
         stored = valid & (position < start)
         row = state_row(position, stored, q, state_table, table_stride, c) + half
         kv = either(values_of(state, c) + row, kv_score + offset, stored, channel, valid, 0.0, c)
