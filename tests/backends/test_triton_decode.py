@@ -20,7 +20,7 @@ from kvcondense import (
 from kvcondense.api import Job, compress_many
 from kvcondense.backends import Step
 from kvcondense.backends.triton import TritonBackend, decode
-from kvcondense.backends.triton.constants import constants, state_key
+from kvcondense.backends.triton.constants import ALIGNED, constants, state_key, tokens_key
 from kvcondense.backends.triton.kernels import decode as kernels
 from kvcondense.backends.triton.tuning import Choice
 from kvcondense.errors import DtypeError
@@ -213,10 +213,17 @@ def test_loads_of_16_bytes_are_promised_only_where_rows_are_aligned():
         "rows of 65": (memory.as_strided((2, 8, 64), (520, 65, 1)), False),
         "blocks of 513": (memory.as_strided((2, 8, 64), (513, 64, 1)), False),
     }
+
+    def made(rows, of=ALIGNED, spec=spec):
+        return constants(spec, state_key(StatePool.wrap(rows, paged=False)), None, 0, False, Choice(2, 4), tokens=of)
+
     for name, (rows, aligned) in cases.items():
-        made = constants(spec, state_key(StatePool.wrap(rows, paged=False)), None, 0, False, Choice(16, 4), splits=8)
-        assert made.state_aligned is aligned, name
+        assert made(rows).aligned is aligned, name
+        assert made(rows).alike
+        assert not made(rows, "fp32").aligned
+        assert not made(rows, "").alike
     narrow = CompressorSpec(ratio=4, head_dim=2, eps=1e-6, rope_dim=0, overlap=True)
-    rows = memory[: 2 * 8 * 8].view(2, 8, 8)
-    made = constants(narrow, state_key(StatePool.wrap(rows, paged=False)), None, 0, False, Choice(2, 4))
-    assert not made.state_aligned
+    assert not made(memory[: 2 * 8 * 8].view(2, 8, 8), spec=narrow).aligned
+    wide = memory.view(8, 512)
+    keys = [tokens_key(t) for t in (wide, wide[:, 4:], wide[:, 2:], memory[:1000].view(8, 125), wide.bfloat16())]
+    assert keys == [ALIGNED, ALIGNED, "fp32", "fp32", ""]
