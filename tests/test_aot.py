@@ -110,9 +110,9 @@ def test_the_fence_goes_behind_the_copies_of_kernels_that_multiply():
 
 def occupy(kernel, arch):
     """(32-bit registers, bytes of shared memory) that the programs of a processor take which wait for one another."""
-    window = specs()[kernel["variant"].partition("-")[0]].window
+    kind, form, *_ = kernel["variant"].split("-")
     with tuning.stand_in(arch):
-        each = tuning.decode_programs(torch.device("cpu"), window)
+        each = tuning.decode_programs(torch.device("cpu"), specs()[kind].window, 1 + (form == "together"))
     lanes = kernel["num_warps"] * (64 if arch.startswith("gfx") else 32)
     return each * lanes * -(-kernel["registers"] // 8) * 8, each * (kernel["shared"] + 1024)
 

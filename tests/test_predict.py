@@ -2,9 +2,11 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -19,11 +21,12 @@ from kvcondense.bench.predict.machines import MACHINES
 from kvcondense.bench.predict.warp import alone, registers
 from kvcondense.cli import app
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 from kvcondense.bench.predict.code import Launched
 from kvcondense.bench.predict.model import Answer, Predicted, of_kernel, residents
 from kvcondense.bench.predict.work import Kernel, plan_of
 
+ROOT = Path(__file__).parents[1]
 H100 = MACHINES["sm_90"]
 STEPS = [
     *(f"decode {n} on a boundary, ratio 128" for n in (1, 16, 64)),
@@ -56,6 +59,24 @@ def predicted(tmp_path_factory):
         found[arch] = {record["case"]: record for record in records}
         assert set(names) <= set(found[arch])
     return found
+
+
+def test_the_baseline_is_what_is_predicted_and_what_the_page_says(predicted):
+    """Of all architectures as they were written down; of what was compiled here, and where it is this Triton, anew."""
+    tool = runpy.run_path(str(ROOT / "tools" / "predicted.py"))
+    kept = json.loads((ROOT / "benchmarks" / "baselines" / "predicted.json").read_text())
+    assert tuple(kept["predicted"]) == ARCHITECTURES
+    assert all(tuple(cases) == tool["CASES"] for cases in kept["predicted"].values())
+    assert tool["markdown"](kept) in (ROOT / "docs" / "gpu.md").read_text()
+    compared = 0
+    for arch, records in predicted.items():
+        for name in records.keys() & kept["predicted"][arch].keys():
+            old, new = kept["predicted"][arch][name], records[name]
+            assert old["floor_us"] == pytest.approx(new["floor_us"], rel=0.01)
+            if kept["triton"] == triton.__version__:
+                assert old["us"] == pytest.approx(new["predicted_us"], rel=0.01), (arch, name)
+            compared += 1
+    assert compared >= 5
 
 
 def test_every_architecture_has_a_machine():

@@ -173,7 +173,8 @@ def _run(
         stored=step.stored,
         tokens=tokens_key(step.kv_score),
     )
-    launch(step, cache, c, count, kept, choice.num_warps)
+    # m, l and o of an online state lie in registers beside what is pooled.
+    launch(step, cache, c, count, kept, min(8, 2 * choice.num_warps) if online else choice.num_warps)
 
 
 def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept: int, num_warps: int) -> None:

@@ -114,7 +114,7 @@ def _launch(jobs: Sequence[_Job], x: torch.Tensor) -> None:
     ordered = any(step.plan.overwrites for step, _, _ in jobs)
     products = sum(c.projected // block * c.splits for _, _, c in jobs)
     others = sum(step.plan.num_windows * c.blocks + step.plan.keep_token.shape[0] for step, _, c in jobs)
-    each = tuning.decode_programs(x.device, max(step.spec.window for step, _, _ in jobs))
+    each = tuning.decode_programs(x.device, max(step.spec.window for step, _, _ in jobs), len(jobs))
     assert each is not None
     whole, programs = _programs(x.device, each)
     options = tuning.decode_options(tuning.architecture(x.device), each)

@@ -42,7 +42,8 @@ class Choice:
 @functools.cache
 def table() -> dict[str, Any]:
     """The file: by architecture its source, hardware_cast, counters, fused_tokens, library_product,
-    decode_programs ([window, programs], for windows of at most so many tokens, null any), and entries.
+    decode_programs ([window, programs, programs of two compressors], for windows of at most so many tokens, null any),
+    and entries.
 
     An entry is [ratio, head_dim, rows, block, num_warps] and serves steps of at most ``rows`` windows, null any number.
     """
@@ -124,7 +125,7 @@ def decode_options(arch: str, each: int) -> dict[str, Any]:
     The compiler is told how many registers are left for each, since a grid that does not fit would be refused. Not on
     sm_90, where it takes no more by itself, and spills if it is told.
     """
-    told: dict[str, Any] = {"maxnreg": min(255, 65536 // (128 * each))}
+    told: dict[str, Any] = {"maxnreg": min(255, 65536 // (128 * each) // 8 * 8)}  # they are given out by eights
     if arch.startswith("gfx"):  # a program has a wave on each of four units, whose registers such waves share
         told = {"waves_per_eu": each}
     return {"enable_fp_fusion": False, **({} if arch.startswith("sm_9") else told)}
@@ -149,13 +150,14 @@ def pooled_channels(arch: str) -> int:
     return 32 if arch == "sm_89" else 64
 
 
-def decode_programs(device: torch.device, window: int) -> int | None:
+def decode_programs(device: torch.device, window: int, compressors: int = 1) -> int | None:
     """Programs of a processor in launches whose programs wait for one another; None: there are none such.
 
-    Long windows take twice the registers of short ones, of which four fit without spills (``kvcondense aot``).
+    Long windows take twice the registers of short ones, of which four fit without spills (``kvcondense aot``), or three
+    that do the work of two compressors.
     """
     entries = _part(architecture(device))["decode_programs"]
-    return entries and next(each for most, each in entries if most is None or window <= most)
+    return entries and next(each[compressors - 1] for most, *each in entries if most is None or window <= most)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -247,7 +247,7 @@ def _decode(parts: Sequence[Part], arch: str) -> Kernel:
     kept = [part.kept for part in parts]
     with tuning.stand_in(arch):
         longest = max(part.case.spec.window for part in parts)
-        resident = (tuning.decode_programs(torch.device("cpu"), longest) or 1) * MACHINES[arch].processors
+        resident = (tuning.decode_programs(torch.device("cpu"), longest, len(parts)) or 1) * MACHINES[arch].processors
     programs = min(max(sum(products), sum(windows) + sum(kept)), resident)
     x = _BF16 * tokens * hidden
     memory = sum(part.step_bytes() for part in parts) - (len(parts) - 1) * x
