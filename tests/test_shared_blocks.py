@@ -67,7 +67,11 @@ def test_memory_that_is_shared_otherwise_is_refused():
         (KvCondenseError, "state of job 1: expected memory of its own", [main, main]),
         (KvCondenseError, "state of job 1: expected memory of its own", [main, replace(main, cache=indexer.cache)]),
         (KvCondenseError, "cache of job 1: expected memory of its own", [main, replace(indexer, cache=main.cache)]),
-        (ShapeError, "bytes apart|bytes of the memory's first", [main, replace(indexer, state=wide, cache=job("csa", 0, one, other, True).cache)]),
+        (
+            ShapeError,
+            "bytes apart|bytes of the memory's first",
+            [main, replace(indexer, state=wide, cache=job("csa", 0, one, other, True).cache)],
+        ),
         (KvCondenseError, "state_block_table of job 0", [main, replace(indexer, batch=main.batch)]),
     ]
     for error, match, jobs in cases:
