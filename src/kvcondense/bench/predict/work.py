@@ -270,11 +270,18 @@ def _decode(parts: Sequence[Part], arch: str) -> Kernel:
             f"keeps_all{mark}": k / programs,
         }
     runs = Runs(times, trips)
+    # Items are dealt out as one list: a program with most of one compressor's has fewer of the other's.
+    most, marks = -(-sum(products) // programs), [name for name in trips if name.startswith("stream_all")]
+    shares = []
+    for name, p in zip(marks, products, strict=True):
+        mine = -(-p // programs) if len(marks) > 1 else most
+        shares.append({**dict.fromkeys(marks, float(most - mine)), name: float(mine)})
     after = [name for name in trips if not name.startswith("stream")]
     if sum(windows) + sum(kept) <= programs:  # each program has one of them at most
-        ways = tuple(Runs(times, {**trips, **dict.fromkeys((a for a in after if a != one), 0.0)}) for one in after)
+        ends = [dict.fromkeys((a for a in after if a != one), 0.0) for one in after]
     else:
-        ways = (runs,)
+        ends = [{}]
+    ways = tuple(Runs(times, {**trips, **share, **end}) for share in shares for end in ends)
     return Kernel("one launch", variant, launch, programs, memory, asked, flops, runs, ways)
 
 
