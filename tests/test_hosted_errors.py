@@ -238,13 +238,19 @@ class Event:
         self.streams.said.append(f"host waits for event {self.number}")
 
 
-def test_on_an_accelerator_copies_have_a_stream_and_each_layer_an_event(monkeypatch):
-    """The order of what a device is told; that it does it, only a device shows."""
+def streamed(monkeypatch):
+    """Two layers' states on a device that writes down what it is told."""
     model = Model("cpu", ("0 csa", "1 ring"))
     model.feed([6, 0, 0, 0])
     streams = Streams()
     monkeypatch.setattr(model.hosted, "_streams", streams)
     monkeypatch.setattr(model.hosted, "_stream", streams.own)
+    return model, streams
+
+
+def test_on_an_accelerator_copies_have_a_stream_and_each_layer_an_event(monkeypatch):
+    """The order of what a device is told; that it does it, only a device shows."""
+    model, streams = streamed(monkeypatch)
     real = _Layer.rows
     monkeypatch.setattr(_Layer, "rows", lambda self, *a: streams.said.append(self.name) or real(self, *a))
     told = ["own waits for current", "on own", "0 csa", "event 1", "1 ring", "event 2", "off own"]
@@ -264,11 +270,7 @@ def test_on_an_accelerator_copies_have_a_stream_and_each_layer_an_event(monkeypa
 
 
 def test_what_an_interrupt_has_begun_to_copy_is_waited_for(monkeypatch):
-    model = Model("cpu", ("0 csa", "1 ring"))
-    model.feed([6, 0, 0, 0])
-    streams = Streams()
-    monkeypatch.setattr(model.hosted, "_streams", streams)
-    monkeypatch.setattr(model.hosted, "_stream", streams.own)
+    model, streams = streamed(monkeypatch)
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
