@@ -4,7 +4,7 @@ import pytest
 
 from kvcondense.backends.triton import TritonBackend
 from kvcondense.backends.triton.variants import variants
-from kvcondense.bench.forms import COUNTS, Form, check, forms
+from kvcondense.bench.forms import COUNTS, Form, Job, check, forms
 
 SOME = [
     "indexer-ring-fp32-16rows-mxfp4_indexer",
@@ -14,6 +14,10 @@ SOME = [
     "csa-together-paged-fp32-fp8_model1",
     "r2-tiles-ring-bf16-fp4_v41",
     "r1-project-stateless-fp32-rows",
+    "csa-apart-fp32-16rows-fp8_model1",
+    "indexer-decode-apart-bf16-mxfp4_indexer",
+    "indexer-filled-fp32-16rows-mxfp4_indexer",
+    "hca-online-fp32-1048576rows-fp8_model1",
 ]
 
 
@@ -29,6 +33,31 @@ def test_every_variant_is_a_form_or_finishes_no_row():
     assert len(names) == len(set(names))
     for count in COUNTS[1:]:
         assert {f.variant.kind for f in forms() if f.requests == count} == {"hca", "csa", "indexer", "r2", "r1"}
+
+
+def test_every_form_and_state_can_be_set_up():
+    """Whatever kind of state a variant gets: jobs are made, and those without a history stay so."""
+    met = {(f.variant.form, f.variant.state, f.variant.state_type): f for f in forms() if f.requests == COUNTS[0]}
+    assert {state for _, state, _ in met} == {"ring", "paged", "online", "apart", "filled", ""}
+    for form in met.values():
+        if form.variant.kind != "hca":  # whose histories take long
+            job = Job(form.variant, 1, "cpu")
+            assert bool(job.start) == bool(form.variant.state) == (job.state is not None), form.name
+            assert not job.expected().isnan().any(), form.name
+
+
+def test_a_state_that_is_wrong_is_told(monkeypatch):
+    real = TritonBackend.run
+
+    def wrong(self, step):
+        real(self, step)
+        step.state.memory[-1].mul_(1.5)
+
+    monkeypatch.setattr(TritonBackend, "run", wrong)
+    for name in ("csa-apart-fp32-16rows-fp8_model1", SOME[0]):
+        record = check(Form(named(name).variant, 1), "cpu")
+        assert not record["right"]
+        assert record["bytes_equal"]
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -11,7 +11,7 @@ import torch
 from kvcondense.api import condense
 from kvcondense.backends import Step, get_backend
 from kvcondense.backends.triton import TritonBackend, decode, tuning
-from kvcondense.backends.triton.variants import Variant, variants
+from kvcondense.backends.triton.variants import Variant, places, state_of, variants
 from kvcondense.bench.records import Record
 from kvcondense.bench.run import CLOSE, off
 from kvcondense.bench.runners import plain_gemm
@@ -25,7 +25,7 @@ from kvcondense.layout.state import StatePool
 from kvcondense.rope_table import RopeTable
 from kvcondense.weights import CompressorWeights
 
-_HIDDEN, _PAGE_ROWS, _STATE_ROWS, _TENSOR_SCALE = 1024, 64, 32, 0.02
+_HIDDEN, _PAGE_ROWS, _TENSOR_SCALE = 1024, 64, 0.02
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COUNTS = (3, 1, 16)
 """Requests of a step, a row each: 1 and multiples of 16 are compiled apart unless a kernel forbids it."""
@@ -59,12 +59,12 @@ def _finishes_a_row(v: Variant) -> bool:
 
 
 def check(form: Form, device: str) -> Record:
-    """The largest difference of a row from the reference's, in its RMS, and whether the cache holds the rows' bytes."""
+    """How far rows, and what a pool keeps, are from the reference's, in RMS; does the cache hold the rows' bytes?"""
     start = time.perf_counter()
     parts = [form.variant]
     if form.variant.form == "together":
         parts.append(form.variant.beside or replace(form.variant, kind="indexer", format="mxfp4_indexer"))
-    jobs = [_Job(v, form.requests, device) for v in parts]
+    jobs = [Job(v, form.requests, device) for v in parts]
     if form.variant.form == "project":
         worst, same = jobs[0].project(), True
     else:
@@ -72,12 +72,13 @@ def check(form: Form, device: str) -> Record:
         steps = [job.step() for job in jobs]
         _run(form.variant, steps, jobs)
         worst = max(off(s.rows, right) for s, right in zip(steps, expected, strict=True))
+        worst = max(worst, *(job.kept_off() for job in jobs))
         same = all(job.holds(step) for job, step in zip(jobs, steps, strict=True))
     record = {"form": form.name, "off_by_rms": worst, "bytes_equal": same, "right": same and worst < CLOSE}
     return {**record, "seconds": round(time.perf_counter() - start, 2)}
 
 
-def _run(variant: Variant, steps: list[Step], jobs: list[_Job]) -> None:
+def _run(variant: Variant, steps: list[Step], jobs: list[Job]) -> None:
     backend: Any = get_backend("triton")
     ws = [job.weights.w for job in jobs]
     if variant.form in ("decode", "together"):
@@ -89,7 +90,7 @@ def _run(variant: Variant, steps: list[Step], jobs: list[_Job]) -> None:
         TritonBackend(choice=choice).run(steps[0])
 
 
-class _Job:
+class Job:
     """A compressor with a state that the reference has primed, and the tokens of a step that finishes a row each."""
 
     def __init__(self, variant: Variant, requests: int, device: str) -> None:
@@ -115,22 +116,14 @@ class _Job:
         self.kv_score = plain_gemm(self.x, self.weights.w)  # type: ignore[arg-type]
         if not variant.multiplies:
             self.kv_score = self.kv_score.to(_TYPES[variant.tokens])
-        self.state, self.cache = self._state(), self._cache()
+        self.most = self.start + self.new  # tokens of a request
+        self.state, self.cache = state_of(variant, requests, self.most, device), self._cache()
+        self.kept: StatePool | None = None  # what a pool holds after the reference's step
+        if isinstance(self.state, StatePool):  # rows that nobody writes are compared, too
+            for part in self.state.memory:
+                part.zero_()
         if self.start:
-            condense(spec, self.history, self.weights, self.rope, self._batch(0, self.start), state=self.state,
-                     impl="reference")  # fmt: skip
-
-    def _state(self) -> StatePool | OnlineState | None:
-        kind, dtype = self.variant.state, _TYPES[self.variant.state_type]
-        if kind == "online":
-            return OnlineState.allocate(self.spec, self.requests, 1, device=self.device)
-        if kind == "paged":
-            pages = self.requests * -(-2 * (self.spec.window + self.spec.ratio) // _STATE_ROWS)
-            return StatePool.paged(self.spec, pages, _STATE_ROWS, dtype=dtype, device=self.device)
-        if kind == "ring":
-            rows = self.spec.required_ring_rows(1)
-            return StatePool.ring(self.spec, self.requests, rows, dtype=dtype, device=self.device)
-        return None
+            self._reference(self.history, 0, self.state)
 
     def _cache(self) -> PagedCache | None:
         name = self.variant.format
@@ -147,16 +140,11 @@ class _Job:
 
     @property
     def _pages(self) -> int:
-        return -(-((self.start + self.new) // self.spec.ratio + 1) // _PAGE_ROWS)
+        return -(-(self.most // self.spec.ratio + 1) // _PAGE_ROWS)
 
     def _batch(self, start: int, count: int, *, stores: bool = False) -> RaggedBatch:
         requests, device = self.requests, self.device
-        where: dict[str, Any] = {}
-        if self.variant.state == "paged":
-            assert isinstance(self.state, StatePool)
-            where = {"state_block_table": torch.arange(self.state.data.shape[0], device=device).view(requests, -1)}
-        elif self.variant.state:
-            where = {"state_slots": list(range(requests))}
+        where = places(self.variant, requests, self.most, device)
         if stores:
             where["block_table"] = torch.arange(requests * self._pages, device=device).view(requests, -1)
         bounds = torch.arange(requests + 1, device=device) * count
@@ -168,20 +156,39 @@ class _Job:
         if isinstance(state, OnlineState):
             state = replace(state, acc=state.acc.clone(), folded=state.folded.clone(), log=state.log.clone())
         elif state is not None:
-            state = replace(state, data=state.data.clone(), tags=None)
-        batch = self._batch(self.start, self.new)
-        out = condense(self.spec, self.kv_score, self.weights, self.rope, batch, state=state, impl="reference")
-        return out.values
+            score = None if state.score is None else state.score.clone()
+            state = self.kept = replace(state, data=state.data.clone(), tags=None, score=score)
+        return self._reference(self.kv_score, self.start, state)
+
+    def _reference(self, tokens: torch.Tensor, start: int, state: StatePool | OnlineState | None) -> torch.Tensor:
+        """The rows of tokens that begin at ``start``, which the state keeps."""
+        batch = self._batch(start, tokens.shape[0] // self.requests)
+        return condense(self.spec, tokens, self.weights, self.rope, batch, state=state, impl="reference").values
 
     def step(self) -> Step:
+        filled = self.variant.state == "filled"
+        if filled:
+            self._reference(self.kv_score, self.start, self.state)
         layout = None if self.state is None else self.state.layout
         batch = self._batch(self.start, self.new, stores=self.cache is not None)
         plan = Plan.build(self.spec, batch, state_layout=layout, page_rows=_PAGE_ROWS)
         rows = torch.full((plan.num_windows, self.spec.head_dim), float("nan"), device=self.device)
         latent = torch.empty_like(rows) if self.variant.latent else None
         tokens = self.kv_score[:0].float() if self.variant.multiplies else self.kv_score
+        if filled:  # they are in the state: no value of kv_score may matter
+            tokens = torch.full_like(tokens, float("nan"))
         w = self.weights
-        return Step(self.spec, plan, tokens, w.ape, w.norm, self.rope, self.state, self.cache, rows, latent)
+        norm, cache = w.norm, self.cache
+        return Step(self.spec, plan, tokens, w.ape, norm, self.rope, self.state, cache, rows, latent, stored=filled)
+
+    def kept_off(self) -> float:
+        """How far what the pool holds after the step is from what the reference keeps, in RMS of what it does hold."""
+        if self.kept is None:
+            return 0.0
+        assert isinstance(self.state, StatePool)
+        kept, got = (torch.stack([t.float() for t in s.memory]) for s in (self.kept, self.state))
+        rms = kept[kept != 0].square().mean().sqrt() if kept.any() else kept.new_ones(())
+        return float((got - kept).abs().max() / rms)
 
     def holds(self, step: Step) -> bool:
         """True if the cache holds the bytes of the step's rows and no others."""

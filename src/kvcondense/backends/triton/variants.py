@@ -224,32 +224,49 @@ def _weight(spec: CompressorSpec) -> torch.Tensor:
     return torch.zeros(spec.projected, _HIDDEN, dtype=torch.bfloat16)
 
 
+def state_of(variant: Variant, requests: int, tokens: int, device: str = "cpu") -> StatePool | OnlineState | None:
+    """An empty state of the variant's kind for so many requests of at most ``tokens`` tokens each."""
+    spec, dtype = variant.compressor, _TYPES[variant.state_type]
+    pages, ring_rows = requests * _pages(tokens), spec.required_ring_rows(variant.drafts)
+    if variant.state == "online":
+        return OnlineState.allocate(spec, requests, _LOG_ROWS, device=device)
+    if variant.state == "paged":
+        return StatePool.paged(spec, pages, _STATE_PAGE, dtype=dtype, device=device)
+    if variant.state == "filled":
+        rows = torch.zeros(pages, _STATE_PAGE, spec.state_dim, dtype=dtype, device=device)
+        return StatePool.wrap(rows, paged=True, keep_all=True)
+    if variant.state == "ring":
+        return StatePool.ring(spec, requests, ring_rows, dtype=dtype, device=device)
+    if variant.state == "apart":
+        kv, score = torch.zeros(2, requests, ring_rows, spec.width, dtype=dtype, device=device)
+        return StatePool.wrap(kv, score=score, paged=False)
+    assert not variant.state, variant.state
+    return None
+
+
+def places(variant: Variant, requests: int, tokens: int, device: str = "cpu") -> dict[str, Any]:
+    """Where a batch's requests live in ``state_of`` the same: arguments of ``RaggedBatch.build``."""
+    if variant.state in ("paged", "filled"):
+        table = torch.arange(requests * _pages(tokens), device=device)
+        return {"state_block_table": table.view(requests, -1)}
+    return {"state_slots": list(range(requests))} if variant.state else {}
+
+
+def _pages(tokens: int) -> int:
+    return -(-tokens // _STATE_PAGE)
+
+
 def _step(variant: Variant) -> Step:
     """One request brings the token that ends its third window, and the next one."""
     spec = variant.compressor
-    state: StatePool | OnlineState | None = None
-    dtype = _TYPES[variant.state_type]
-    if variant.state == "online":
-        state = OnlineState.allocate(spec, 1, _LOG_ROWS)
-    elif variant.state in ("paged", "filled"):
-        state = StatePool.paged(spec, 3 * spec.ratio // _STATE_PAGE + 1, _STATE_PAGE, dtype=dtype)
-    elif variant.state == "apart":
-        kv, score = torch.zeros(2, 1, spec.required_ring_rows(variant.drafts), spec.width, dtype=dtype)
-        state = StatePool.wrap(kv, score=score, paged=False)
-    elif variant.state:
-        state = StatePool.ring(spec, 1, spec.required_ring_rows(variant.drafts), dtype=dtype)
+    tokens = 3 * spec.ratio + 1
+    state = state_of(variant, 1, tokens)
     cache = None
     if variant.format:
         scale = 1.0 if FORMATS[variant.format].tensor_scale else None
         cache = PagedCache.allocate(spec.head_dim, 1, variant.page_rows, format=variant.format, tensor_scale=scale)
-    paged = variant.state in ("paged", "filled")
-    batch = RaggedBatch.build(
-        [0, _TOKENS],
-        start_positions=[3 * spec.ratio - 1],
-        slot_mapping=[0, 1],
-        state_slots=None if state is None or paged else [0],
-        state_block_table=torch.arange(3 * spec.ratio // _STATE_PAGE + 1)[None] if paged else None,
-    )
+    where = places(variant, 1, tokens)
+    batch = RaggedBatch.build([0, _TOKENS], start_positions=[tokens - _TOKENS], slot_mapping=[0, 1], **where)
     plan = Plan.build(spec, batch, state_layout=None if state is None else state.layout, page_rows=variant.page_rows)
     rows = torch.zeros(plan.num_windows, spec.head_dim)
     return Step(
