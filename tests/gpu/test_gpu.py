@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from kvcondense import OnlineState, PagedCache, RaggedBatch, StatePool, condense, ops
+from kvcondense import PagedCache, RaggedBatch, condense, ops
 from kvcondense.backends.triton import TritonBackend, tuning
-from kvcondense.backends.triton.variants import Variant, variants
+from kvcondense.backends.triton.variants import Variant, places, state_of, variants
 from kvcondense.bench import device, measure, run, tune
 from kvcondense.bench.cases import FORMAT, Case, make_inputs
 from kvcondense.bench.runners import EmptyLaunch, Kvcondense
+from kvcondense.bound import bind
 from kvcondense.config import ModelConfig
 from kvcondense.formats import FORMATS
-from kvcondense.layout.addresses import PagedLayout
 from kvcondense.layout.plan import Plan
 from kvcondense.numerics import compute_dtype
 from kvcondense.rope_table import RopeTable
@@ -33,15 +33,7 @@ def layer(variant):
         norm=1 + 0.2 * random(spec.head_dim), ape=0.1 * random(spec.ratio, spec.width) if spec.has_ape else None
     )
     rope = RopeTable.build(ModelConfig.FLASH, PROMPT + STEPS + spec.ratio, device=DEVICE)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[variant.state_type]
-    if variant.state == "online":
-        state = OnlineState.allocate(spec, 2, 1, device=DEVICE)
-    elif variant.state == "paged":
-        state = StatePool.paged(spec, 64, 16, dtype=dtype, device=DEVICE)
-    else:
-        state = (
-            StatePool.ring(spec, 2, spec.required_ring_rows(1), dtype=dtype, device=DEVICE) if variant.state else None
-        )
+    state = state_of(variant, 2, PROMPT + STEPS, DEVICE)
     cache = None
     if variant.format:
         scale = 0.02 if FORMATS[variant.format].tensor_scale else None
@@ -53,16 +45,14 @@ def layer(variant):
     return spec, weights, rope, state, cache, (1.5 * random(2, PROMPT + STEPS, spec.projected)).to(tokens)
 
 
-def batch_of(state, cache, start, count, drafts=0):
+def batch_of(variant, cache, start, count, drafts=0):
     pages = 0 if cache is None else cache.data.shape[0] // 2
-    paged = state is not None and isinstance(state.layout, PagedLayout)
     return RaggedBatch.build(
         torch.arange(3, device=DEVICE) * count,
         start_positions=[start] * 2,
-        state_slots=None if state is None or paged else [0, 1],
-        state_block_table=torch.arange(64, device=DEVICE).view(2, 32) if paged else None,
         block_table=None if cache is None else torch.arange(2 * pages, device=DEVICE).view(2, -1),
         draft_rows=drafts,
+        **places(variant, 2, PROMPT + STEPS, DEVICE),
     )
 
 
@@ -70,14 +60,19 @@ def play(variant, impl, chunks):
     """Finished rows of two requests [2, windows, d], fed in chunks, with the cache's bytes."""
     spec, weights, rope, state, cache, x = layer(variant)
     if state is not None:
-        for memory in (state.acc, state.log) if variant.state == "online" else (state.data,):
+        for memory in (state.acc, state.log) if variant.state == "online" else state.memory:
             memory.fill_(0)
+    filled = variant.state == "filled" and impl != "reference"
     rows, start = [], 0
     for count in chunks:
-        out = condense(
-            spec, x[:, start : start + count].flatten(0, 1), weights, rope, batch_of(state, cache, start, count),
-            state=state, cache=cache, impl=impl,
-        )  # fmt: skip
+        tokens, batch = x[:, start : start + count].flatten(0, 1), batch_of(variant, cache, start, count)
+        if filled:  # somebody else's work
+            others = batch_of(variant, None, start, count)
+            condense(spec, tokens, weights, rope, others, state=state, impl="reference")
+            bound = bind(spec, weights, rope, state=state, cache=cache, impl=impl)
+            out = bound.pool(bound.plan(batch))
+        else:
+            out = condense(spec, tokens, weights, rope, batch, state=state, cache=cache, impl=impl)
         rows.append(out.values.view(2, -1, spec.head_dim))
         start += count
     return torch.cat(rows, dim=1), None if cache is None else cache.data.clone()
@@ -125,12 +120,13 @@ def test_small_unfused_cases(kind, batch):
 @pytest.mark.parametrize("kind", ["hca", "csa"])
 def test_graphs_are_replayed_with_new_plans(kind):
     """A captured step of fixed capacity takes new tokens, positions and padding by updates in place."""
-    spec, weights, rope, state, cache, x = layer(Variant(kind, format=FORMAT))
+    variant = Variant(kind, format=FORMAT)
+    spec, weights, rope, state, cache, x = layer(variant)
     state.tags = None
     bound = ops.bind(spec, weights, rope, state=state, cache=cache, impl="triton")
-    eager = layer(Variant(kind, format=FORMAT))
+    eager = layer(variant)
     eager[3].tags = None
-    first = batch_of(state, cache, 0, PROMPT)
+    first = batch_of(variant, cache, 0, PROMPT)
     for s, c in ((state, cache), eager[3:5]):
         condense(spec, x[:, :PROMPT].flatten(0, 1), weights, rope, first, state=s, cache=c, impl="triton")
 
@@ -138,7 +134,7 @@ def test_graphs_are_replayed_with_new_plans(kind):
         plan = Plan.build(spec, batch, state_layout=state.layout, page_rows=64)
         return plan.padded(*Plan.capacity(spec, 2, 2))
 
-    plan = planned(batch_of(state, cache, PROMPT, 1))
+    plan = planned(batch_of(variant, cache, PROMPT, 1))
     tokens = x[:, PROMPT].clone()
     bound(tokens, plan)
     graph = torch.cuda.CUDAGraph()
@@ -146,7 +142,7 @@ def test_graphs_are_replayed_with_new_plans(kind):
         rows, _ = bound(tokens, plan)
     for position in range(PROMPT, PROMPT + STEPS):
         tokens.copy_(x[:, position])
-        batch = batch_of(state, cache, position, 1)
+        batch = batch_of(variant, cache, position, 1)
         plan.copy_(planned(batch))
         rows.fill_(float("nan"))
         graph.replay()

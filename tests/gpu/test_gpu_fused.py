@@ -38,6 +38,9 @@ def job_of(kind, state_kind="ring", dtype=torch.float32):
     rope = RopeTable.build(ModelConfig.FLASH, end + spec.ratio, device=DEVICE)
     if state_kind == "paged":
         state = StatePool.paged(spec, REQUESTS * 32, 16, dtype=dtype, device=DEVICE)
+    elif state_kind == "apart":
+        kv, score = torch.zeros(2, REQUESTS, spec.required_ring_rows(1), spec.width, dtype=dtype, device=DEVICE)
+        state = StatePool.wrap(kv, score=score, paged=False)
     else:
         state = StatePool.ring(spec, REQUESTS, spec.required_ring_rows(1), dtype=dtype, device=DEVICE)
     state.data.fill_(0)
@@ -78,7 +81,7 @@ def play(jobs, impl, chunks):
     return (
         [torch.cat(r, dim=1) for r in rows],
         [j.cache.data.clone() for j in jobs],
-        [j.state.data.clone() for j in jobs],
+        [torch.stack(j.state.memory) for j in jobs],
     )
 
 
@@ -86,9 +89,12 @@ def same(a, b):
     return all(torch.equal(s, t) for left, right in zip(a, b, strict=True) for s, t in zip(left, right, strict=True))
 
 
+KINDS = [("hca",), ("csa",), ("csa", "indexer"), ("r2",), ("r1",)]
+STATES = [(k, s) for k in KINDS for s in ("ring", "paged", "apart") if (k, s) != (("r1",), "apart")]  # r1 has no scores
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("state", ["ring", "paged"])
-@pytest.mark.parametrize("kinds", [("hca",), ("csa",), ("csa", "indexer"), ("r2",), ("r1",)], ids="+".join)
+@pytest.mark.parametrize(("kinds", "state"), STATES, ids=lambda v: v if isinstance(v, str) else "+".join(v))
 def test_rows_equal_the_references_and_repeat(kinds, state, dtype):
     """Within rounding of the reference, from tiles and from single steps; run to run, the same bytes."""
     chunks = (PROMPT, *[1] * (STEPS - 20), 20)
