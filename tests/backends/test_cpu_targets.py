@@ -72,8 +72,8 @@ for form in FORMATS:
         keep(form, *cache.tensors.values())
 for hidden in (96, 1536, 2560):
     w = weights(wide, hidden=hidden)
-    x = torch.randn(70, hidden, generator=gen).bfloat16()
-    for count in (1, 2, 5, 11, 70):
+    x = torch.randn(101, hidden, generator=gen).bfloat16()
+    for count in (1, 2, 5, 11, 70, 101):
         keep(f"project {hidden} {count}", project(wide, x[:count], replace(w, w=w.w.bfloat16()), impl="cpu"))
 spec = SPECS["csa"]
 kv = torch.randn(40, spec.projected, generator=gen, requires_grad=True)
@@ -105,9 +105,9 @@ def other_targets():
     yield ("8 lanes" if target().lanes != 8 else "16 lanes"), {"KVCONDENSE_LANES": "16" if target().lanes == 8 else "8"}
     if {"avx2", "fma", "f16c", "bmi2", "movbe"} <= has and target().lanes != 8:
         yield "AVX2", {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": AVX2}
-    if target().bf16_products and not target().fast_bf16_products:
-        flags = target().flags
-        yield "pairs of bf16", {"NUMBA_CPU_NAME": "znver4", "NUMBA_CPU_FEATURES": flags}
+    if target().bf16_products:  # multiplied where that is fast, elsewhere widened, and in panels if there are many
+        name, cpu = ("widened", "cooperlake") if target().fast_bf16_products else ("pairs of bf16", "znver4")
+        yield name, {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": target().flags}
 
 
 @pytest.mark.parametrize(("name", "environment"), [pytest.param(*t, id=t[0]) for t in other_targets()])

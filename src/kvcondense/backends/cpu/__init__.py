@@ -80,7 +80,7 @@ class CpuBackend:
 
 def _tiles(tokens: int, channels: int, threads: int) -> tuple[int, int]:
     """Tokens and channels of a task. A few tokens share the channels out, more than there are threads if they can."""
-    wide, _ = target.target().panels
+    wide = target.target().product_channels
     while wide > 16 and -(-tokens // params.TALL) * (channels // wide) < 4 * threads:
         wide //= 2
     return params.TALL, wide

@@ -199,8 +199,8 @@ class Room(Block):
 PANEL = 2048
 """Bytes of a panel's row of bf16. Rows lie a line further apart, lest all of them share the sets of a cache."""
 X_ROW, W_ROW = PANEL + LINE, 2 * PANEL + LINE
-"""Of tokens, which stay bf16, and of channels, which are widened where bf16 cannot be multiplied."""
-TALL, MOST_WIDE, MOST_BLOCK = 128, 64, 24
+"""Of tokens, which stay bf16, and of channels, which are widened."""
+TALL, WIDE, BLOCK = 128, 32, 12
 """Most tokens and channels of a task whose rows go through panels, and tokens whose panel stays in the first cache."""
 
 
@@ -225,7 +225,7 @@ class Product(Block):
     @classmethod
     def bytes(cls) -> int:
         """Of a thread's scratch: two panels and the sums of their products."""
-        return X_ROW * MOST_BLOCK + W_ROW * MOST_WIDE + 4 * CHANNELS * TALL * MOST_WIDE
+        return X_ROW * BLOCK + W_ROW * WIDE + 4 * CHANNELS * TALL * WIDE
 
 
 POOL, FINISH = range(2)

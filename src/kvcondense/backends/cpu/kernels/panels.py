@@ -1,9 +1,9 @@
 """Stage 1 for many tokens: rows are copied once into panels that stay in cache, then multiplied tile by tile.
 
-Panels hold bf16: part by part of a sum's 16 lanes, as many as vectors take. Where the processor does not multiply pairs
-of bf16, rows of w are widened once, the odd channels of a vector, then the even ones, and those of x when they are
-multiplied: so they take half the first cache. Sums between chunks of D wait in memory, so that panels are small and
-the order of a sum is that of ``project``. Rows as they lie would often share the sets of a cache.
+Panels hold rows part by part of a sum's 16 lanes, as many as vectors take. Rows of w are widened once, the odd channels
+of a vector, then the even ones; those of x stay bf16 and are widened when they are multiplied: so they take half the
+first cache. Sums between chunks of D wait in memory, so that panels are small and the order of a sum is that of
+``project``. Rows as they lie would often share the sets of a cache, and be widened again and again.
 """
 
 from __future__ import annotations
@@ -18,24 +18,22 @@ from kvcondense.backends.cpu.kernels import simd
 from kvcondense.backends.cpu.kernels.functions import kernel
 from kvcondense.backends.cpu.kernels.integers import smaller
 from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, splat, store
-from kvcondense.backends.cpu.params import CHANNELS, PANEL, W_ROW, X_ROW
+from kvcondense.backends.cpu.params import BLOCK, CHANNELS, PANEL, W_ROW, WIDE, X_ROW
 from kvcondense.backends.cpu.target import target
 
-NATIVE = target().fast_bf16_products
-WIDE, BLOCK = target().panels
 PARTS = CHANNELS // LANES
 """Vectors of a sum."""
 _PART = PANEL // PARTS
 """Bytes of a part in a row of bf16."""
-_GROWN = 1 if NATIVE else 2
-"""What rows of channels grow by."""
+_GROWN = 2
+"""What rows grow by when they are widened."""
 _STEP = 4 * CHANNELS
 """Bytes of a bf16 row that all lanes take at once, and of a sum."""
 _TOKENS, _ROWS = (6, 4) if target().registers >= 32 else (3, 4)
 """Sums in registers: twelve, three operands and one that changes fill sixteen."""
 _AHEAD = 4
 """Rows by which lines are asked for before they are copied."""
-_LONG = 4 // _GROWN
+_LONG = 2
 """Vectors of tokens in a loop's turn. A multiple of 32 channels makes one."""
 
 
@@ -96,12 +94,11 @@ def _tile(tokens: int, steps: int) -> Any:
             there = at(b.mul(offset, number(_GROWN)), BYTES * half)
             x_rows = [_operand(b, at(here, X_ROW * i), x, half % 2) for i in range(tokens)]
             for j in range(_ROWS):
-                w_row = simd.read(b, b.add(at(w, W_ROW * j), there), simd.PAIRS if NATIVE else simd.F32.llvm, 4)
+                w_row = simd.read(b, b.add(at(w, W_ROW * j), there), simd.F32.llvm, 4)
                 for i in range(tokens):
-                    multiply = simd.emit_pair_products if NATIVE else simd.emit_fma
-                    new[i][j] = multiply(b, x_rows[i], w_row, new[i][j])
-            if not NATIVE:  # else pairs would be kept for their other half, and sums would go to the stack
-                new = [[simd.emit_first(b, one) for one in line] for line in new]
+                    new[i][j] = simd.emit_fma(b, x_rows[i], w_row, new[i][j])
+            # Else pairs would be kept for their other half, and sums would go to the stack.
+            new = [[simd.emit_first(b, one) for one in line] for line in new]
         following = at(offset, BYTES * steps)
         offset.add_incoming(following, loop)
         for phis, values, starts in zip(sums_in, new, old, strict=True):
@@ -118,11 +115,8 @@ def _tile(tokens: int, steps: int) -> Any:
 
 
 def _operand(b: Any, offset: Any, x: Any, even: int) -> Any:
-    """A vector of tokens as the product takes it: pairs, or their odd or even halves widened."""
-    address = b.add(x, offset)
-    if NATIVE:
-        return simd.read(b, address, simd.PAIRS, 4)
-    return simd.emit_halves(b, simd.read(b, address, simd.I32.llvm, 4))[1 - even]
+    """A vector of tokens as the product takes it: the odd or even halves of pairs, widened."""
+    return simd.emit_halves(b, simd.read(b, b.add(x, offset), simd.I32.llvm, 4))[1 - even]
 
 
 _tile_6, _tile_3, _tile_2, _tile_1 = (_tile(n, _LONG) for n in (6, 3, 2, 1))

@@ -2,8 +2,8 @@
 
 Every output is one sum over D in 16 lanes, which meet in a tree: lane i takes the products of channels 2 i and 2 i + 1
 of every 32, odd ones first. The order depends on D alone: a token gives the same bits in any batch, and whatever the
-length of vectors. With AVX-512 BF16 a lane adds two products per instruction; elsewhere rows are widened. A few tokens
-are multiplied from rows as they lie, more of them from ``panels``.
+length of vectors. Where that is fast, AVX-512 BF16 has a lane add two products per instruction, from rows as they lie.
+Elsewhere rows are widened: of a few tokens as they lie, of more in ``panels``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import fields, functions, panels, simd
 from kvcondense.backends.cpu.kernels.functions import kernel
 from kvcondense.backends.cpu.kernels.integers import fetch_add, smaller
-from kvcondense.backends.cpu.kernels.panels import NATIVE
 from kvcondense.backends.cpu.kernels.simd import pointer
 from kvcondense.backends.cpu.target import target
 
+NATIVE = target().fast_bf16_products
 _SUMS = params.CHANNELS
 """Lanes of a sum: LLVM makes as many vectors of them as the processor needs."""
 _STEP = 4 * _SUMS
@@ -104,8 +104,8 @@ def _tile(tokens: int, channels: int) -> Any:
 _HEIGHT, _WIDTH, _LONG = (6, 4, 8) if NATIVE else (4, 4, 8) if target().lanes == _SUMS else (2, 1, 2)
 _tall, _four, _two = (_tile(n, _WIDTH) for n in (_HEIGHT, min(_HEIGHT, 4), 2))
 _row = _tile(1, _LONG)
-_FEW = 100 if target().lanes == _SUMS else 12
-"""Tokens of a task from which panels pay."""
+_FEW = params.TALL + 1 if NATIVE else 100 if target().lanes == _SUMS else 12
+"""Tokens of a task from which panels pay. Pairs take no room to widen: a product of rows as they lie is as fast."""
 _product_at = fields.view(params.Product)
 
 
