@@ -292,6 +292,9 @@ def _run(steps: Sequence[Step], run: Callable[[], None]) -> tuple[CondensedRows,
     run()
     for state, plan, facts in marked:
         marks.name(state, plan, facts)
-    return tuple(
-        CondensedRows(s.rows, s.plan.window_request, s.plan.window_index, s.plan.window_slot, s.latent) for s in steps
-    )
+    return tuple([_rows(step) for step in steps])
+
+
+def _rows(step: Step) -> CondensedRows:
+    plan = step.plan
+    return CondensedRows(step.rows, plan.window_request, plan.window_index, plan.window_slot, step.latent)

@@ -51,14 +51,14 @@ def parts(config: ModelConfig = ModelConfig.FLASH) -> list[Part]:
 def decode_step(backend: str, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """Microseconds of each part and implementation: the mean of four tokens, of which the last one ends a window of 4.
 
-    Every layer has its own state and cache. Ours are bound, check state tags, and share the plans of a step, whose
-    making is a part of its own. Rows are compared with the reference's first.
+    Every layer has its own state and cache. Ours are bound and share the plans of a step, whose making is a part of
+    its own; ``checked``: with state tags, which no peer has. Rows are compared with the reference's first.
     """
     totals: dict[str, float] = {}
     for part in parts():
         inputs = make_inputs(part.case)
         expected = rows_of(Kvcondense(inputs, "reference"), inputs)
-        runners: list[Any] = [_Layers(inputs, backend, part.layers)]
+        runners: list[Any] = [_Layers(inputs, backend, part.layers, checked=checked) for checked in (False, True)]
         for peer in _peers():
             try:
                 runner = _Copies(peer(inputs), part.layers)
@@ -79,8 +79,9 @@ def decode_step(backend: str, say: Callable[[str], None]) -> Iterator[dict[str, 
             say(f"{DECODE_STEP}: {part.name:<12} {name:<14} {us:9.1f} us")
             yield {"step": DECODE_STEP, "part": part.name, "runner": name, "us": round(us, 1)}
     ((_, us),) = _timed([_Planning()])
-    totals[backend] = totals.get(backend, 0.0) + us
-    yield {"step": DECODE_STEP, "part": PLANS, "runner": backend, "us": round(us, 1)}
+    for name in [name for name in totals if name.startswith(backend)] or [backend]:
+        totals[name] = totals.get(name, 0.0) + us
+        yield {"step": DECODE_STEP, "part": PLANS, "runner": name, "us": round(us, 1)}
     for name, us in totals.items():
         say(f"{DECODE_STEP}: {'all':<12} {name:<14} {us:9.1f} us")
         yield {"step": DECODE_STEP, "part": "all", "runner": name, "us": round(us, 1)}
@@ -102,9 +103,9 @@ def _timed(runners: list[Any]) -> list[tuple[str, float]]:
 class _Layers:
     """Bound compressors of one kind; the same four tokens may come again and again."""
 
-    def __init__(self, inputs: Inputs, backend: str, layers: int) -> None:
-        self.name = backend
-        self.runner = Kvcondense(inputs, backend, checked=True, steps=_STEPS)
+    def __init__(self, inputs: Inputs, backend: str, layers: int, *, checked: bool) -> None:
+        self.runner = Kvcondense(inputs, backend, checked=checked, steps=_STEPS)
+        self.name = self.runner.name
         self.layers: list[Bound] = []
         for _ in range(layers):
             state = self.runner.primed()

@@ -161,7 +161,8 @@ class PagedCache:
     @property
     def memory(self) -> tuple[torch.Tensor, ...]:
         """What a step writes."""
-        return tuple(self.tensors.values())
+        beside = self.scales if self.second is None else self.second
+        return (self.data,) if beside is None else tuple(self.tensors.values())
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -24,7 +24,6 @@ from kvcondense.spec import CompressorSpec
 
 KINDS = {torch.float32: params.FP32, torch.bfloat16: params.BF16, torch.float16: params.FP16}
 _FP32 = torch.float32
-_PHASES = (params.WINDOWS, params.OPEN, params.KEEP)
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,15 @@ class _Kept:
     held: tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class _Work(_Kept):
+    """The block of a plan, and how many windows, kept tokens and requests it has."""
+
+    windows: int
+    keeps: int
+    requests: int
+
+
 def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = True) -> None:
     """One launch for the windows, for what is kept, or for both; ``store``: rows go to the cache.
 
@@ -46,9 +54,9 @@ def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = T
     if kv_score.stride(1) != 1:
         kv_score = kv_score.contiguous()
     layer, work = _layer(step), _work(plan)
-    count = plan.window_request.shape[0] if windows else 0
-    kept = plan.keep_token.shape[0] if keeps and state is not None and not step.stored else 0
-    requests = plan.batch.start_positions.shape[0] if keeps and type(state) is OnlineState else 0
+    count = work.windows if windows else 0
+    kept = work.keeps if keeps and state is not None and not step.stored else 0
+    requests = work.requests if keeps and type(state) is OnlineState else 0
     threads, blocks, chunk = _split(spec, count, requests, kept)
     scratch_bytes = params.Room.bytes(spec.head_dim, spec.window)
     call = params.Call()
@@ -60,9 +68,9 @@ def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = T
     call.stored = step.stored
     call.store, call.windows, call.requests, call.keeps = store, count, requests, kept
     call.blocks, call.chunk = blocks, chunk
-    asked = [phase for phase, many in zip(_PHASES, (count, requests, kept), strict=True) if many]
-    apart = threads > 1 and len(asked) > 1 and (requests > 0 or plan.overwrites)
-    for phases in asked if apart else (sum(asked),):
+    asked = (count and params.WINDOWS, requests and params.OPEN, kept and params.KEEP)
+    apart = threads > 1 and (requests > 0 or plan.overwrites)
+    for phases in filter(None, asked) if apart else (sum(asked),):
         call.phases = phases
         block = call.pack()
         if blocks > 1:
@@ -124,9 +132,9 @@ def _layer(step: Step) -> _Kept:
     return made
 
 
-def _work(plan: Plan) -> _Kept:
+def _work(plan: Plan) -> _Work:
     """The block of a plan."""
-    known: _Kept | None = plan.made.get("cpu")
+    known: _Work | None = plan.made.get("cpu")
     if known is not None and [place() for place in known.held] == known.of:
         return known
     batch, layout, work = plan.batch, plan.state_layout, params.Work()
@@ -144,7 +152,10 @@ def _work(plan: Plan) -> _Kept:
     work.state_page_rows, work.paged = max(rows, 1), paged
     work.state_page_tokens = layout.page_tokens if isinstance(layout, PagedLayout) else 1
     block = work.pack()
-    made = plan.made["cpu"] = _Kept(block, address(block), places, asked)
+    made = plan.made["cpu"] = _Work(
+        block, address(block), places, asked,
+        windows=plan.window_request.shape[0], keeps=plan.keep_token.shape[0], requests=batch.start_positions.shape[0],
+    )  # fmt: skip
     return made
 
 

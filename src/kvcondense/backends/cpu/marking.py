@@ -32,9 +32,9 @@ def mark(what: int, state: StatePool, facts: Facts) -> bool:
     """CHECK, BEGIN or NAME the rows of a plan; False where it cannot be done here, or a row holds another position."""
     tags = state.tags
     assert tags is not None
-    if native.problem(native.MARKS) is not None or tags.dtype is not torch.int64 or not tags.is_contiguous():
+    if not tags.is_cpu or tags.dtype is not torch.int64 or not tags.is_contiguous():
         return False
-    if not tags.is_cpu or tags.shape != (state.layout.num_rows,):
+    if tags.numel() != state.layout.num_rows or native.problem(native.MARKS) is not None:
         return False
     rows = facts.made.get("marks") or _rows(state, facts)
     block = rows.block[:]  # of this call alone: other threads may use the plan, too
