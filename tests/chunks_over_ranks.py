@@ -1,4 +1,4 @@
-"""One rank of tests/test_parallel_chunks.py: python chunks_over_ranks.py RANK 4 FILE; prints what it found.
+"""One rank of tests/test_parallel_chunks.py, of four, which over_ranks.py starts; prints what it found.
 
 Groups of 2, 3 and 4 of its processes run sequences chunk after chunk; states change hands, pools and are decoded on.
 """
@@ -252,10 +252,9 @@ def main(rank):
     dist.barrier()
 
 
-if __name__ == "__main__":
+def start(rank, ranks, file):
     torch.set_num_threads(1)
     limit = timedelta(seconds=120)
-    rank, ranks = int(sys.argv[1]), int(sys.argv[2])
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=ranks, timeout=limit)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks, timeout=limit)
     main(rank)
     sys.stdout.write(f"rank {rank}: chunks ok\n")

@@ -1,4 +1,4 @@
-"""One rank of a kit whose engine deals prefills out over processes: python kit_over_ranks.py RANK RANKS FILE.
+"""One rank of a kit whose engine deals prefills out over processes.
 
 Rank 0 plays the histories, holds the states and decodes; the others take their part of every prefill and of every chunk
 that goes on from a state, until they are told to stop.
@@ -120,10 +120,9 @@ def main(rank, ranks):
     dist.scatter_object_list([None], [None] * ranks, src=0)
 
 
-if __name__ == "__main__":
+def start(rank, ranks, file):
     torch.set_num_threads(1)
     limit = timedelta(seconds=120)
-    rank, ranks = int(sys.argv[1]), int(sys.argv[2])
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=ranks, timeout=limit)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks, timeout=limit)
     main(rank, ranks)
     sys.stdout.write(f"rank {rank}: kit ok\n")

@@ -1,4 +1,4 @@
-"""One rank of tests/test_parallel.py: python ranks.py SCENARIO RANK RANKS FILE; prints what it found."""
+"""One rank of tests/test_parallel.py, which over_ranks.py starts with a scenario; prints what it found."""
 
 import contextlib
 import itertools
@@ -402,9 +402,8 @@ def others(rank, ranks):
     refuses(rank, ranks, lambda: condense_shard(spec, kv_score, w, rope(spec, 512), shards), 1 - rank, "ape")
 
 
-if __name__ == "__main__":
+def start(rank, ranks, file, scenario):
     torch.set_num_threads(1)
-    scenario, rank, ranks, file = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     limit = timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks, timeout=limit)
     globals()[scenario](rank, ranks)

@@ -30,7 +30,10 @@ def fold(
     cursor = torch.where(stored, state.folded[slot], begin)
     empty = torch.tensor([float("-inf"), 0.0, 0.0], dtype=rows.dtype, device=rows.device)[:, None]  # [3, 1]
     acc = torch.where(stored[:, None, None], state.acc[slot].to(rows.dtype), empty)  # [E + A, 3, d]
-    for j in range(r):
+    offset = torch.arange(r, device=rows.device)
+    # Where no window takes a token there is nothing to do: most steps of a long window are short.
+    taken = (offset >= (cursor - begin)[:, None]) & (offset < (stop - begin)[:, None])  # [E + A, r]
+    for j in taken.any(0).nonzero()[:, 0].tolist():
         position = begin + j
         here = position >= start
         token = torch.where(here & (position < stop), batch.query_start_loc[request] + position - start, 0)
@@ -41,8 +44,7 @@ def fold(
         score = row[:, d:] if spec.has_gate else torch.zeros_like(row)
         if not spec.has_gate and ape is not None:
             score = score + ape.to(rows.dtype)[j]
-        use = (position >= cursor) & (position < stop)
-        acc = torch.where(use[:, None, None], step(acc, row[:, :d], score), acc)
+        acc = torch.where(taken[:, j, None, None], step(acc, row[:, :d], score), acc)
     windows = plan.window_request.shape[0]
     return acc[:windows, 2] / acc[:windows, 1], acc[windows:]
 
