@@ -70,7 +70,10 @@ def runs():
     about = {"forwards": 6, "plugin_steps": 6, "step_s": 1, "compressor_s": 1}
     own = {**about, "plugin_steps": 0, "tokens": [[1, 2]], "logprobs": [[-1.0, -2.0]]}
     plugin = {**about, "tokens": [[1, 2]], "logprobs": [[-1.0, -2.0]]}
-    return {"own": own, "plugin": plugin, "idle": {**about, "tokens": [[1, 3]], "logprobs": [[-1.5, -2.0]]}}
+    idle = {**about, "tokens": [[1, 3]], "logprobs": [[-1.5, -2.0]]}
+    drafts = {**plugin, "forwards": 7, "plugin_steps": 7, "drafts": 4}
+    ranks = {f"{who}, ranks": {"tokens": [[5]], "worker_steps": [n, n]} for who, n in (("own", 0), ("plugin", 6))}
+    return {"own": own, "plugin": plugin, "idle": idle, "plugin, drafts": drafts, **ranks}
 
 
 def test_an_engine_with_equal_tokens_passes(leg):
@@ -90,6 +93,13 @@ def test_an_engine_with_equal_tokens_passes(leg):
         ("plugin", {"plugin_steps": 5}, "forwards that were not the plugin's"),
         ("own", {"plugin_steps": 1}, "the plugin ran without being asked"),
         ("idle", {"tokens": [[1, 2]], "logprobs": [[-1.0, -2.0]]}, "a plugin that does nothing is not seen"),
+        ("plugin, drafts", {"tokens": [[1, 9]]}, "other tokens with drafts"),
+        ("plugin, drafts", {"drafts": 0}, "no drafts"),
+        ("plugin, drafts", {"plugin_steps": 6}, "forwards with drafts that were not the plugin's"),
+        ("own, ranks", {"worker_steps": [0, 1]}, "the plugin ran without being asked"),
+        ("plugin, ranks", {"tokens": [[6]]}, "other tokens on ranks"),
+        ("plugin, ranks", {"worker_steps": [6, 5]}, "a rank without the plugin"),
+        ("plugin, ranks", {"worker_steps": [6]}, "a rank without the plugin"),
     ],
 )
 def test_an_engine_that_is_wrong_fails(leg, mode, change, why):
@@ -130,6 +140,11 @@ def test_the_committed_run_failed_nowhere(leg):
     assert engine["status"] == "PASS"
     assert engine["equal_tokens"] == engine["tokens"] > 0
     assert [check["check"] for check in report["off"]["checks"]] == list(leg[1].OFF) == list(leg[3].MODES)
+    earlier = json.loads((ROOT / "benchmarks" / "baselines" / "vllm-avx2.json").read_text())
+    assert leg[1].failed(earlier) == [], "what docs/vllm.md says of AVX2"
+    assert earlier["modules"]["compressor"] != modules["compressor"] == "C++"
+    assert not any(kind["elsewhere_differ"] for kind in earlier["modules"]["kinds"])
+    assert earlier["engine"]["equal_tokens"] == earlier["engine"]["tokens"] > 0
     broken = copy.deepcopy(report)
     broken["modules"]["status"] = "FAIL"
     assert leg[1].failed(broken) == ["modules"]

@@ -8,7 +8,7 @@ import torch
 from kvcondense import PagedCache, RaggedBatch, StatePool
 from kvcondense.api import Job, compress_many
 from kvcondense.bound import bind, compress_together
-from kvcondense.errors import KvCondenseError, ShapeError
+from kvcondense.errors import KvCondenseError, ShapeError, UnsupportedError
 from machine import SPECS, rope, weights
 
 HIDDEN, BLOCKS, STRIDE, STEP = 64, 30, 512, 12
@@ -90,3 +90,14 @@ def test_bound_ones_too():
     rows = compress_together(bound, x, [b.plan(j.batch) for b, j in zip(bound, jobs, strict=True)])
     assert [r.values.shape[0] for r in rows] == [3, 3]
     assert bool(one.any())
+
+
+def test_a_job_that_cannot_be_projected_keeps_the_others_from_writing():
+    states = [memory() for _ in range(4)]
+    x = torch.randn(STEP, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
+    main, indexer = job("csa", 0, *states[:2], False), job("indexer", 0, *states[2:], False)
+    assert indexer.weights.w is not None
+    wide = replace(indexer, weights=replace(indexer.weights, w=indexer.weights.w.float()))
+    with pytest.raises(UnsupportedError, match="bf16"):
+        compress_many(x, [main, wide], impl="cpu")
+    assert not any(bool(part.any()) for part in states)

@@ -21,7 +21,8 @@ Record = dict[str, Any]
 Say = Callable[[str], None]
 PARTS = ("modules", "engine", "off")
 OFF = ("without the variable", "another version", "switched on")
-_ENGINE = ("own", "plugin", "idle")
+_ENGINE = ("own", "plugin", "idle", "plugin, drafts", "own, ranks", "plugin, ranks")
+"""Who compresses, and how the engine runs: with drafts of n-grams, or on two tensor-parallel workers."""
 _TOOLS = Path(__file__).parent.parent
 _LIMIT_S = 1200
 
@@ -58,7 +59,7 @@ def _modules(say: Say) -> Record:
 
 
 def _engine(say: Say) -> Record:
-    runs = {m: _child("engine", m, say, KVCONDENSE_VLLM="0" if m == "own" else "1") for m in _ENGINE}
+    runs = {m: _child("engine", m, say, KVCONDENSE_VLLM="0" if m.startswith("own") else "1") for m in _ENGINE}
     return compared(runs)
 
 
@@ -71,11 +72,15 @@ _PLAYED: dict[str, Callable[[Say], Record]] = {"modules": _modules, "engine": _e
 
 
 def compared(runs: dict[str, Record]) -> Record:
-    """Runs of the engine beside each other. idle: a plugin that does nothing, whose logprobs must be others."""
+    """Runs of the engine beside each other. idle: a plugin that does nothing, whose logprobs must be others.
+
+    What drafts were accepted changes no token of a greedy run; on ranks, whose random weights are others, the plugin's
+    tokens are compared with those of vLLM's own compressor there.
+    """
     broken = {mode: found for mode, found in runs.items() if "error" in found}
     if broken:
         return {"status": FAIL, "runs": runs, "why": f"{', '.join(broken)}: no tokens"}
-    own, plugin, idle = (runs[mode] for mode in _ENGINE)
+    own, plugin, idle, drafts, own_ranks, ranks = (runs[mode] for mode in _ENGINE)
     apart, idle_apart = (_apart(own, other) for other in (plugin, idle))
     compressors = plugin["forwards"]
     why = [
@@ -84,7 +89,12 @@ def compared(runs: dict[str, Record]) -> Record:
             ("other tokens", own["tokens"] != plugin["tokens"]),
             ("a plugin that does nothing is not seen", idle["tokens"] == own["tokens"] or idle_apart <= apart),
             ("forwards that were not the plugin's", plugin["plugin_steps"] != compressors or not compressors),
-            ("the plugin ran without being asked", bool(own["plugin_steps"])),
+            ("the plugin ran without being asked", bool(own["plugin_steps"]) or any(own_ranks["worker_steps"])),
+            ("other tokens with drafts", own["tokens"] != drafts["tokens"]),
+            ("no drafts", not drafts["drafts"]),
+            ("forwards with drafts that were not the plugin's", drafts["plugin_steps"] != drafts["forwards"]),
+            ("other tokens on ranks", own_ranks["tokens"] != ranks["tokens"]),
+            ("a rank without the plugin", ranks["worker_steps"] != 2 * [compressors]),
         )
         if wrong
     ]
@@ -129,11 +139,12 @@ def sentences(report: Record) -> list[str]:
         lines += _broken("modules", modules)
     if engine := report.get("engine"):
         if "tokens" in engine:
-            own, plugin = (engine["runs"][mode] for mode in _ENGINE[:2])
+            own, plugin, _, drafts, _, ranks = (engine["runs"][mode] for mode in _ENGINE)
             lines.append(
                 f"{engine['status']}  engine: {engine['equal_tokens']} of {engine['tokens']} tokens equal, logprobs "
                 f"apart by {engine['logprobs_apart']}; a decode step {own['step_s']} s, plugin {plugin['step_s']} s; "
-                f"all compressors {own['compressor_s']} s, plugin {plugin['compressor_s']} s"
+                f"all compressors {own['compressor_s']} s, plugin {plugin['compressor_s']} s; "
+                f"{drafts['drafts']} drafts; {ranks['worker_steps']} steps on ranks"
                 + (f" ({engine['why']})" if engine["why"] else "")
             )
         for mode, found in engine["runs"].items():
