@@ -350,7 +350,11 @@ def silent_backward(rank, ranks):
     if rank == 1:
         sys.stdout.flush()
         raise SystemExit(0)
-    refuses(rank, ranks, lambda: rows.sum().backward(), 1, "answer")
+    refuses(rank, ranks, lambda: rows.sum().backward(), 1, GONE)
+
+
+GONE = "an answer|a connection"
+"""A rank that ended is noticed when it is sent to or when it is waited for, whichever comes first."""
 
 
 def refuses(rank, ranks, run, named, word):
@@ -383,7 +387,7 @@ def dead(rank, ranks):
         raise SystemExit(0)
     spec = SPECS["csa"]
     kv_score = torch.zeros(150, spec.projected)
-    refuses(rank, ranks, lambda: condense_shard(spec, kv_score, weights(spec), rope(spec, 512), shards), 1, "answer")
+    refuses(rank, ranks, lambda: condense_shard(spec, kv_score, weights(spec), rope(spec, 512), shards), 1, GONE)
 
 
 def gap(rank, ranks):

@@ -53,7 +53,8 @@ def test_the_original_kernels_forms_pass():
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_every_mutant_is_killed_by_a_wrong_answer(name):
+def test_every_mutant_is_killed_by_a_wrong_answer(name, monkeypatch, tmp_path):
+    """By the kit, and by ``verify``, which asks the kit where its own case is blind."""
     outcome = first_failure(load_factory(f"mutant:{name}"))
     assert outcome is not None
     assert "Error" not in outcome.detail, "a mutant that crashes has not been tested"
@@ -64,6 +65,23 @@ def test_every_mutant_is_killed_by_a_wrong_answer(name):
         assert again == outcome.case
         assert play(again, load_factory(f"mutant:{name}"), judge)[0] == outcome.detail
         assert play(again, load_factory("reference"), judge)[0] is None, "the case is fair"
+    monkeypatch.setattr("kvcondense.cli.work.verify.first_failure", lambda make: outcome)  # has just been asked
+    words = [
+        "verify",
+        "--kind",
+        "hca",
+        "--history",
+        "0",
+        "--batch",
+        "1",
+        "--mutant",
+        name,
+        "--json",
+        str(tmp_path / "r"),
+    ]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 1, (result.output, result.exception)
+    assert json.loads((tmp_path / "r").read_text())["caught_by"] in ("this case", outcome.invariant)
 
 
 def test_histories_are_as_wide_as_what_is_declared():
