@@ -54,7 +54,11 @@ def test_tables_and_plots_say_what_was_found(pages):
     assert text.count("PASS") == 5
     assert "<svg" in text
     assert "FAIL" in (pages / "mutant.html").read_text()
-    assert "decode 16" in (pages / "bench.html").read_text()
+    text = (pages / "bench.html").read_text()
+    assert "decode 16" in text
+    rates = json.loads(BASELINE.read_text(encoding="utf-8").splitlines()[0])["rates"]
+    assert f"{rates['memory'] / 1e9:.3g} GB/s" in text
+    assert f"{rates['cached'] / 1e6:.3g} MB<" in text, "bytes, no rate"
     assert "I1" in (pages / "conformance.html").read_text()
     caught, text = json.loads((pages / "mutants.json").read_text())["mutants"], (pages / "mutants.html").read_text()
     for name, by in caught.items():

@@ -31,7 +31,12 @@ from kvcondense.files.schema import typed
 _WHAT = "kvcondense bench"
 _SERIES = {CONTEXTS: context_series, STREAMS: stream_series, DECODE_STEP: decode_step}
 """What is timed on a CPU beside the cases."""
-_RATES = {"memory": ("memory", "GB/s"), "cache": ("cache", "GB/s"), "gemm": ("bf16 GEMM", "GFLOP/s")}
+_RATES = {
+    "memory": ("memory", 1e9, "GB/s"),
+    "cache": ("cache", 1e9, "GB/s"),
+    "gemm": ("bf16 GEMM", 1e9, "GFLOP/s"),
+    "cached": ("stays in caches", 1e6, "MB"),
+}
 
 
 def run(
@@ -121,8 +126,8 @@ def run(
         output.say(f"\n{title}")
         output.markdown(table)
     if report_file is not None:
-        named = {_RATES.get(k, (k, "G/s")): v for k, v in (found[0].get("rates") or {}).items()}
-        about = {**found[0]["machine"], **{name: f"{v / 1e9:.3g} {unit}" for (name, unit), v in named.items()}}
+        named = {_RATES.get(k, (k, 1e9, "G/s")): v for k, v in (found[0].get("rates") or {}).items()}
+        about = {**found[0]["machine"], **{name: f"{v / each:.3g} {unit}" for (name, each, unit), v in named.items()}}
         page.write(report_file, _WHAT, about, page.of_timings(found))
         output.say(f"written to {report_file}")
     if plot is not None:
