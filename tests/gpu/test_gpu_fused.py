@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvcondense import PagedCache, RaggedBatch, StatePool
+from kvcondense import PagedCache, RaggedBatch
 from kvcondense.api import Job, compress_many
 from kvcondense.backends.triton import TritonBackend
-from kvcondense.backends.triton.variants import specs
+from kvcondense.backends.triton.variants import Variant, places, specs, state_of
 from kvcondense.bench import fused
 from kvcondense.bench.fused import LAYERS
 from kvcondense.config import ModelConfig
@@ -18,6 +18,7 @@ from kvcondense.weights import CompressorWeights
 
 DEVICE = "cuda"
 HIDDEN, REQUESTS, PROMPT, STEPS = 1024, 3, 300, 130
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 FORMATS = {"indexer": "mxfp4_indexer"}
 
 
@@ -36,14 +37,9 @@ def job_of(kind, state_kind="ring", dtype=torch.float32):
     )
     end = PROMPT + STEPS
     rope = RopeTable.build(ModelConfig.FLASH, end + spec.ratio, device=DEVICE)
-    if state_kind == "paged":
-        state = StatePool.paged(spec, REQUESTS * 32, 16, dtype=dtype, device=DEVICE)
-    elif state_kind == "apart":
-        kv, score = torch.zeros(2, REQUESTS, spec.required_ring_rows(1), spec.width, dtype=dtype, device=DEVICE)
-        state = StatePool.wrap(kv, score=score, paged=False)
-    else:
-        state = StatePool.ring(spec, REQUESTS, spec.required_ring_rows(1), dtype=dtype, device=DEVICE)
-    state.data.fill_(0)
+    state = state_of(Variant(kind, state_kind, state_type=TYPES[dtype]), REQUESTS, end, DEVICE)
+    for memory in state.memory:
+        memory.fill_(0)
     state.tags = None
     pages = -(-(end // spec.ratio + 1) // 64)
     form = FORMATS.get(kind, "fp8_model1")
@@ -55,12 +51,12 @@ def at(job, start, count):
     """The job for tokens start .. start + count - 1 of every request."""
     pages = job.cache.data.shape[0] // REQUESTS
     paged = job.state.layout.__class__.__name__ == "PagedLayout"
-    where = {"state_block_table": torch.arange(REQUESTS * 32, device=DEVICE).view(REQUESTS, 32)}
+    where = places(Variant("hca", "paged" if paged else "ring"), REQUESTS, PROMPT + STEPS, DEVICE)
     batch = RaggedBatch.build(
         torch.arange(REQUESTS + 1, device=DEVICE) * count,
         start_positions=[start] * REQUESTS,
         block_table=torch.arange(REQUESTS * pages, device=DEVICE).view(REQUESTS, -1),
-        **(where if paged else {"state_slots": list(range(REQUESTS))}),
+        **where,
     )
     return replace(job, batch=batch)
 

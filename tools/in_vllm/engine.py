@@ -33,12 +33,8 @@ def run(mode: str, folder: Path, say: Say) -> dict[str, Any]:
         workers.prepare(folder, who)
     say("import vllm")
     import_module("vllm")
-    found = ground.after_vllm()
+    found = ground.set_up(who)
     cpu, _ = ground.compressors()
-    if who == "own":
-        cpu.forward = ground.own_forward(found)  # type: ignore[attr-defined]
-    loader = import_module("vllm.model_executor.model_loader.dummy_loader").DummyModelLoader
-    loader.load_weights = tiny.randomise
     say("start the engine")
     llm = import_module("vllm").LLM(**tiny.arguments(folder, RATIOS), **_HOW[how])
     replaced = hasattr(vars(cpu)["forward"], "__wrapped__")

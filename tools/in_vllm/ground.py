@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from in_vllm import tiny
+
 COMPRESSOR = "save_partial_states_cpu", "compress_norm_rope_store_cpu", "compress_norm_rope_store_indexer_cpu"
 
 
@@ -46,6 +48,15 @@ def compressors() -> tuple[type, type]:
     """vLLM's compressor for CPUs and the one that it comes from."""
     cpu = import_module("vllm.models.deepseek_v4.cpu.cpu_compressor").DeepseekV4CPUCompressor
     return cpu, import_module("vllm.models.deepseek_v4.compressor").DeepseekCompressor
+
+
+def set_up(who: str) -> dict[str, Any]:
+    """``after_vllm`` in a process of an engine, whose model has random weights; who "own": vLLM's own compressor."""
+    found = after_vllm()
+    if who == "own":
+        compressors()[0].forward = own_forward(found)  # type: ignore[attr-defined]
+    import_module("vllm.model_executor.model_loader.dummy_loader").DummyModelLoader.load_weights = tiny.randomise
+    return found
 
 
 def own_forward(found: dict[str, Any]) -> Callable[..., None]:

@@ -9,7 +9,7 @@ from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
-from in_vllm import ground, tiny
+from in_vllm import ground
 
 RANKS = 2
 _WHO, _COUNTS = "IN_VLLM_WHO", "IN_VLLM_COUNTS"
@@ -44,11 +44,7 @@ def register() -> None:
     """The entry point: in a worker, what ``engine.run`` does in its own process."""
     if current_process().name == "MainProcess":
         return
-    found = ground.after_vllm()
-    if os.environ[_WHO] == "own":
-        cpu, _ = ground.compressors()
-        cpu.forward = ground.own_forward(found)  # type: ignore[attr-defined]
-    import_module("vllm.model_executor.model_loader.dummy_loader").DummyModelLoader.load_weights = tiny.randomise
+    ground.set_up(os.environ[_WHO])
     bound = import_module("kvcondense.bound").Bound
     condense, file = bound.condense, Path(os.environ[_COUNTS]) / f"steps-{os.getpid()}"
     file.touch()

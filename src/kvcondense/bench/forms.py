@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -152,12 +153,9 @@ class Job:
 
     def expected(self) -> torch.Tensor:
         """The reference's rows, from a copy of the state."""
-        state = self.state
-        if isinstance(state, OnlineState):
-            state = replace(state, acc=state.acc.clone(), folded=state.folded.clone(), log=state.log.clone())
-        elif state is not None:
-            score = None if state.score is None else state.score.clone()
-            state = self.kept = replace(state, data=state.data.clone(), tags=None, score=score)
+        state = copy.deepcopy(self.state)
+        if isinstance(state, StatePool):
+            self.kept = state
         return self._reference(self.kv_score, self.start, state)
 
     def _reference(self, tokens: torch.Tensor, start: int, state: StatePool | OnlineState | None) -> torch.Tensor:
@@ -178,8 +176,9 @@ class Job:
         if filled:  # they are in the state: no value of kv_score may matter
             tokens = torch.full_like(tokens, float("nan"))
         w = self.weights
-        norm, cache = w.norm, self.cache
-        return Step(self.spec, plan, tokens, w.ape, norm, self.rope, self.state, cache, rows, latent, stored=filled)
+        return Step(
+            self.spec, plan, tokens, w.ape, w.norm, self.rope, self.state, self.cache, rows, latent, stored=filled
+        )
 
     def kept_off(self) -> float:
         """How far what the pool holds after the step is from what the reference keeps, in RMS of what it does hold."""

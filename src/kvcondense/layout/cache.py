@@ -161,8 +161,7 @@ class PagedCache:
     @property
     def memory(self) -> tuple[torch.Tensor, ...]:
         """What a step writes."""
-        beside = self.scales if self.second is None else self.second
-        return (self.data,) if beside is None else tuple(self.tensors.values())
+        return tuple([t for t in (self.data, self.scales, self.second) if t is not None])
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:

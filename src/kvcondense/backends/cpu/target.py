@@ -41,17 +41,17 @@ class Target:
         """Vector registers: 16 on x86 without AVX-512, else 32."""
         return 32 if "avx512f" in self.features or "neon" in self.features else 16
 
-    @functools.cached_property
+    @property
     def bf16_products(self) -> bool:
         """True if it multiplies pairs of bf16 and adds them in fp32, in vectors of 16."""
         return {"avx512bf16", "avx512f"} <= self.features and self.lanes == 16
 
-    @functools.cached_property
+    @property
     def fast_bf16_products(self) -> bool:
         """True if that beats fp32's products of widened rows: Intel takes two cycles, so that it gains nothing."""
         return self.bf16_products and self.cpu.startswith("znver")
 
-    @functools.cached_property
+    @property
     def product_channels(self) -> int:
         """Channels of a product's task, whose rows stay in caches: widened, in panels, they take twice the room."""
         return 64 if self.fast_bf16_products else 32

@@ -20,7 +20,7 @@ from kvcondense.backends.cpu.kernels.integers import fetch_add, smaller
 from kvcondense.backends.cpu.kernels.simd import pointer
 from kvcondense.backends.cpu.target import target
 
-NATIVE = target().fast_bf16_products
+_NATIVE = target().fast_bf16_products
 _SUMS = params.CHANNELS
 """Lanes of a sum: LLVM makes as many vectors of them as the processor needs."""
 _STEP = 4 * _SUMS
@@ -32,14 +32,14 @@ _I = ir.VectorType(ir.IntType(32), _SUMS)
 
 def _pair_products(b: Any, acc: Any, x: tuple[Any, ...], w: tuple[Any, ...]) -> Any:
     """acc + the products of both halves of each lane, the odd one first."""
-    if NATIVE:
+    if _NATIVE:
         return simd.emit_pair_products(b, x[0], w[0], acc)
     return simd.emit_fma(b, x[0], w[0], simd.emit_fma(b, x[1], w[1], acc))
 
 
 def _operand(b: Any, pairs: Any) -> tuple[Any, ...]:
     """32 bf16 as the product takes them: as they are, or widened, even ones and odd ones."""
-    return (b.bitcast(pairs, simd.PAIRS),) if NATIVE else simd.emit_halves(b, pairs)
+    return (b.bitcast(pairs, simd.PAIRS),) if _NATIVE else simd.emit_halves(b, pairs)
 
 
 def _tile(tokens: int, channels: int) -> Any:
@@ -101,10 +101,10 @@ def _tile(tokens: int, channels: int) -> Any:
 
 
 # As many sums as registers hold: 24 of 32 with AVX-512 BF16. Widened, a sum takes two of AVX2's 16, and operands four.
-_HEIGHT, _WIDTH, _LONG = (6, 4, 8) if NATIVE else (4, 4, 8) if target().lanes == _SUMS else (2, 1, 2)
+_HEIGHT, _WIDTH, _LONG = (6, 4, 8) if _NATIVE else (4, 4, 8) if target().lanes == _SUMS else (2, 1, 2)
 _tall, _four, _two = (_tile(n, _WIDTH) for n in (_HEIGHT, min(_HEIGHT, 4), 2))
 _row = _tile(1, _LONG)
-_FEW = params.TALL + 1 if NATIVE else 100 if target().lanes == _SUMS else 12
+_FEW = params.TALL + 1 if _NATIVE else 100 if target().lanes == _SUMS else 12
 """Tokens of a task from which panels pay. Pairs take no room to widen: a product of rows as they lie is as fast."""
 _product_at = fields.view(params.Product)
 
