@@ -18,12 +18,13 @@ from kvcondense.bound import bind
 from kvcondense.layout.addresses import PagedLayout
 from kvcondense.layout.online import OnlineLayout, OnlineState
 from kvcondense.layout.plan import Plan
+from kvcondense.prepared import prepare
 from machine import SPECS, rope, weights
 
 SMALL, LARGE = (-7, -2, -1, 0, 1, 2, 3, 4, 7, 8, 31), (2**16, 2**31 - 1, 2**31, 2**40, 2**62 + 1, 2**63 - 1)
 HOSTILE = (*SMALL, *LARGE, *(-n - 1 for n in LARGE))
 TOKENS, POSITIONS, HIDDEN = 24, 64, 64
-DOORS = ("condense", "condense with a plan", "compress", "bound", "operator", "static", "training")
+DOORS = ("condense", "condense with a plan", "compress", "bound", "prepared", "operator", "static", "training")
 KINDS = (("csa", "ring"), ("csa", "paged"), ("r8", "ring"), ("r8", "online"), ("r2", "paged"), ("r1", "ring"))
 
 
@@ -132,6 +133,8 @@ def call(chance, layer, backend):
         compress_many(hidden, [Job(s, layer.weights, layer.rope, batch, None, **memory)], impl=backend)
     elif door == "bound":
         bound.condense(x, bound.plan(batch))
+    elif door == "prepared":
+        prepare(bound, x).run(bound.plan(batch))
     elif door == "operator":
         ops.bind(s, layer.weights, layer.rope, **memory, impl=backend)(x, bound.plan(batch))
     else:

@@ -33,6 +33,7 @@ ARROWS = {
         "planning", "marks", "validate", "backends", "layout", "rope_table", "weights", "spec", "numerics", "errors",
     },
     "validate": {"layout", "rope_table", "weights", "spec", "errors"},
+    "prepared": {"bound", "layout", "numerics", "errors"},
     "api": {"bound", "validate", "backends", "stages", "rope_table", "layout", "weights", "spec", "numerics", "errors"},
     "golden": {
         "golden", "api", "backends", "layout", "stages", "rope_table", "weights", "formats", "spec", "config",
@@ -64,8 +65,8 @@ ARROWS = {
         "spec", "numerics", "errors",
     },
     "bench": {
-        "bench", "bundle", "files", "parallel", "training", "planning", "api", "bound", "backends", "layout", "stages",
-        "rope_table", "weights", "formats", "spec", "config", "errors",
+        "bench", "bundle", "files", "parallel", "training", "planning", "prepared", "api", "bound", "backends",
+        "layout", "stages", "rope_table", "weights", "formats", "spec", "config", "errors",
     },
     "cli": {
         "cli", "files", "markup", "bundle", "capacity", "visualiser", "bench", "stream", "cachefile", "checkpoint",

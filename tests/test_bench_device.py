@@ -99,7 +99,7 @@ def test_every_format_can_be_a_case(name):
     case = Case("tiny", "indexer" if "indexer" in name else "csa", 5, 1, 6, format=name)
     inputs = make_inputs(case)
     expected = run.rows_of(Kvcondense(inputs, "reference"), inputs)
-    bare = Kvcondense(inputs, "cpu", bare=True)
+    bare = Kvcondense(inputs, "cpu", "bare")
     assert bare.capturable
     assert run.distance(bare, inputs, expected) < run.CLOSE
 
@@ -108,8 +108,8 @@ def test_a_bare_step_from_x_has_a_gemm_before_it():
     case = Case("tiny from x", "csa", 6, 1, 0, hidden=True)
     inputs = make_inputs(case)
     caches = []
-    for bare in (False, True):
-        runner = Kvcondense(inputs, "reference", bare=bare)
+    for way in ("", "bare"):
+        runner = Kvcondense(inputs, "reference", way)
         state = runner.copy(runner.primed())
         runner.step(state)
         caches.append(state["cache"].decode_rows(torch.tensor([0])))

@@ -28,6 +28,7 @@ from kvcondense.formats import FORMATS
 from kvcondense.layout.addresses import PagedLayout
 from kvcondense.layout.online import OnlineLayout
 from kvcondense.layout.plan import Plan
+from kvcondense.prepared import prepare
 from machine import SPECS, rope, weights
 
 HIDDEN, TOKENS = 64, 16
@@ -106,7 +107,13 @@ def by_operator(s):
     return operator(s.kv_score, plan)
 
 
-DOORS = {f.__name__: f for f in (by_condense, by_compress, by_compress_many, by_bound, by_operator)}
+def by_prepared(s):
+    _, plan = s.made()
+    bound = bind(s.spec, s.weights, s.rope, state=s.state, cache=s.cache, impl=s.impl)
+    prepare(bound, s.kv_score).run(plan)
+
+
+DOORS = {f.__name__: f for f in (by_condense, by_compress, by_compress_many, by_bound, by_operator, by_prepared)}
 
 
 def page_beyond(s):

@@ -21,7 +21,7 @@ POLICIES = {"spinning": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
 
 def timed(name: str, seconds: float) -> float:
     """Mean microseconds of the bare step of a case, done over and over for ``seconds``."""
-    runner = Kvcondense(make_inputs(CASES[name]), "cpu", bare=True)
+    runner = Kvcondense(make_inputs(CASES[name]), "cpu", "bare")
     state = runner.primed()
     runner.step(state)
     begin, steps = time.perf_counter(), 0

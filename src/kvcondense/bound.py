@@ -7,6 +7,7 @@ runs one backend, and says what the rows hold.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,10 +17,11 @@ import torch
 
 from kvcondense import marks, validate
 from kvcondense.backends import Backend, Step, fused_form, select, select_projector
-from kvcondense.errors import KvCondenseError, require
+from kvcondense.errors import DeviceError, KvCondenseError, require
 from kvcondense.layout.addresses import PagedLayout
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
+from kvcondense.layout.extremes import Layout
 from kvcondense.layout.memory import check_apart, span
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
@@ -47,13 +49,29 @@ class CondensedRows:
     latent: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class _Form:
+    """What a plan is compared with: the same object for all layers of a kind, so that it is compared once for them.
+
+    positions: of the RoPE table; page_rows, cache_rows: of the cache; None where there is none.
+    """
+
+    spec: CompressorSpec
+    layout: Layout | None
+    positions: int | None
+    page_rows: int | None
+    cache_rows: int | None
+
+
+_form = functools.lru_cache(maxsize=256)(_Form)
+
+
 @dataclass
 class _Checked:
     """What ``bind`` has found out of a combination of objects; kept with its weights, which hold the others weakly.
 
-    places: of all tensors that steps read and write; spans: first and last address of each that they write; sizes:
-    positions of the RoPE table and rows of the cache; backends: the choice for each type of tokens; made: what
-    backends keep (``Step.made``).
+    places: of all tensors that steps read and write; spans: first and last address of each that they write; form: what
+    plans are admitted for; backends: the choice for each type of tokens; made: what backends keep (``Step.made``).
     """
 
     fixed: tuple[Any, ...]
@@ -61,7 +79,7 @@ class _Checked:
     cache: Callable[[], object]
     places: tuple[Any, ...]
     spans: tuple[tuple[int, int], ...]
-    sizes: tuple[int | None, int | None]
+    form: _Form
     backends: dict[torch.dtype, Backend] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
 
@@ -121,17 +139,8 @@ class Bound:
 
     def step(self, kv_score: torch.Tensor, plan: Plan, name: str = "kv_score", rows: int | None = None) -> Step:
         """The step that kv_score, called ``name``, and a plan make, admitted; ``rows``: as if it had so many."""
-        validate.tokens(self.spec, name, kv_score, plan.batch.query_start_loc.device)
-        if self.checked.places != _places(self.weights, self.rope, self.state, self.cache):
-            wanted = "the memory that was bound"
-            raise KvCondenseError("weights, rope, state, cache", wanted, "other memory", "bind them again")
-        self.admit(plan, kv_score.shape[0] if rows is None else rows, name)
-        if self._near(kv_score):
-            check_apart(validate.written(self.state, self.cache), {name: kv_score})
-        if self.state is None:
-            plan.facts(self.spec).reads.check_none(plan.batch)
-        elif self.state.tags is not None:
-            marks.check(self.spec, self.state, plan, plan.facts(self.spec))
+        self.take(kv_score, name)
+        self.ready(plan, kv_score.shape[0] if rows is None else rows, name)
         # Backends leave rows of padding entries alone.
         make = kv_score.new_empty if plan.extremes.dense else kv_score.new_zeros
         shape, dtype = (plan.num_windows, self.spec.head_dim), compute_dtype(kv_score.dtype)
@@ -148,6 +157,26 @@ class Bound:
             latent=make(shape, dtype=dtype) if self.latent else None,
             made=self.checked.made,
         )
+
+    def take(self, kv_score: torch.Tensor, name: str = "kv_score") -> None:
+        """Raise unless these are tokens [T, projected] that a step can read, in memory that it does not write."""
+        validate.tokens(self.spec, name, kv_score, self.weights.norm.device)
+        if self._near(kv_score):
+            check_apart(validate.written(self.state, self.cache), {name: kv_score})
+
+    def ready(self, plan: Plan, rows: int, name: str = "kv_score") -> None:
+        """Raise unless a step by this plan, of so many tokens, finds all it needs where it was when it was bound.
+
+        ``take`` looks at the tokens themselves. Together they ask for no value, but where the state has tags.
+        """
+        if self.checked.places != _places(self.weights, self.rope, self.state, self.cache):
+            wanted = "the memory that was bound"
+            raise KvCondenseError("weights, rope, state, cache", wanted, "other memory", "bind them again")
+        self.admit(plan, rows, name)
+        if self.state is None:
+            plan.facts(self.spec).reads.check_none(plan.batch)
+        elif self.state.tags is not None:
+            marks.check(self.spec, self.state, plan, plan.facts(self.spec))
 
     def _near(self, t: torch.Tensor) -> bool:
         """Whether a tensor lies, in part, between the first and last byte of one that steps write."""
@@ -169,11 +198,19 @@ class Bound:
     def admit(self, plan: Plan, rows: int, name: str = "kv_score") -> None:
         """Raise unless every address that the plan's step forms, with this many tokens, lies in the buffers bound here.
 
-        Asks for no value. The plan remembers: ``Plan.copy_`` takes over no plan that would not be admitted.
+        Asks for no value. The plan remembers: it is compared once for all layers of a kind, and ``Plan.copy_`` takes
+        over no plan that would not be admitted.
         """
+        form, passed = self.checked.form, plan.passed
+        if passed.get(form, rows + 1) <= rows:
+            return
+        device = self.weights.norm.device
+        if plan.batch.query_start_loc.device != device:
+            raise DeviceError("plan", f"device {device} as the weights", plan.batch.query_start_loc.device)
         validate.geometry(self.spec, plan, self.state, self.cache)
         validate.admitted(plan, rows, self.rope, self.cache, name)
-        plan.admitted_to(rows, *self.checked.sizes)
+        plan.admitted_to(rows, form.positions, form.cache_rows)
+        passed[form] = rows
 
     def unprojected(self, x: torch.Tensor) -> torch.Tensor:
         """kv_score's shape and type without its memory: what a step is checked with before anything is projected."""
@@ -223,16 +260,22 @@ def bind(
     if known is None or not known.covers(fixed, state, cache, places):
         validate.layer(spec, weights, rope, state, cache, weights.norm.device, shared_blocks)
         spans = tuple(span(t) for t in validate.written(state, cache).values())
-        sizes = (None if rope is None else rope.cos.shape[0], None if cache is None else cache.num_rows)
-        known = vars(weights)["_bound"] = _Checked(fixed, _weakly(state), _weakly(cache), places, spans, sizes)
+        of_cache = (None, None) if cache is None else (cache.page_rows, cache.num_rows)
+        layout, positions = None if state is None else state.layout, None if rope is None else rope.cos.shape[0]
+        form = _form(spec, layout, positions, *of_cache)
+        known = vars(weights)["_bound"] = _Checked(fixed, _weakly(state), _weakly(cache), places, spans, form)
     return Bound(spec, weights, rope, state, cache, latent, impl, known)
 
 
 def _places(weights: CompressorWeights, rope: Any, state: Any, cache: Any) -> tuple[Any, ...]:
-    """Where what a step reads and writes lies, and how."""
+    """Where what a step reads and writes lies, and in which form."""
     found: list[Any] = [weights.norm.data_ptr(), None if weights.ape is None else weights.ape.data_ptr()]
     if type(rope) is RopeTable:
         found += (rope.cos.data_ptr(), rope.sin.data_ptr())
+    if state is not None:
+        found.append(state.layout)
+    if cache is not None:
+        found += (cache.format, cache.page_rows)
     for owner in (state, cache):
         if owner is not None:
             for t in owner.memory:
@@ -293,16 +336,21 @@ def _check_together(bounds: Sequence[Bound], plans: Sequence[Plan], x: torch.Ten
 
 
 def _run(steps: Sequence[Step], run: Callable[[], None]) -> tuple[CondensedRows, ...]:
-    """Run steps; meanwhile nobody takes the state rows that they write for what they were, or for what they become."""
-    marked = [
-        (s.state, s.plan, s.plan.facts(s.spec)) for s in steps if s.state is not None and s.state.tags is not None
-    ]
-    for state, plan, facts in marked:
-        marks.begin(state, plan, facts)
-    run()
-    for state, plan, facts in marked:
-        marks.name(state, plan, facts)
+    """Run steps; their rows."""
+    marked([(s.spec, s.state, s.plan) for s in steps if s.state is not None and s.state.tags is not None], run)
     return tuple([_rows(step) for step in steps])
+
+
+def marked(jobs: Sequence[tuple[CompressorSpec, StatePool | OnlineState, Plan]], run: Callable[[], None]) -> None:
+    """Run steps; meanwhile nobody takes the state rows that they write for what they were, or for what they become.
+
+    jobs: those whose state has tags.
+    """
+    for spec, state, plan in jobs:
+        marks.begin(state, plan, plan.facts(spec))
+    run()
+    for spec, state, plan in jobs:
+        marks.name(state, plan, plan.facts(spec))
 
 
 def _rows(step: Step) -> CondensedRows:

@@ -74,7 +74,7 @@ def tokens(spec: CompressorSpec, name: str, t: torch.Tensor, device: torch.devic
     if not plain or t.dim() != 2 or t.shape[1] != spec.projected:
         tensor(name, t, (None, spec.projected), WEIGHT_DTYPES)  # says what is wrong
     if t.device != device or t.is_meta:
-        raise DeviceError(name, f"device {device} as the batch", t.device)
+        raise DeviceError(name, f"device {device} as the weights", t.device)
     if t.requires_grad:
         no_gradients(name, t)
 

@@ -108,7 +108,7 @@ def test_small_unfused_cases(kind, batch):
         inputs = make_inputs(case, DEVICE)
         expected = run.rows_of(Kvcondense(inputs, "reference"), inputs)
         for choice in (None, tuning.Choice(16, 1)):
-            runner = Kvcondense(inputs, "triton", bare=True)
+            runner = Kvcondense(inputs, "triton", "bare")
             assert run.distance(runner, inputs, expected) < run.CLOSE
             step = runner.primed()["step"]
             TritonBackend(choice=choice).run(step)
@@ -161,7 +161,7 @@ def test_the_chips_cast_is_used_only_where_it_is_exact():
 @pytest.mark.alone
 def test_the_clock_is_plausible():
     inputs = make_inputs(Case("", "csa", 1, 16, 1000), DEVICE)
-    empty, bare = EmptyLaunch(inputs), Kvcondense(inputs, "triton", bare=True)
+    empty, bare = EmptyLaunch(inputs), Kvcondense(inputs, "triton", "bare")
     works = [measure.Work(r.primed, r.step, r.capturable) for r in (empty, bare)]
     for cold in (False, True):
         times = [measure.median(t) for t in device.interleaved(works, cold=cold)]

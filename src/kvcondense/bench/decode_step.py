@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from kvcondense.bench import measure, peer_cpp, peers
 from kvcondense.bench.cases import FORMAT, PAGE_ROWS, Case, Inputs, make_inputs
 from kvcondense.bench.run import CLOSE, distance, rows_of
-from kvcondense.bench.runners import Kvcondense
-from kvcondense.bound import Bound, bind
+from kvcondense.bench.runners import CHECKED, PREPARED, Kvcondense
+from kvcondense.bound import bind
 from kvcondense.config import ModelConfig
 from kvcondense.layout.plan import Plan
 from kvcondense.planning import Planner
+from kvcondense.prepared import prepare
 
 DECODE_STEP = "decode step of Flash, 16 requests"
 """The series that is no case."""
@@ -52,13 +54,13 @@ def decode_step(backend: str, say: Callable[[str], None]) -> Iterator[dict[str, 
     """Microseconds of each part and implementation: the mean of four tokens, of which the last one ends a window of 4.
 
     Every layer has its own state and cache. Ours are bound and share the plans of a step, whose making is a part of
-    its own; ``checked``: with state tags, which no peer has. Rows are compared with the reference's first.
+    its own; for ``checked`` and ``prepared`` see ``runners.Kvcondense``. Rows are compared with the reference's first.
     """
     totals: dict[str, float] = {}
     for part in parts():
         inputs = make_inputs(part.case)
         expected = rows_of(Kvcondense(inputs, "reference"), inputs)
-        runners: list[Any] = [_Layers(inputs, backend, part.layers, checked=checked) for checked in (False, True)]
+        runners: list[Any] = [_Layers(inputs, backend, part.layers, way) for way in ("", CHECKED, PREPARED)]
         for peer in _peers():
             try:
                 runner = _Copies(peer(inputs), part.layers)
@@ -103,14 +105,16 @@ def _timed(runners: list[Any]) -> list[tuple[str, float]]:
 class _Layers:
     """Bound compressors of one kind; the same four tokens may come again and again."""
 
-    def __init__(self, inputs: Inputs, backend: str, layers: int, *, checked: bool) -> None:
-        self.runner = Kvcondense(inputs, backend, checked=checked, steps=_STEPS)
+    def __init__(self, inputs: Inputs, backend: str, layers: int, way: str) -> None:
+        self.runner = Kvcondense(inputs, backend, way, steps=_STEPS)
         self.name = self.runner.name
-        self.layers: list[Bound] = []
+        self.layers: list[Callable[[Plan], object]] = []
         for _ in range(layers):
             state = self.runner.primed()
             held = (self.runner.spec, self.runner.weights, self.runner.rope)
-            self.layers.append(bind(*held, state=state["pool"], cache=state["cache"], impl=backend))
+            bound = bind(*held, state=state["pool"], cache=state["cache"], impl=backend)
+            take = prepare(bound, self.runner.new).run if way == PREPARED else partial(bound.condense, self.runner.new)
+            self.layers.append(take)
         made = (self.runner.planner.step(**self.runner.metadata(_START + i, 1)) for i in range(_STEPS))
         self.plans: list[Plan] = [plan for _, (plan,) in made]
 
@@ -121,7 +125,7 @@ class _Layers:
         """Four tokens through all layers."""
         for plan in self.plans:
             for layer in self.layers:
-                layer.condense(self.runner.new, plan)
+                layer(plan)
 
 
 class _Copies:

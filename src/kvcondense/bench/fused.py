@@ -12,7 +12,7 @@ from kvcondense.backends import Step, fused_form, get_backend
 from kvcondense.bench import measure
 from kvcondense.bench.cases import CONFIG, Case, Inputs, make_inputs
 from kvcondense.bench.run import CLOSE, off, timings
-from kvcondense.bench.runners import Kvcondense, plain_gemm
+from kvcondense.bench.runners import BARE, Kvcondense, plain_gemm
 
 GEMM = "GEMM alone"
 Run = Callable[[Sequence[Step], torch.Tensor, Sequence[torch.Tensor]], None]
@@ -90,7 +90,7 @@ def ways(inputs: Sequence[Inputs]) -> list[Steps]:
     """Fused, even where the table would not; GEMM and step; and, for small steps, the way that longer ones go."""
     backend: Any = get_backend("triton")
     invariant: Any = replace(backend, batch_invariant=True)
-    parts = [Kvcondense(i, "triton", bare=True) for i in inputs]
+    parts = [Kvcondense(i, "triton", BARE) for i in inputs]
     x = parts[0].new
     weight = torch.cat([i.w for i in inputs])  # one GEMM for all
     sizes = [i.w.shape[0] for i in inputs]

@@ -10,7 +10,17 @@ import torch
 from kvcondense.bench import device as gpu
 from kvcondense.bench import measure, peer_cpp, peer_mlx, peers
 from kvcondense.bench.cases import CONFIG, Case, Inputs, make_inputs
-from kvcondense.bench.runners import EmptyLaunch, Gemm, InCache, Kvcondense, Runner, gemm_names
+from kvcondense.bench.runners import (
+    BARE,
+    CHECKED,
+    PREPARED,
+    EmptyLaunch,
+    Gemm,
+    InCache,
+    Kvcondense,
+    Runner,
+    gemm_names,
+)
 from kvcondense.layout.plan import Plan
 from kvcondense.rope_table import RopeTable
 
@@ -67,9 +77,11 @@ def run_case(
     expected = rows_of(reference, inputs)
     ours = [Kvcondense(inputs, backend)] if backend != "reference" else []
     if ours and on_cpu:
-        ours.append(Kvcondense(inputs, backend, checked=True))
+        ours.append(Kvcondense(inputs, backend, CHECKED))
+        if case.start and not case.hidden:
+            ours.append(Kvcondense(inputs, backend, PREPARED))
     if ours and not (case.hidden and on_cpu):
-        ours.append(Kvcondense(inputs, backend, bare=True))
+        ours.append(Kvcondense(inputs, backend, BARE))
     compared: list[tuple[Any, float]] = [(r, distance(r, inputs, expected)) for r in (*ours, reference)]
     cpp = [peer_cpp.Vllm] if on_cpu and peer_cpp.there() else []
     mlx = [peer_mlx.MlxLm] if on_cpu and peers.takes(peer_mlx.MlxLm, case) and peer_mlx.there() else []

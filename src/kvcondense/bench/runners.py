@@ -11,14 +11,23 @@ import torch
 from kvcondense.api import compress, condense, project
 from kvcondense.backends import Step, get_backend
 from kvcondense.bench.cases import PAGE_ROWS, Inputs
+from kvcondense.bound import bind
 from kvcondense.formats import get_format
 from kvcondense.layout.addresses import RingLayout
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.plan import Plan
 from kvcondense.layout.state import StatePool
 from kvcondense.planning import Planner
+from kvcondense.prepared import Prepared, prepare
 from kvcondense.rope_table import RopeTable
 
+CHECKED, PREPARED, BARE = "checked", "prepared", "bare"
+_NOTES = {
+    "": "",
+    CHECKED: "; state tags checked",
+    PREPARED: "; buffers of tokens and rows prepared",
+    BARE: "; no validation",
+}
 _TENSOR_SCALE = 0.02
 """Of formats with one scale for the whole cache; it leaves no row saturated."""
 
@@ -51,22 +60,18 @@ class Runner(Protocol):
 class Kvcondense:
     """A backend through the public functions, with a plan that a step's layers share, storing rows in a cache.
 
-    ``checked``: the state pool's host tags are on, which no engine's kernel has. ``bare``: the backend's ``run`` alone,
-    for a step that was checked before: what it costs beyond is this library's validation. A bare step from x has one
-    plain GEMM before it.
+    ``way``: CHECKED: the state pool's host tags are on, which no engine's kernel has. PREPARED: tokens and rows stay
+    where they are (``prepared``), from kv_score. BARE: the backend's ``run`` alone, for a step that was checked before:
+    what it costs beyond is this library's validation. A bare step from x has one plain GEMM before it.
     """
 
-    def __init__(
-        self, inputs: Inputs, backend: str, *, checked: bool = False, bare: bool = False, steps: int = 1
-    ) -> None:
+    def __init__(self, inputs: Inputs, backend: str, way: str = "", *, steps: int = 1) -> None:
         case = inputs.case
-        self.inputs, self.spec, self.backend, self.checked = inputs, case.spec, backend, checked
-        self.bare = bare
-        self.name = backend + (", checked" if checked else ", bare" if bare else "")
-        self.capturable, self.device = bare, inputs.new.device
-        self.note = f"pool, norm, RoPE, {case.format} store, state" + (
-            "; state tags checked" if checked else "; no validation" if bare else ""
-        )
+        self.inputs, self.spec, self.backend, self.way = inputs, case.spec, backend, way
+        self.bare = way == BARE
+        self.name = backend + (f", {way}" if way else "")
+        self.capturable, self.device = self.bare, inputs.new.device
+        self.note = f"pool, norm, RoPE, {case.format} store, state{_NOTES[way]}"
         self.weights = inputs.weights
         end = case.start + steps * case.tokens + inputs.rest.shape[1]
         self.rope = RopeTable.build(case.config, end + self.spec.ratio, device=self.device)
@@ -96,7 +101,7 @@ class Kvcondense:
         case = self.inputs.case
         dtype = torch.bfloat16 if case.narrow else torch.float32
         pool = StatePool.ring(self.spec, case.batch, self.layout.ring_rows, device=self.device, dtype=dtype)
-        if not self.checked:
+        if self.way != CHECKED:
             pool.tags = None
         cache = PagedCache.allocate(
             self.spec.head_dim, case.batch * self.pages, PAGE_ROWS, format=case.format,
@@ -112,7 +117,13 @@ class Kvcondense:
             state["step"] = Step(
                 self.spec, plan, tokens, w.ape, w.norm, self.rope, pool, cache, rows, None, made={}
             )  # what a bound compressor keeps, too
+        if self.way == PREPARED:
+            state["prepared"] = self._prepared(state, self.new)
         return state
+
+    def _prepared(self, state: dict[str, Any], tokens: torch.Tensor) -> Prepared:
+        memory = {"state": state["pool"], "cache": state["cache"], "impl": self.backend}
+        return prepare(bind(self.spec, self.weights, self.rope, **memory), tokens)
 
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:
         return dict(state)  # a step at a fixed position writes the same rows again
@@ -126,6 +137,9 @@ class Kvcondense:
                 step = replace(step, kv_score=plain_gemm(self.new, self.inputs.w))
             get_backend(self.backend).run(step)
             return
+        if self.way == PREPARED:
+            state["prepared"].run(plan)
+            return
         self.run(
             self.spec, self.new, self.weights, self.rope, plan.batch,
             plan=plan, state=state["pool"], cache=state["cache"], impl=self.backend,
@@ -135,18 +149,23 @@ class Kvcondense:
         start, count = state["position"], tokens.shape[1]
         plan = self._plan(start, count)
         state["position"] = start + count
-        rows = self.run(
-            self.spec, tokens.flatten(0, 1), self.weights, self.rope, plan.batch,
-            plan=plan, state=state["pool"], cache=state["cache"], impl=self.backend,
-        )  # fmt: skip
-        return rows.values.view(tokens.shape[0], -1, self.spec.head_dim)
+        if self.way == PREPARED:
+            prepared = self._prepared(state, tokens.flatten(0, 1))
+            prepared.run(plan)
+            rows = prepared.rows[: plan.num_windows]
+        else:
+            rows = self.run(
+                self.spec, tokens.flatten(0, 1), self.weights, self.rope, plan.batch,
+                plan=plan, state=state["pool"], cache=state["cache"], impl=self.backend,
+            ).values  # fmt: skip
+        return rows.view(tokens.shape[0], -1, self.spec.head_dim)
 
 
 class InCache(Kvcondense):
     """A bare prefill whose tokens are all the same row: what the arithmetic takes when no memory is waited for."""
 
     def __init__(self, inputs: Inputs, backend: str) -> None:
-        super().__init__(inputs, backend, bare=True)
+        super().__init__(inputs, backend, BARE)
         self.new = self.new[:1].expand_as(self.new)
         self.name, self.note = IN_CACHE, "every token is read from the same row, in the nearest cache"
 

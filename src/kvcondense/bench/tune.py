@@ -21,7 +21,7 @@ from kvcondense.bench import device as gpu
 from kvcondense.bench import measure
 from kvcondense.bench.cases import FORMAT, Case, make_inputs
 from kvcondense.bench.records import Log, Record
-from kvcondense.bench.runners import Kvcondense
+from kvcondense.bench.runners import BARE, Kvcondense
 from kvcondense.errors import CheckpointError, KvCondenseError
 from kvcondense.files.schema import typed
 
@@ -107,7 +107,7 @@ def case_of(kind: str, row_class: RowClass) -> Case:
 
 
 def _step(case: Case, device: str) -> Step:
-    return Kvcondense(make_inputs(case, device), "triton", bare=True).primed()["step"]
+    return Kvcondense(make_inputs(case, device), "triton", BARE).primed()["step"]
 
 
 def _choices(case: Case, step: Step, cast: bool) -> tuple[Choice, list[Choice]]:

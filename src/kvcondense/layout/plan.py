@@ -216,7 +216,15 @@ class Plan:
     def renew(self, extremes: Extremes) -> None:
         """Forget what was known of the values: others take their place, which reach ``extremes``."""
         object.__setattr__(self, "extremes", replace(extremes, dense=False))
-        vars(self).pop("_facts", None)
+        for known in ("_facts", "_passed"):
+            vars(self).pop(known, None)
+
+    @property
+    def passed(self) -> dict[Any, int]:
+        """What this plan was compared with, for as long as its values are these, and with how many tokens."""
+        memory = self.__dict__
+        known = memory.get("_passed")
+        return memory.setdefault("_passed", {}) if known is None else known
 
     def admitted_to(self, tokens: int, positions: int | None, cache_rows: int | None) -> None:
         """Remember the least sizes that a step with this plan was admitted to: rows of tokens, RoPE table and cache."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from kvcondense.backends.cpu import calls, native, params, scratch, target
 from kvcondense.backends.cpu.blocks import address
 from kvcondense.backends.cpu.threads import SERIAL, launch
 from kvcondense.errors import UnsupportedError
+from kvcondense.layout.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class CpuBackend:
             calls.run(step, windows=False)
         else:
             calls.run(step)
+
+    def prepare(self, step: Step) -> Callable[[Plan], None] | None:
+        """``run`` of this step with other plans, its block filled beforehand; None where it has to be filled anew."""
+        return None if step.cache is not None and step.cache.strict else calls.prepare(step)
 
     def why_not_project(self, x: torch.Tensor, w: torch.Tensor) -> str | None:
         """None if x @ w.T can run here, else the reason."""

@@ -6,7 +6,8 @@ The layer's is kept with the binding (``Step.made``), which ends when memory mov
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +38,14 @@ class _Kept:
 
 
 @dataclass(frozen=True)
+class _Layer(_Kept):
+    """The block of a layer, and a packed ``Call`` of one of its steps, in which what steps differ in is zero."""
+
+    call: array[int]
+    scratch_bytes: int
+
+
+@dataclass(frozen=True)
 class _Work(_Kept):
     """The block of a plan, and how many windows, kept tokens and requests it has."""
 
@@ -45,36 +54,68 @@ class _Work(_Kept):
     requests: int
 
 
+_PLAN, _SCRATCH, _KV_SCORE, _KV_STRIDE, _KV_KIND, _ROWS, _LATENT, _STORED, _STORE, _WINDOWS, _REQUESTS, _KEEPS = (
+    params.Call.place(name)
+    for name in ("plan", "scratch", "kv_score", "kv_stride", "kv_kind", "rows", "latent", "stored", "store", "windows",
+                 "requests", "keeps")
+)  # fmt: skip
+_BLOCKS, _CHUNK, _PHASES = (params.Call.place(name) for name in ("blocks", "chunk", "phases"))
+
+
 def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = True) -> None:
-    """One launch for the windows, for what is kept, or for both; ``store``: rows go to the cache.
+    """One launch for the windows, for what is kept, or for both; ``store``: rows go to the cache."""
+    if step.kv_score.stride(1) != 1:
+        step = replace(step, kv_score=step.kv_score.contiguous())
+    layer = _layer(step)
+    _launch(_filled(layer, step, store), layer, step, step.plan, windows=windows, keeps=keeps)
+
+
+def prepare(step: Step) -> Callable[[Plan], None] | None:
+    """``run`` of this step with other plans; None where a call differs in more than that."""
+    layer = _layer(step)
+    if step.kv_score.stride(1) != 1 or step.made is None or step.made.get("cpu") is not layer:
+        return None
+    filled = _filled(layer, step, store=True)
+
+    def go(plan: Plan) -> None:
+        _launch(filled[:], layer, step, plan)  # a block of its own: other threads may run the same
+
+    return go
+
+
+def _filled(layer: _Layer, step: Step, store: bool) -> array[int]:
+    """The block of a call, but for what follows from its plan."""
+    call, kv_score = layer.call[:], step.kv_score
+    call[_KV_SCORE], call[_KV_STRIDE] = kv_score.data_ptr(), kv_score.stride(0) * kv_score.itemsize
+    call[_KV_KIND], call[_ROWS] = KINDS[kv_score.dtype], step.rows.data_ptr()
+    if step.latent is not None:
+        call[_LATENT] = step.latent.data_ptr()
+    call[_STORED], call[_STORE] = step.stored, store
+    return call
+
+
+def _launch(
+    call: array[int], layer: _Layer, step: Step, plan: Plan, *, windows: bool = True, keeps: bool = True
+) -> None:
+    """Enter the kernel with a block that is filled but for its plan.
 
     Where what is kept may take the place of what windows read, a launch for each: no thread waits for another inside.
     """
-    spec, plan, state, kv_score = step.spec, step.plan, step.state, step.kv_score
-    if kv_score.stride(1) != 1:
-        kv_score = kv_score.contiguous()
-    layer, work = _layer(step), _work(plan)
+    work, state = _work(plan), step.state
     count = work.windows if windows else 0
     kept = work.keeps if keeps and state is not None and not step.stored else 0
     requests = work.requests if keeps and type(state) is OnlineState else 0
-    threads, blocks, chunk = _split(spec, count, requests, kept)
-    scratch_bytes = params.Room.bytes(spec.head_dim, spec.window)
-    call = params.Call()
-    call.layer, call.plan = layer.address, work.address
-    call.scratch, call.scratch_bytes = scratch.of(threads * scratch_bytes), scratch_bytes
-    call.kv_score, call.kv_stride = kv_score.data_ptr(), kv_score.stride(0) * kv_score.itemsize
-    call.kv_kind = KINDS[kv_score.dtype]
-    call.rows, call.latent = step.rows.data_ptr(), 0 if step.latent is None else step.latent.data_ptr()
-    call.stored = step.stored
-    call.store, call.windows, call.requests, call.keeps = store, count, requests, kept
-    call.blocks, call.chunk = blocks, chunk
+    threads, blocks, chunk = _split(step.spec, count, requests, kept)
+    call[_PLAN], call[_SCRATCH] = work.address, scratch.of(threads * layer.scratch_bytes)
+    call[_WINDOWS], call[_REQUESTS], call[_KEEPS] = count, requests, kept
+    call[_BLOCKS], call[_CHUNK] = blocks, chunk
+    if blocks > 1:
+        call.frombytes(bytes(8 * count))
     asked = (count and params.WINDOWS, requests and params.OPEN, kept and params.KEEP)
     apart = threads > 1 and (requests > 0 or plan.overwrites)
     for phases in filter(None, asked) if apart else (sum(asked),):
-        call.phases = phases
-        block = call.pack()
-        if blocks > 1:
-            block.frombytes(bytes(8 * count))
+        block = call[:] if apart else call  # counters that a launch has left are not zero
+        block[_PHASES] = phases
         launch(native.address("condense"), address(block), threads)
 
 
@@ -90,11 +131,11 @@ def format_block(cache: PagedCache) -> array[int]:
     return tables.format_block(cache.format, cache.head_dim, cache.page_rows, scale)
 
 
-def _layer(step: Step) -> _Kept:
+def _layer(step: Step) -> _Layer:
     """The block of what a step's layer has."""
     cache, state, rope = step.cache, step.state, step.rope
     of = (id(step.spec), id(step.ape), id(step.gamma), id(rope), id(state), id(cache))
-    known: _Kept | None = None if step.made is None else step.made.get("cpu")
+    known: _Layer | None = None if step.made is None else step.made.get("cpu")
     if known is not None and known.of == of:
         return known
     given = (step.ape, step.gamma, None if rope is None else rope.cos, None if rope is None else rope.sin)
@@ -123,8 +164,11 @@ def _layer(step: Step) -> _Kept:
     )
     layer.encode = 0 if form is None else native.address("encode")
     layer.online = native.address("online") if online else 0
-    block = layer.pack()
-    made = _Kept(block, address(block), of, (rule, form, *read))
+    block, call = layer.pack(), params.Call()
+    for name in params.Call.listed:
+        setattr(call, name, 0)
+    call.layer, call.scratch_bytes = address(block), params.Room.bytes(step.spec.head_dim, step.spec.window)
+    made = _Layer(block, call.layer, of, (rule, form, *read), call.pack(), call.scratch_bytes)
     # What was converted, as the scale of a whole cache, may have another value by the next step.
     lasts = all(a is b for a, b in zip(given, read, strict=True)) and not (cache and cache.format.tensor_scale)
     if step.made is not None and lasts:
