@@ -33,7 +33,7 @@ ARROWS = {
         "planning", "marks", "validate", "backends", "layout", "rope_table", "weights", "spec", "numerics", "errors",
     },
     "validate": {"layout", "rope_table", "weights", "spec", "errors"},
-    "prepared": {"bound", "layout", "numerics", "errors"},
+    "prepared": {"bound", "validate", "backends", "layout", "numerics", "errors"},
     "api": {"bound", "validate", "backends", "stages", "rope_table", "layout", "weights", "spec", "numerics", "errors"},
     "golden": {
         "golden", "api", "backends", "layout", "stages", "rope_table", "weights", "formats", "spec", "config",

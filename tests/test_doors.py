@@ -113,7 +113,16 @@ def by_prepared(s):
     prepare(bound, s.kv_score).run(plan)
 
 
-DOORS = {f.__name__: f for f in (by_condense, by_compress, by_compress_many, by_bound, by_operator, by_prepared)}
+def by_prepared_compress(s):
+    _, plan = s.made()
+    bound = bind(s.spec, s.weights, s.rope, state=s.state, cache=s.cache, impl=s.impl)
+    prepare(bound, x=s.x).run(plan)
+
+
+DOORS = {
+    f.__name__: f
+    for f in (by_condense, by_compress, by_compress_many, by_bound, by_operator, by_prepared, by_prepared_compress)
+}
 
 
 def page_beyond(s):

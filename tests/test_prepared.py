@@ -13,7 +13,7 @@ from kvcondense.layout.plan import Plan
 from kvcondense.prepared import prepare
 from machine import SPECS, rope, weights
 
-TOKENS = 24
+TOKENS, HIDDEN = 24, 64
 
 
 class PreparedAdapter(BackendAdapter):
@@ -29,7 +29,7 @@ class PreparedAdapter(BackendAdapter):
         if key not in self.prepared:
             self.prepared[key] = prepare(self.bound, torch.empty_like(kv_score))
         mine = self.prepared[key]
-        mine.kv_score.copy_(kv_score)
+        mine.tokens.copy_(kv_score)
         mine.run(self.bound.plan(self._own(batch)))
 
 
@@ -47,8 +47,10 @@ class Layer:
         self.state.reset([0, 1])
         self.cache = cache or PagedCache.allocate(spec.head_dim, 4, 8)
         table = rope(spec, 96)
+        w = weights(spec, hidden=HIDDEN)
+        w = replace(w, w=w.w.bfloat16())
         self.bound = bind(
-            spec, weights(spec), table, state=self.state, cache=self.cache, latent=latent, impl=impl
+            spec, w, table, state=self.state, cache=self.cache, latent=latent, impl=impl
         )  # fmt: skip
 
     def plan(self, lengths, starts):
@@ -63,21 +65,24 @@ class Layer:
 STEPS = (([9, 4], [0, 0]), ([1, 1], [9, 4]), ([1, 7], [10, 5]), ([12, 12], [11, 12]), ([1, 0], [23, -1]))
 
 
+@pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("impl", ["cpu", "reference", "triton"])
 @pytest.mark.parametrize("name", ["csa", "hca", "r8 online"])
-def test_one_buffer_takes_every_step_with_the_bits_of_condense(name, impl):
+def test_one_buffer_takes_every_step_with_the_bits_of_a_bound_compressor(name, impl, hidden):
     """The first step is another one than those that follow: it asks the backend."""
     online = name.endswith("online")
     spec = SPECS[name.split()[0]]
     one, other = (Layer(spec, impl, online, latent=True) for _ in range(2))
-    mine = prepare(one.bound, torch.empty(TOKENS, spec.projected))
+    x = torch.empty(TOKENS, HIDDEN, dtype=torch.bfloat16)
+    mine = prepare(one.bound, x=x) if hidden else prepare(one.bound, torch.empty(TOKENS, spec.projected))
+    take = other.bound.compress if hidden else other.bound.condense
     gen = torch.Generator().manual_seed(3)
     rows = 0
     for lengths, starts in STEPS:
-        mine.kv_score.copy_(torch.randn(TOKENS, spec.projected, generator=gen))
+        mine.tokens.copy_(torch.randn(mine.tokens.shape, generator=gen))
         before = mine.rows.clone()
         mine.run(one.plan(lengths, starts))
-        wanted = other.bound.condense(mine.kv_score.clone(), other.plan(lengths, starts))
+        wanted = take(mine.tokens.clone(), other.plan(lengths, starts))
         count = wanted.values.shape[0]
         assert torch.equal(mine.rows[:count], wanted.values)
         assert torch.equal(mine.latent[:count], wanted.latent)
@@ -100,12 +105,12 @@ def test_a_static_plan_is_filled_anew_in_place():
         static = static or new
         static.copy_(new)
         mine.run(static)
-        other.bound.condense(mine.kv_score, other.plan(lengths, starts))
+        other.bound.condense(mine.tokens, other.plan(lengths, starts))
         assert all(map(torch.equal, one.bytes(), other.bytes()))
 
 
 def _moved_tokens(_, mine):
-    mine.kv_score = mine.kv_score.clone()
+    mine.tokens = mine.tokens.clone()
 
 
 def _moved_rows(_, mine):
@@ -196,5 +201,5 @@ def test_the_scale_of_a_cache_is_what_it_is_by_then():
         for layer in (one, other):
             layer.cache.scales.fill_(scale)
         mine.run(one.plan(lengths, starts))
-        other.bound.condense(mine.kv_score, other.plan(lengths, starts))
+        other.bound.condense(mine.tokens, other.plan(lengths, starts))
         assert torch.equal(one.cache.data, other.cache.data)

@@ -161,8 +161,12 @@ class Bound:
     def take(self, kv_score: torch.Tensor, name: str = "kv_score") -> None:
         """Raise unless these are tokens [T, projected] that a step can read, in memory that it does not write."""
         validate.tokens(self.spec, name, kv_score, self.weights.norm.device)
-        if self._near(kv_score):
-            check_apart(validate.written(self.state, self.cache), {name: kv_score})
+        self.beside(name, kv_score)
+
+    def beside(self, name: str, t: torch.Tensor) -> None:
+        """Raise unless a tensor, called ``name``, lies beside all memory that steps write."""
+        if self._near(t):
+            check_apart(validate.written(self.state, self.cache), {name: t})
 
     def ready(self, plan: Plan, rows: int, name: str = "kv_score") -> None:
         """Raise unless a step by this plan, of so many tokens, finds all it needs where it was when it was bound.
@@ -319,7 +323,8 @@ def compress_together(bounds: Sequence[Bound], x: torch.Tensor, plans: Sequence[
 
 def _check_together(bounds: Sequence[Bound], plans: Sequence[Plan], x: torch.Tensor) -> None:
     """Raise if a layer writes what another one writes, or x."""
-    if len(bounds) == 1 and not bounds[0]._near(x):
+    if len(bounds) == 1:
+        bounds[0].beside("x", x)
         return
     jobs = [
         {f"{name} of job {i}": t for name, t in validate.written(bound.state, bound.cache).items()}

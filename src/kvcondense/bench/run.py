@@ -78,7 +78,7 @@ def run_case(
     ours = [Kvcondense(inputs, backend)] if backend != "reference" else []
     if ours and on_cpu:
         ours.append(Kvcondense(inputs, backend, CHECKED))
-        if case.start and not case.hidden:
+        if case.start:
             ours.append(Kvcondense(inputs, backend, PREPARED))
     if ours and not (case.hidden and on_cpu):
         ours.append(Kvcondense(inputs, backend, BARE))

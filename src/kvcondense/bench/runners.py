@@ -61,7 +61,7 @@ class Kvcondense:
     """A backend through the public functions, with a plan that a step's layers share, storing rows in a cache.
 
     ``way``: CHECKED: the state pool's host tags are on, which no engine's kernel has. PREPARED: tokens and rows stay
-    where they are (``prepared``), from kv_score. BARE: the backend's ``run`` alone, for a step that was checked before:
+    where they are (``prepared``). BARE: the backend's ``run`` alone, for a step that was checked before:
     what it costs beyond is this library's validation. A bare step from x has one plain GEMM before it.
     """
 
@@ -123,7 +123,8 @@ class Kvcondense:
 
     def _prepared(self, state: dict[str, Any], tokens: torch.Tensor) -> Prepared:
         memory = {"state": state["pool"], "cache": state["cache"], "impl": self.backend}
-        return prepare(bind(self.spec, self.weights, self.rope, **memory), tokens)
+        bound = bind(self.spec, self.weights, self.rope, **memory)
+        return prepare(bound, x=tokens) if self.inputs.case.hidden else prepare(bound, tokens)
 
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:
         return dict(state)  # a step at a fixed position writes the same rows again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -67,21 +68,38 @@ class CpuBackend:
     def project(self, x: torch.Tensor, w: torch.Tensor, tile: int | None) -> torch.Tensor:  # noqa: ARG002 - not needed
         """x @ w.T with fp32 sums, in an order that depends on the hidden size alone."""
         x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (x, w))
-        tokens, channels = x.shape[0], w.shape[0]
-        out = torch.empty(tokens, channels, dtype=torch.float32)
-        threads = 1 if tokens * w.numel() < SERIAL else torch.get_num_threads()
-        tall, wide = _tiles(tokens, channels, threads)
-        each = params.Product.bytes()
-        product = params.Product()
-        product.x, product.x_stride = x.data_ptr(), 2 * x.stride(0)
-        product.w, product.w_stride = w.data_ptr(), 2 * w.stride(0)
-        product.out, product.tokens, product.channels = out.data_ptr(), tokens, channels
-        product.hidden_bytes = 2 * x.shape[1]
-        product.tile_tokens, product.tile_channels = tall, wide
-        product.scratch, product.scratch_bytes = scratch.of(threads * each), each
-        block = product.pack()
-        launch(native.address("project"), address(block), threads)
+        out = torch.empty(x.shape[0], w.shape[0], dtype=torch.float32)
+        _multiply(_product(x, w, out), x, w)
         return out
+
+    def prepare_product(self, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> Callable[[], None] | None:
+        """``project`` of these buffers into ``out``; None where they are copied first."""
+        if x.stride(1) != 1 or w.stride(1) != 1:
+            return None
+        block = _product(x, w, out)
+        return lambda: _multiply(block[:], x, w)
+
+
+_SCRATCH, _TALL, _WIDE = (params.Product.place(name) for name in ("scratch", "tile_tokens", "tile_channels"))
+
+
+def _product(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> array[int]:
+    """The block of a product, but for what follows from the number of threads."""
+    product = params.Product()
+    product.x, product.x_stride = x.data_ptr(), 2 * x.stride(0)
+    product.w, product.w_stride = w.data_ptr(), 2 * w.stride(0)
+    product.out, product.tokens, product.channels = out.data_ptr(), x.shape[0], w.shape[0]
+    product.hidden_bytes, product.scratch_bytes = 2 * x.shape[1], params.Product.bytes()
+    product.scratch = product.tile_tokens = product.tile_channels = 0
+    return product.pack()
+
+
+def _multiply(block: array[int], x: torch.Tensor, w: torch.Tensor) -> None:
+    """Enter the kernel with a block of ``_product``, which nobody else uses."""
+    threads = 1 if x.shape[0] * w.numel() < SERIAL else torch.get_num_threads()
+    block[_TALL], block[_WIDE] = _tiles(x.shape[0], w.shape[0], threads)
+    block[_SCRATCH] = scratch.of(threads * params.Product.bytes())
+    launch(native.address("project"), address(block), threads)
 
 
 def _tiles(tokens: int, channels: int, threads: int) -> tuple[int, int]:
