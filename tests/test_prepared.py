@@ -169,6 +169,19 @@ def test_the_buffer_is_no_memory_that_steps_write():
         prepare(layer.bound, rows[:4])
     with pytest.raises(KvCondenseError, match=r"kv_score: expected shape \[any"):
         prepare(layer.bound, torch.zeros(4, 3))
+    with pytest.raises(KvCondenseError, match=r"x: expected shape \[any, 64"):
+        prepare(layer.bound, x=torch.zeros(4, 3))
+    with pytest.raises(KvCondenseError, match="x: expected exactly one of kv_score and x, got both or neither"):
+        prepare(layer.bound)
+
+
+def test_moved_weights_are_noticed_where_they_are_multiplied():
+    layer = Layer(SPECS["csa"])
+    mine = prepare(layer.bound, x=torch.randn(TOKENS, HIDDEN).bfloat16())
+    mine.run(layer.plan([9, 4], [0, 0]))
+    layer.bound.weights.w.data = layer.bound.w.clone()
+    with pytest.raises(KvCondenseError, match="x, rows: expected the memory that was prepared"):
+        mine.run(layer.plan([1, 1], [9, 4]))
 
 
 def _scaled(strict=False, scale=1e-6):
