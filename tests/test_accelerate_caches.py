@@ -1,5 +1,6 @@
 """Caches that an accelerated model fills: copied, pickled, saved, and taken back by transformers' own compressors."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from generation import cache_of, close, generate, ids, small_model
+from interrupting import interrupted_at
 from kvcondense.errors import UnsupportedError
 from kvcondense.integrations.transformers import accelerate
 
@@ -81,6 +83,36 @@ def test_sequences_of_several_lengths_are_not_taken_back(model):
         cache = generate(model, tokens, attention_mask=mask, return_dict_in_generate=True).past_key_values
     with pytest.raises(UnsupportedError, match="one length"):
         model(tokens[:, :1], None, None, cache)
+
+
+def test_an_interrupt_while_sequences_change_places_is_noticed_or_harmless(model):
+    """At any line: all of a layer is as before, or as after, or its next call raises."""
+    with accelerate(model):
+        begun = cache_of(model)
+        model(ids(count=70), None, None, begun)
+    ways = {
+        "reorder_cache": torch.tensor([1, 0]),
+        "batch_select_indices": torch.tensor([1, 0]),
+        "batch_repeat_interleave": 2,
+    }
+    for way, argument in ways.items():
+        line, noticed, seen = 0, 0, [10**9]
+        while line <= seen[0]:
+            line += 1
+            (layer,) = [one for one in copy.deepcopy(begun).layers if len(getattr(one, "kvcondense", ())) == 2][:1]
+            before = [memory.rows.clone() for memory in layer.kvcondense.values()]
+            keys = layer.keys.clone()
+            with contextlib.suppress(KeyboardInterrupt), interrupted_at(line) as seen:
+                getattr(layer, way)(argument)
+            memories = list(layer.kvcondense.values())
+            if any(memory.torn for memory in memories):
+                noticed += 1
+                continue
+            moved = [
+                m.rows.shape != b.shape or not torch.equal(m.rows, b) for m, b in zip(memories, before, strict=True)
+            ]
+            assert set(moved) == {layer.keys.shape != keys.shape or not torch.equal(layer.keys, keys)}
+        assert noticed > 5
 
 
 def test_a_cache_that_is_reset_is_transformers_own(model):

@@ -120,7 +120,7 @@ class Memory:
                 self.rows = torch.cat([self.rows, more], dim=1)
 
     def select(self, indices: torch.Tensor) -> None:
-        """Sequence i becomes a copy of what sequence indices[i] is."""
+        """Sequence i becomes a copy of what sequence indices[i] is. The caller sees to ``torn`` meanwhile."""
         order: Sequence[int] = indices.tolist()
         with torch.inference_mode(False):
             pool = StatePool.ring(self.spec, len(order), device=self.rows.device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -72,19 +74,29 @@ def _ours(kind: Any) -> Any:
             return _rebuilt, (kind,), dict(vars(self))
 
         def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-            super().reorder_cache(beam_idx)
-            for memory in self.kvcondense.values():
-                memory.select(beam_idx)
+            with self._select(lambda _: beam_idx):
+                super().reorder_cache(beam_idx)
 
         def batch_repeat_interleave(self, repeats: int) -> None:
-            super().batch_repeat_interleave(repeats)
-            for memory in self.kvcondense.values():
-                memory.select(torch.arange(len(memory.seen)).repeat_interleave(repeats))
+            with self._select(lambda sequences: sequences.repeat_interleave(repeats)):
+                super().batch_repeat_interleave(repeats)
 
         def batch_select_indices(self, indices: torch.Tensor) -> None:
-            super().batch_select_indices(indices)
-            for memory in self.kvcondense.values():
-                memory.select(torch.arange(len(memory.seen))[indices.cpu()])
+            with self._select(lambda sequences: sequences[indices.cpu()]):
+                super().batch_select_indices(indices)
+
+        @contextlib.contextmanager
+        def _select(self, chosen: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+            """Sequences of all memories beside those of the layer within; broken off, all of them say so."""
+            held = list(self.kvcondense.values())
+            was = [memory.torn for memory in held]
+            for memory in held:
+                memory.torn = True
+            yield
+            for memory in held:
+                memory.select(chosen(torch.arange(len(memory.seen))))
+            for memory, torn in zip(held, was, strict=True):
+                memory.torn = torn
 
         def crop(self, tokens_to_remove: int) -> None:
             raise UnsupportedError("crop", "a cache without compressors", f"one to lose {tokens_to_remove} tokens")
