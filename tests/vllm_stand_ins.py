@@ -176,8 +176,11 @@ def latent_layer(vllm, ratio, rings=None, prefix="model.layers.2.attn.compressor
     return made
 
 
-def ring_metadata(turns, capacity, pad=0):
-    """Metadata and positions of a step of V4.1: (block, first position, tokens) of requests; block 0 is nobody's."""
+def ring_metadata(turns, capacity, pad=0, named=False):
+    """Metadata and positions of a step of V4.1: (block, first position, tokens) of requests; block 0 is nobody's.
+
+    named: vLLM's first runner has slots of the first request for padding, where a graph is larger than its step.
+    """
     owner, positions, slots = [], [], []
     for q, (block, start, count) in enumerate(turns):
         for p in range(start, start + count):
@@ -186,7 +189,8 @@ def ring_metadata(turns, capacity, pad=0):
             slots.append(block * capacity + p % capacity if block else -1)
     ends = torch.tensor([0, *(count for _, _, count in turns)]).cumsum(0)
     owner = torch.tensor([*owner, *[0] * pad], dtype=torch.int32)
-    metadata = RingMetadata(torch.tensor([*slots, *[-1] * pad], dtype=torch.int64), ends.to(torch.int32), owner)
+    padding = [turns[0][0] * capacity if named and turns[0][0] else -1] * pad
+    metadata = RingMetadata(torch.tensor([*slots, *padding], dtype=torch.int64), ends.to(torch.int32), owner)
     return metadata, torch.tensor([*positions, *[0] * pad], dtype=torch.int64)
 
 

@@ -74,7 +74,7 @@ def spec_of(module: Any) -> CompressorSpec:
 
 
 def plan(bound: Bound, context: Any, metadata: Any, positions: torch.Tensor) -> Plan | None:
-    """The plan of a forward pass, whose cache slots are tokens; None for tokens that are none of a request's next ones.
+    """The plan of a forward pass, whose cache slots are tokens; None without any.
 
     metadata: CompressorMetadata of the rings, or whatever has the compressed cache's slots. A plan is made once for all
     layers of one ratio and group of rings.
@@ -89,23 +89,23 @@ def plan(bound: Bound, context: Any, metadata: Any, positions: torch.Tensor) -> 
 
 def _plan(job: Job, metadata: Any, positions: torch.Tensor) -> Plan | None:
     slots, layout = metadata.slot_mapping, job[1]
-    many, host = slots.shape[0], steps.on_host(slots.device)
+    many, device = slots.shape[0], slots.device
     rows = layout.ring_rows if isinstance(layout, RingLayout) else 0
     if not many:
         return None
-    token = torch.arange(many, device=slots.device)
-    if not rows:  # a window each, so that it does not matter whose they are: all are one request's
-        told, rings = steps.Requests(many * torch.arange(2, device=slots.device), token.new_zeros(1)), None
-    else:
-        told = (steps.requests if host else steps.spans)(metadata, positions)
-        if told is None:
-            return None
-        first = slots[told.query_start_loc[:-1].clamp(max=many - 1)]
-        rings = torch.where(told.start_positions < 0, -1, first // rows)
+    token, rings = torch.arange(many, device=device), None
+    if rows:
+        # What a request's tokens are is said by where they begin and end alone: padding, behind them, may have slots
+        # of the first request. Slots of -1 are of requests without a ring.
+        ends = metadata.query_start_loc.to(torch.int64)
+        first = ends[:-1].clamp(max=many - 1)
+        starts, rings = torch.where(slots[first] < 0, -1, positions[first]), slots[first] // rows
+    else:  # a window each, so that it does not matter whose they are
+        ends, starts = many * torch.arange(2, device=device), token.new_zeros(1)
     # How many tokens are drafts is not said: as much is kept as a ring takes, as vLLM's kernel does.
-    drafts = told.query_start_loc.diff().clamp(max=max(rows - 1, 0))
-    batch = RaggedBatch(*told, drafts, state_slots=rings, slot_mapping=token)
-    if not host:
+    drafts = ends.diff().clamp(max=max(rows - 1, 0))
+    batch = RaggedBatch(ends, starts, drafts, state_slots=rings, slot_mapping=token)
+    if not steps.on_host(device):
         return steps.filled(job, batch, (slots.data_ptr(),), max_tokens=many, max_draft=max(rows - 1, 0))
     return steps.planner(job).step(**{f.name: getattr(batch, f.name) for f in fields(batch)})[1][0]
 

@@ -56,18 +56,12 @@ def on_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _count(metadata: Any) -> int:
-    """Requests of a step: V4 has a row for each in its table, V4.1 the ends of their tokens."""
-    table = getattr(metadata, "block_table", None)
-    return metadata.query_start_loc.shape[0] - 1 if table is None else table.shape[0]
-
-
 def _told(metadata: Any, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Owner and position of each token [n]. Padding, of slot -1, has one request more than there are as its owner.
 
     vLLM pads slots for its graphs, and not always what else there is of each token: what is behind it is padding.
     """
-    count = _count(metadata)
+    count = metadata.block_table.shape[0]
     many = min(metadata.slot_mapping.shape[0], metadata.token_to_req_indices.shape[0], positions.shape[0])
     owner = metadata.token_to_req_indices[:many].to(torch.int64)
     there = (metadata.slot_mapping[:many] >= 0) & (owner >= 0) & (owner < count)
@@ -76,7 +70,7 @@ def _told(metadata: Any, positions: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 def requests(metadata: Any, positions: torch.Tensor) -> Requests | None:
     """Who has which tokens, on the CPU. None if one is none of its request's next ones, or padding is before one."""
-    count = _count(metadata)
+    count = metadata.block_table.shape[0]
     owner, positions = _told(metadata, positions)
     many = owner.shape[0]
     if not many:
@@ -99,7 +93,7 @@ def spans(metadata: Any, positions: torch.Tensor) -> Requests | None:
     one. Inert is also, so that nothing is written for it, a request whose tokens are not side by side, position after
     position, in the order of requests, and the first one behind padding. None without tokens or requests.
     """
-    count = _count(metadata)
+    count = metadata.block_table.shape[0]
     owner, positions = _told(metadata, positions)
     many = owner.shape[0]
     if not many or not count:

@@ -39,7 +39,7 @@ V41 = Family(
     "V4.1",
     "vllm.models.deepseek_v41.compressor",
     ("self", "kv_score", "positions"),
-    frozenset({"query_start_loc", "slot_mapping", "token_to_req_indices"}),
+    frozenset({"query_start_loc", "slot_mapping"}),
 )
 
 
