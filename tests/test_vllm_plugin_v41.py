@@ -161,6 +161,7 @@ def test_one_plan_for_all_layers_of_a_ratio_and_a_group_of_rings(vllm, monkeypat
         assert all(torch.equal(one[ends], given[0][ends]) for one in given[:4])
         assert not torch.equal(given[4][ends], given[0][ends])
     assert torch.equal(memories[1][[1, 5]], memories[0][[3, 2]])
+    assert torch.equal(memories[2][[3, 2]], memories[0][[3, 2]]), "the plan of another group's rings is another one"
     assert vllm.asked == []
 
 

@@ -90,23 +90,22 @@ def plan(bound: Bound, context: Any, metadata: Any, positions: torch.Tensor) -> 
 def _plan(job: Job, metadata: Any, positions: torch.Tensor) -> Plan | None:
     slots, layout = metadata.slot_mapping, job[1]
     many, device = slots.shape[0], slots.device
-    rows = layout.ring_rows if isinstance(layout, RingLayout) else 0
     if not many:
         return None
+    rows = layout.ring_rows if isinstance(layout, RingLayout) else 1
     token, rings = torch.arange(many, device=device), None
-    if rows:
-        # What a request's tokens are is said by where they begin and end alone: padding, behind them, may have slots
-        # of the first request. Slots of -1 are of requests without a ring.
+    if layout is not None:
+        # A request's tokens are those from where it begins: padding behind them may have slots of the first request's.
+        # A slot of -1 is of a request without a ring, which is inert.
         ends = metadata.query_start_loc.to(torch.int64)
         first = ends[:-1].clamp(max=many - 1)
-        starts, rings = torch.where(slots[first] < 0, -1, positions[first]), slots[first] // rows
+        starts, rings = positions[first], slots[first] // rows
     else:  # a window each, so that it does not matter whose they are
         ends, starts = many * torch.arange(2, device=device), token.new_zeros(1)
-    # How many tokens are drafts is not said: as much is kept as a ring takes, as vLLM's kernel does.
-    drafts = ends.diff().clamp(max=max(rows - 1, 0))
-    batch = RaggedBatch(ends, starts, drafts, state_slots=rings, slot_mapping=token)
+    # How many tokens are drafts is not said: as much is kept as a ring takes, as by vLLM's kernel.
+    batch = RaggedBatch(ends, starts, ends.diff().clamp(max=rows - 1), state_slots=rings, slot_mapping=token)
     if not steps.on_host(device):
-        return steps.filled(job, batch, (slots.data_ptr(),), max_tokens=many, max_draft=max(rows - 1, 0))
+        return steps.filled(job, batch, (slots.data_ptr(),), max_tokens=many, max_draft=rows - 1)
     return steps.planner(job).step(**{f.name: getattr(batch, f.name) for f in fields(batch)})[1][0]
 
 
