@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vllm_stand_ins as stand_ins
 from kvcondense import Plan, planning
@@ -162,6 +163,34 @@ def test_one_plan_for_all_layers_of_a_ratio_and_a_group_of_rings(vllm, monkeypat
         assert not torch.equal(given[4][ends], given[0][ends])
     assert torch.equal(memories[1][[1, 5]], memories[0][[3, 2]])
     assert torch.equal(memories[2][[3, 2]], memories[0][[3, 2]]), "the plan of another group's rings is another one"
+    assert vllm.asked == []
+
+
+class NoValues(TorchDispatchMode):
+    """Within, operators that wait for a value on the host fail, as while a graph is captured; copies are counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.copied = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        if func is torch.ops.aten.copy_.default:
+            self.copied.append((args[0].data_ptr(), args[1].data_ptr()))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["triton"], indirect=True)
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_a_step_on_a_gpu_asks_for_no_value_and_widens_the_norm_again(vllm, mode, ratio):
+    module = stand_ins.latent_layer(vllm, ratio, rings(8)[0] if ratio == 2 else None)
+    assert mode == "triton"
+    for start in (0, 3):
+        told = stand_ins.ring_metadata([(1, start, 3), (2, start, 3)], 8, pad=2)
+        with NoValues() as seen:
+            stand_ins.latents(vllm, [module], [torch.randn(8, 512 * ratio)], *told)
+        ours = layers._layers[module].bound.weights.norm
+        assert (ours.data_ptr(), module.norm.weight.data_ptr()) in seen.copied
     assert vllm.asked == []
 
 

@@ -16,7 +16,7 @@ from kvcondense.integrations import vllm
 from kvcondense.integrations.vllm_plugin import steps
 from kvcondense.integrations.vllm_plugin.layers import Layer, layer_of
 from kvcondense.integrations.vllm_plugin.support import Support
-from kvcondense.layout.addresses import RingLayout
+from kvcondense.layout.addresses import PagedLayout
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.plan import Plan
 from kvcondense.rope_table import RopeTable
@@ -53,7 +53,8 @@ def _layer(module: Any, found: Support) -> Layer:
     rings = None if module.state_cache is None else module.state_cache.kv_cache
 
     def make(weights: CompressorWeights, angles: RopeTable | None) -> Bound:
-        return bind(spec_of(module), weights, angles, state=None if rings is None else vllm.ring_state(rings))
+        state = None if rings is None else vllm.ring_state(rings, paged=True)
+        return bind(spec_of(module), weights, angles, state=state)
 
     return layer_of(module, found, (rings,), make)
 
@@ -92,18 +93,19 @@ def _plan(job: Job, metadata: Any, positions: torch.Tensor) -> Plan | None:
     many, device = slots.shape[0], slots.device
     if not many:
         return None
-    rows = layout.ring_rows if isinstance(layout, RingLayout) else 1
+    rows = layout.page_rows if isinstance(layout, PagedLayout) else 1
     token, rings = torch.arange(many, device=device), None
     if layout is not None:
         # A request's tokens are those from where it begins: padding behind them may have slots of the first request's.
         # A slot of -1 is of a request without a ring, which is inert.
         ends = metadata.query_start_loc.to(torch.int64)
         first = ends[:-1].clamp(max=many - 1)
-        starts, rings = positions[first], slots[first] // rows
+        starts = torch.where(slots[first] < 0, -1, positions[first])
+        rings = (slots[first] // rows)[:, None]  # [R, 1]
     else:  # a window each, so that it does not matter whose they are
         ends, starts = many * torch.arange(2, device=device), token.new_zeros(1)
     # How many tokens are drafts is not said: as much is kept as a ring takes, as by vLLM's kernel.
-    batch = RaggedBatch(ends, starts, ends.diff().clamp(max=rows - 1), state_slots=rings, slot_mapping=token)
+    batch = RaggedBatch(ends, starts, ends.diff().clamp(max=rows - 1), state_block_table=rings, slot_mapping=token)
     if not steps.on_host(device):
         return steps.filled(job, batch, (slots.data_ptr(),), max_tokens=many, max_draft=rows - 1)
     return steps.planner(job).step(**{f.name: getattr(batch, f.name) for f in fields(batch)})[1][0]
