@@ -238,17 +238,19 @@ def test_the_indexers_scales_are_those_that_vllms_kernel_writes(vllm, scales):
     assert cache_of(pages).format.name == ("fp8_indexer_ue8m0" if scales else "fp8_indexer_pow2")
 
 
-def test_it_installs_once_and_keeps_vllms_own(vllm):
-    before = [vars(c)["forward"] for c in (vllm.compressor.DeepseekCompressor, vllm.cpu.DeepseekV4CPUCompressor)]
+@pytest.mark.usefixtures("vllm")
+def test_it_installs_once_and_keeps_vllms_own():
+    classes = install().replaced
+    before = [vars(c)["forward"] for c in classes]
     found = install().as_dict()
-    assert [name.rsplit(".", 1)[1] for name in found.pop("replaced")] == [
-        "DeepseekCompressor",
-        "DeepseekV4CPUCompressor",
+    assert found.pop("replaced") == [
+        "vllm.models.deepseek_v4.compressor.DeepseekCompressor",
+        "vllm.models.deepseek_v4.cpu.cpu_compressor.DeepseekV4CPUCompressor",
+        "vllm.models.deepseek_v41.compressor.DeepseekCompressor",
     ]
-    assert found == {"version": "0.32.0", "device": "cpu", "why": ""}
-    after = [vars(c)["forward"] for c in (vllm.compressor.DeepseekCompressor, vllm.cpu.DeepseekV4CPUCompressor)]
-    assert before == after
-    assert not hasattr(before[0].__wrapped__, "kvcondense")
+    assert found == {"version": "0.32.0", "device": "cpu", "left": [], "why": ""}
+    assert before == [vars(c)["forward"] for c in classes]
+    assert not any(hasattr(one.__wrapped__, "kvcondense") for one in before)
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0rc1", "1.0", "dev"])
@@ -260,20 +262,32 @@ def test_versions_that_nobody_read_are_left_alone(monkeypatch, caplog, version):
     assert version in caplog.text
 
 
-@pytest.mark.parametrize("change", ["signature", "metadata", "class"])
-def test_classes_that_look_otherwise_are_left_alone(monkeypatch, change):
+@pytest.mark.parametrize("change", ["signature", "metadata", "class", "module"])
+@pytest.mark.parametrize("family", ["V4", "V4.1", "V4 and V4.1"])
+def test_classes_that_look_otherwise_are_left_alone(monkeypatch, caplog, family, change):
+    """Each family by itself: what is wrong with one does not stop the other."""
     made = stand_ins.install(monkeypatch)
-    base = made.compressor.DeepseekCompressor
-    if change == "signature":
-        base.forward = lambda self, hidden_states, positions: None
-    elif change == "metadata":
-        made.compressor.CompressorMetadata = stand_ins.Context
-    else:
-        del made.compressor.DeepseekCompressor
-    own = base.forward
-    wanted = {"signature": "forward(self, kv_score", "metadata": "block_table", "class": "cannot be imported"}[change]
-    assert wanted in install().why
-    assert base.forward is own
+    modules = {"V4": made.compressor, "V4.1": made.v41}
+    bases, wrong = {name: module.DeepseekCompressor for name, module in modules.items()}, family.split(" and ")
+    for module in (modules[name] for name in wrong):
+        if change == "signature":
+            module.DeepseekCompressor.forward = lambda self, hidden_states, positions: None
+        elif change == "metadata":
+            module.CompressorMetadata = stand_ins.Context
+        elif change == "class":
+            del module.DeepseekCompressor
+        else:
+            monkeypatch.setitem(sys.modules, module.__name__, None)
+    own = {name: base.forward for name, base in bases.items()}
+    found = install()
+    assert [name for name, base in bases.items() if base.forward is own[name]] == wrong
+    assert list(found.classes) == [name for name in modules if name not in wrong]
+    wanted = {"signature": "forward(self, kv_score", "metadata": "slot_mapping"}
+    for name, text in zip(wrong, found.left, strict=True):
+        assert text.startswith(f"{name}: ")
+        assert wanted.get(change, f"{modules[name].__name__} cannot be imported") in text
+        assert text in caplog.text
+    assert found.why == ("; ".join(found.left) if len(wrong) == 2 else "")
 
 
 def test_without_vllm():
@@ -287,12 +301,15 @@ def test_info_says_what_it_would_do(monkeypatch, tmp_path, there, asked):
     if asked is not None:
         monkeypatch.setenv(kvcondense_vllm.VARIABLE, asked)
     if there:
-        stand_ins.install(monkeypatch, version="0.33.0")
+        made = stand_ins.install(monkeypatch, version="0.33.0")
+        if asked == "yes":
+            del made.v41.DeepseekCompressor
     done = CliRunner().invoke(app, ["info", "--vllm", "--json", str(tmp_path / "found.json")])
     assert done.exit_code == 0
     found = json.loads((tmp_path / "found.json").read_text())["vllm"]
     assert found["on"] is (asked == "1")
-    assert len(found["replaced"]) == 2 * there
+    assert len(found["replaced"]) == there * (2 if asked == "yes" else 3)
+    assert ("left alone     V4.1: " in done.output) is (there and asked == "yes")
     words = "0.33.0, on cpu" if there else "nothing: vllm is not installed"
     assert words in done.output
     assert ("would replace" in done.output) is (there and asked != "1")

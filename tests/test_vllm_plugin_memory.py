@@ -13,7 +13,7 @@ from kvcondense import RopeTable
 from kvcondense.bound import bind
 from kvcondense.errors import KvCondenseError, ShapeError
 from kvcondense.integrations import vllm as engine
-from kvcondense.integrations.vllm_plugin import compressor, install, steps
+from kvcondense.integrations.vllm_plugin import install, layers, steps
 from vllm_stand_ins import BLOCKS, step
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed: make vllm")
@@ -68,7 +68,7 @@ def test_a_captured_step_widens_weights_from_where_vllm_has_them(vllm, monkeypat
     step(vllm, module, rope, tables, tokens(CSA, 8), [0], [8])  # what a capture comes after
     with Copied() as copied:
         step(vllm, module, rope, tables, tokens(CSA, 8), [0], [8])
-    ours = compressor._layers[module].bound.weights
+    ours = layers._layers[module].bound.weights
     mine, theirs = (ours.norm, module.norm.weight) if narrow == "norm" else (ours.ape, module.ape)
     assert mine.data_ptr() != theirs.data_ptr()
     assert (mine.data_ptr(), theirs.data_ptr()) in copied.said
@@ -81,7 +81,7 @@ def test_a_table_of_angles_that_vllm_changes(vllm, how):
     fresh, _ = stand_ins.layer(vllm, CSA, plain)
     tables = stand_ins.Engine.of(CSA, 1, 64, BLOCKS)
     step(vllm, module, rope, tables, tokens(CSA, 8), [0], [8])
-    before, table = memory.clone(), compressor._layers[module].bound.rope
+    before, table = memory.clone(), layers._layers[module].bound.rope
     angles = rope.cos_sin_cache.flip(0)
     if how == "another":
         rope.cos_sin_cache = angles
@@ -95,18 +95,18 @@ def test_a_table_of_angles_that_vllm_changes(vllm, how):
     assert torch.equal(memory, plain)
     assert not torch.equal(memory, before)
     if how == "in place":
-        assert compressor._layers[module].bound.rope is table, "which captured graphs read"
+        assert layers._layers[module].bound.rope is table, "which captured graphs read"
 
 
 def test_layers_share_one_table_of_angles(vllm):
 
     memory = torch.zeros(BLOCKS, stand_ins.PAGE, dtype=torch.uint8)
-    layers = [stand_ins.layer(vllm, CSA, memory.clone(), f"layers.{i}")[0] for i in range(2)]
+    modules = [stand_ins.layer(vllm, CSA, memory.clone(), f"layers.{i}")[0] for i in range(2)]
     rope = SimpleNamespace(cos_sin_cache=torch.cat([ROPE.cos, ROPE.sin], 1))
     tables = stand_ins.Engine.of(CSA, 1, 64, BLOCKS)
-    for module in layers:
+    for module in modules:
         step(vllm, module, rope, tables, tokens(CSA, 4), [0], [4])
-    one, other = (compressor._layers[m].bound for m in layers)
+    one, other = (layers._layers[m].bound for m in modules)
     assert one.rope is other.rope
 
 

@@ -1,5 +1,6 @@
 """vLLM's classes that the plugin meets, by their published signatures, and pages as vLLM lays them over one another."""
 
+import inspect
 import sys
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
@@ -28,6 +29,15 @@ class Metadata:
 
 
 @dataclass
+class RingMetadata:
+    """Of ``vllm.models.deepseek_v41.compressor.CompressorMetadata``."""
+
+    slot_mapping: torch.Tensor
+    query_start_loc: torch.Tensor
+    token_to_req_indices: torch.Tensor
+
+
+@dataclass
 class Context:
     """Of ``vllm.forward_context.ForwardContext``."""
 
@@ -50,20 +60,33 @@ def install(monkeypatch, version="0.32.0", device="cpu", ranks=1):
     _module(monkeypatch, "vllm.platforms", current_platform=SimpleNamespace(device_type=device))
     _module(monkeypatch, "vllm.forward_context", get_forward_context=lambda: vllm.context)
     _module(monkeypatch, "vllm.distributed", get_dcp_group=lambda: SimpleNamespace(world_size=ranks))
-    for name in ("vllm.models", "vllm.models.deepseek_v4", "vllm.models.deepseek_v4.cpu"):
+    for name in ("vllm.models", "vllm.models.deepseek_v4", "vllm.models.deepseek_v4.cpu", "vllm.models.deepseek_v41"):
         _module(monkeypatch, name)
     base = "vllm.models.deepseek_v4.compressor"
     vllm.compressor = _module(monkeypatch, base, DeepseekCompressor=DeepseekCompressor, CompressorMetadata=Metadata)
+    ring = "vllm.models.deepseek_v41.compressor"
+    vllm.v41 = _module(monkeypatch, ring, DeepseekCompressor=_of_v41(vllm), CompressorMetadata=RingMetadata)
     cpu = "vllm.models.deepseek_v4.cpu.cpu_compressor"
     vllm.cpu = _module(monkeypatch, cpu, DeepseekV4CPUCompressor=DeepseekV4CPUCompressor)
+    for module in (vllm.compressor, vllm.v41, vllm.cpu):
+        for one in filter(inspect.isclass, list(vars(module).values())):
+            if one not in (Metadata, RingMetadata):
+                one.__module__, one.__qualname__ = module.__name__, one.__name__
     vllm.kernels = _module(monkeypatch, "vllm.models.deepseek_v4.common.ops.fused_compress_quant_cache")
     return vllm
 
 
+def _of_v41(vllm):
+    class DeepseekCompressor(nn.Module):
+        def forward(self, kv_score, positions):
+            vllm.asked.append((self, kv_score, positions))
+
+    return DeepseekCompressor
+
+
 def as_on_a_gpu(monkeypatch):
     """Steps of the plugin for which no value is asked, with one static plan for all of a shape."""
-    monkeypatch.setattr(steps, "requests", steps.spans)
-    monkeypatch.setattr(steps, "_plan", lambda b, job, told, meta, s: steps._static(b, job, told, meta.block_table, s))
+    monkeypatch.setattr(steps, "on_host", lambda device: False)
 
 
 def _module(monkeypatch, name, **contents):
@@ -140,3 +163,39 @@ def step(vllm, module, rope, memory_tables, kv_score, starts, lengths, pad=0):
     vllm.context = Context(told)
     module.forward(kv_score, positions, rope)
     return vllm.context
+
+
+def latent_layer(vllm, ratio, rings=None, prefix="model.layers.2.attn.compressor", kind=None):
+    """A module of V4.1: rings [blocks, capacity, 1024] fp32 for ratio 2, none for ratio 1."""
+    made = (kind or vllm.v41.DeepseekCompressor)()
+    made.prefix, made.k_cache_prefix, made.compress_ratio = prefix, f"{prefix}.k_cache", ratio
+    made.head_dim, made.rms_norm_eps, made.norm = 512, 1e-6, nn.Module()
+    gen = torch.Generator().manual_seed(ratio)
+    made.norm.weight = nn.Parameter((1 + 0.2 * torch.randn(512, generator=gen)).bfloat16(), requires_grad=False)
+    made.state_cache = None if ratio == 1 else SimpleNamespace(kv_cache=rings, prefix=f"{prefix}.state_cache")
+    return made
+
+
+def ring_metadata(turns, capacity, pad=0, named=False):
+    """Metadata and positions of a step of V4.1: (block, first position, tokens) of requests; block 0 is nobody's.
+
+    named: vLLM's first runner has slots of the first request for padding, where a graph is larger than its step.
+    """
+    owner, positions, slots = [], [], []
+    for q, (block, start, count) in enumerate(turns):
+        for p in range(start, start + count):
+            owner.append(q)
+            positions.append(p)
+            slots.append(block * capacity + p % capacity if block else -1)
+    ends = torch.tensor([0, *(count for _, _, count in turns)]).cumsum(0)
+    owner = torch.tensor([*owner, *[0] * pad], dtype=torch.int32)
+    padding = [turns[0][0] * capacity if named and turns[0][0] else -1] * pad
+    metadata = RingMetadata(torch.tensor([*slots, *padding], dtype=torch.int64), ends.to(torch.int32), owner)
+    return metadata, torch.tensor([*positions, *[0] * pad], dtype=torch.int64)
+
+
+def latents(vllm, modules, x, metadata, positions):
+    """One forward pass of modules of V4.1, each with tokens of its own; what they give."""
+    told = {m.state_cache.prefix if m.state_cache else m.k_cache_prefix: metadata for m in modules}
+    vllm.context = Context(told)
+    return [module.forward(tokens, positions) for module, tokens in zip(modules, x, strict=True)]

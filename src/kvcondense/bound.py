@@ -178,7 +178,8 @@ class Bound:
             raise KvCondenseError("weights, rope, state, cache", wanted, "other memory", "bind them again")
         self.admit(plan, rows, name)
         if self.state is None:
-            plan.facts(self.spec).reads.check_none(plan.batch)
+            if self.spec.window > 1:  # else nothing is read, and no value is asked for
+                plan.facts(self.spec).reads.check_none(plan.batch)
         elif self.state.tags is not None:
             marks.check(self.spec, self.state, plan, plan.facts(self.spec))
 

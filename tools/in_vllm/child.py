@@ -14,7 +14,7 @@ from typing import Any
 def main() -> None:
     """``python -m in_vllm.child PART MODE FILE``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("modules", "engine", "off"))
+    parser.add_argument("part", choices=("modules", "engine", "off", "latents"))
     parser.add_argument("mode")
     parser.add_argument("file", type=Path)
     given = parser.parse_args()
@@ -44,6 +44,10 @@ def _run(part: str, mode: str, folder: Path, say: Any) -> dict[str, Any]:
         from in_vllm import engine
 
         return engine.run(mode, folder, say)
+    if part == "latents":
+        from in_vllm import latents
+
+        return latents.run(folder, say)
     from in_vllm import modules
 
     return modules.run(folder, say)

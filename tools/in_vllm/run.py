@@ -19,10 +19,13 @@ from kvcondense.bench.measure import machine
 
 Record = dict[str, Any]
 Say = Callable[[str], None]
-PARTS = ("modules", "engine", "off")
+PARTS = ("modules", "latents", "engine", "off")
 OFF = ("without the variable", "another version", "switched on")
 _ENGINE = ("own", "plugin", "idle", "plugin, drafts", "own, ranks", "plugin, ranks")
 """Who compresses, and how the engine runs: with drafts of n-grams, or on two tensor-parallel workers."""
+_COUNTED = {
+    "row": "of rows", "elsewhere": "elsewhere", "latent": "of latents", "ring": "of rings", "page": "of pages",
+}  # fmt: skip
 _TOOLS = Path(__file__).parent.parent
 _LIMIT_S = 1200
 
@@ -58,6 +61,10 @@ def _modules(say: Say) -> Record:
     return _child("modules", "all", say, KVCONDENSE_VLLM="1")
 
 
+def _latents(say: Say) -> Record:
+    return _child("latents", "all", say, KVCONDENSE_VLLM="1")
+
+
 def _engine(say: Say) -> Record:
     runs = {m: _child("engine", m, say, KVCONDENSE_VLLM="0" if m.startswith("own") else "1") for m in _ENGINE}
     return compared(runs)
@@ -68,7 +75,7 @@ def _off(say: Say) -> Record:
     return {"status": FAIL if any(check["status"] == FAIL for check in checks) else PASS, "checks": checks}
 
 
-_PLAYED: dict[str, Callable[[Say], Record]] = {"modules": _modules, "engine": _engine, "off": _off}
+_PLAYED: dict[str, Callable[[Say], Record]] = {"modules": _modules, "latents": _latents, "engine": _engine, "off": _off}
 
 
 def compared(runs: dict[str, Record]) -> Record:
@@ -129,14 +136,15 @@ def _apart(one: Record, other: Record) -> float:
 def sentences(report: Record) -> list[str]:
     """A line for each result."""
     lines = []
-    if modules := report.get("modules"):
-        lines += [_row(kind) for kind in modules.get("kinds", ())]
+    for part in ("modules", "latents"):
+        found = report.get(part, {})
+        lines += [_row(part, kind) for kind in found.get("kinds", ())]
         lines += [
-            f"{m['status']}  {m['kind']}, wrong on purpose ({m['mutant']}): {m['why']}"
-            for m in modules.get("mutants", ())
+            f"{m['status']}  {part}, {m['kind']}, wrong on purpose ({m['mutant']}): {m['why']}"
+            for m in found.get("mutants", ())
         ]
-        lines += [f"{check['status']}  {check['check']}" for check in modules.get("checks", ())]
-        lines += _broken("modules", modules)
+        lines += [f"{check['status']}  {part}: {check['check']}" for check in found.get("checks", ())]
+        lines += _broken(part, found)
     if engine := report.get("engine"):
         if "tokens" in engine:
             own, plugin, _, drafts, _, ranks = (engine["runs"][mode] for mode in _ENGINE)
@@ -157,12 +165,14 @@ def sentences(report: Record) -> list[str]:
     return lines
 
 
-def _row(kind: Record) -> str:
-    return (
-        f"{kind['status']}  {kind['kind']}: differ {kind['row_differ']} of {kind['row_bytes']} bytes of rows, "
-        f"{kind['elsewhere_differ']} of all others, in {kind['steps']} steps"
-        + (f" ({kind['why']})" if kind["why"] else "")
+def _row(part: str, kind: Record) -> str:
+    counts = ", ".join(
+        f"{kind[f'{name}_differ']} of {kind[f'{name}_bytes']} bytes {where}"
+        for name, where in _COUNTED.items()
+        if kind.get(f"{name}_bytes")
     )
+    why = f" ({kind['why']})" if kind["why"] else ""
+    return f"{kind['status']}  {part}, {kind['kind']}: differ {counts}, in {kind['steps']} steps{why}"
 
 
 def _broken(name: str, found: Record) -> list[str]:

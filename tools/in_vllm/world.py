@@ -171,22 +171,29 @@ class World:
             row[: len(request.blocks[index])] = torch.tensor(request.blocks[index], dtype=torch.int32)
         at, lengths = positions[: owner.shape[0]], torch.tensor([tokens for _, tokens in asked], dtype=torch.int32)
         slots = table[owner, at // size].long() * size + at % size
-        bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
         ends = torch.tensor([request.length + tokens for request, tokens in asked], dtype=torch.int32)
-        return import_module("vllm.v1.attention.backend").CommonAttentionMetadata(
-            query_start_loc=bounds,
-            query_start_loc_cpu=bounds,
-            seq_lens=ends,
-            seq_lens_cpu_upper_bound=ends,
-            num_reqs=len(asked),
-            num_actual_tokens=positions.shape[0],
-            max_query_len=int(lengths.max()),
-            max_seq_len=int(ends.max()),
-            block_table_tensor=table,
-            slot_mapping=torch.cat([slots, torch.full((padding,), -1)]),
-            positions=positions,
-            is_prefilling=lengths > 1,
-        )
+        return common(lengths, ends, table, torch.cat([slots, torch.full((padding,), -1)]), positions)
+
+
+def common(
+    lengths: torch.Tensor, ends: torch.Tensor, table: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
+) -> Any:
+    """What vLLM's builders are given of a group: lengths and ends [R], its table [R, blocks], slots, positions [T]."""
+    bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
+    return import_module("vllm.v1.attention.backend").CommonAttentionMetadata(
+        query_start_loc=bounds,
+        query_start_loc_cpu=bounds,
+        seq_lens=ends,
+        seq_lens_cpu_upper_bound=ends,
+        num_reqs=lengths.shape[0],
+        num_actual_tokens=positions.shape[0],
+        max_query_len=int(lengths.max()),
+        max_seq_len=int(ends.max()),
+        block_table_tensor=table,
+        slot_mapping=slots,
+        positions=positions,
+        is_prefilling=lengths > 1,
+    )
 
 
 def _window(spec: Any) -> int:

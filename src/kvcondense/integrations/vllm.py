@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from kvcondense.errors import DtypeError, KvCondenseError, ShapeError, require
-from kvcondense.layout.batch import RaggedBatch
+from kvcondense.layout.batch import MOST_POSITIONS, RaggedBatch
 from kvcondense.layout.cache import PagedCache
 from kvcondense.layout.state import StatePool
 from kvcondense.rope_table import RopeTable
@@ -37,14 +37,19 @@ def state(kv_cache: torch.Tensor, *, prefix_caching: bool = True) -> StatePool:
     return StatePool.wrap(_blocks(kv_cache), paged=True, keep_all=prefix_caching)
 
 
-def ring_state(kv_cache: torch.Tensor) -> StatePool:
+def ring_state(kv_cache: torch.Tensor, *, paged: bool = False) -> StatePool:
     """V4.1's ``CompressorStateCache.kv_cache`` of 0.33, fp32 [num_blocks, (1,) capacity, 2 N]: a ring for each request.
 
     Row p mod capacity of a request's block holds [kv | score] of position p; V4.1 has no ape. capacity is max(8, next
     power of two of drafts + 2). Ratio 1 has no state. vLLM keeps the last ``capacity`` rows of a step; here, those that
     can be read again are kept.
+
+    ``paged``: rings are pages of all positions, named by a state block table [R, 1] in the place of slots. Static plans
+    then have no memory for every block there is, which vLLM's memory has many of.
     """
-    return StatePool.wrap(_blocks(kv_cache), paged=False)
+    blocks = _blocks(kv_cache)
+    rows = max(1, blocks.shape[1]) if blocks.dim() == 3 else 1
+    return StatePool.wrap(blocks, paged=paged, page_tokens=MOST_POSITIONS // 2 // rows * rows if paged else 0)
 
 
 def _blocks(kv_cache: torch.Tensor) -> torch.Tensor:

@@ -176,6 +176,8 @@ def _vllm(output: Output) -> dict[str, Any]:
     output.say(f"plugin         {on}")
     for name in found.as_dict()["replaced"]:
         output.say(f"{'replaces' if asked == '1' else 'would replace':<14} {name}.forward")
+    for why in () if found.why else found.left:
+        output.say(f"left alone     {why}")
     if found.why:
         output.say(f"replaces       nothing: {found.why}")
     return {"vllm": {**found.as_dict(), "on": asked == "1"}}

@@ -1,4 +1,4 @@
-"""In vLLM: ``DeepseekCompressor.forward`` (V4) by a bound step on vLLM's own states and caches, in place."""
+"""In vLLM: ``DeepseekCompressor.forward`` (V4, V4.1) by a bound step on vLLM's own states and caches, in place."""
 
 from __future__ import annotations
 

@@ -1,72 +1,36 @@
-"""vLLM's compressor modules as bound steps: weights, states and caches where vLLM has them, and the forward instead."""
+"""The forwards that are exchanged, and V4's: a bound step on vLLM's own states and pages."""
 
 from __future__ import annotations
 
 import functools
-import logging
-import weakref
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvcondense.bound import Bound, bind
-from kvcondense.errors import KvCondenseError
 from kvcondense.integrations import vllm
-from kvcondense.integrations.vllm_plugin import steps
-from kvcondense.integrations.vllm_plugin.support import OURS, Support, support
-from kvcondense.layout.memory import version
+from kvcondense.integrations.vllm_plugin import latents, steps
+from kvcondense.integrations.vllm_plugin.layers import Layer, layer_of, log
+from kvcondense.integrations.vllm_plugin.support import OURS, V4, V41, Support, named, support
 from kvcondense.rope_table import RopeTable
 from kvcondense.spec import CompressorSpec, Rounding
 from kvcondense.weights import CompressorWeights
 
-_log = logging.getLogger("vllm.kvcondense")  # vLLM's own handler shows what is below "vllm"
-_layers: weakref.WeakKeyDictionary[Any, Layer] = weakref.WeakKeyDictionary()
-_angles = WeakTensorKeyDictionary()
-
-
-@dataclass
-class Layer:
-    """A module's compressor, bound to the memory that lay at ``places``; without one, vLLM's own forward runs.
-
-    angles: vLLM's own table, and what was copied of it. copies: of weights that are narrower there, (ours, vLLM's).
-    """
-
-    bound: Bound | None
-    places: tuple[Any, ...]
-    angles: tuple[torch.Tensor, Angles | None]
-    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
-
-
-@dataclass
-class Angles:
-    """A copy of vLLM's table, for all modules that share that, and the ``version`` that was copied."""
-
-    table: RopeTable
-    version: int | None
-
-    def follow(self, cos_sin_cache: torch.Tensor) -> None:
-        """Take over what vLLM's table has become in place, in place: captured graphs read this one."""
-        now = version(cos_sin_cache)
-        if self.version != now:
-            new, self.version = vllm.rope(cos_sin_cache), now
-            self.table.cos.copy_(new.cos)
-            self.table.sin.copy_(new.sin)
-
 
 def install() -> Support:
-    """Exchange the forwards that ``support`` names, once in a process; otherwise say why not and touch nothing."""
+    """Exchange the forwards that ``support`` names, once in a process; say why the others stay, and touch nothing."""
     found = support()
-    if found.why:
-        _log.warning("kvcondense: vLLM's compressor stays as it is: %s", found.why)
-        return found
-    for one in found.replaced:
-        own: Any = vars(one).get("forward")
-        if own is not None and not hasattr(own, OURS):
-            one.forward = _instead(own, found)  # type: ignore[attr-defined]
-            _log.info("kvcondense: compresses in the place of vLLM's %s", one.__name__)
+    for why in (found.why,) if found.why else found.left:
+        log.warning("kvcondense: vLLM's compressor stays as it is: %s", why)
+    for family, classes in found.classes.items():
+        for one in classes:
+            own: Any = vars(one).get("forward")
+            if own is not None and not hasattr(own, OURS):
+                ours = _FORWARDS[family](own, found)
+                setattr(ours, OURS, True)
+                one.forward = ours  # type: ignore[attr-defined]
+                log.info("kvcondense: compresses in the place of vLLM's %s", named(one))
     return found
 
 
@@ -90,60 +54,21 @@ def _instead(original: Any, found: Support) -> Any:
             return
         layer.bound.condense(kv_score, plan)
 
-    setattr(forward, OURS, True)
     return forward
 
 
+_FORWARDS = {V4.name: _instead, V41.name: latents.instead}
+
+
 def _layer(module: Any, rotary_emb: Any, found: Support) -> Layer:
-    """What a module is bound to; bound anew if vLLM has moved any of it. What was copied is as vLLM has it by now."""
-    cache, table = module._static_forward_context[module.k_cache_prefix], rotary_emb.cos_sin_cache
-    tensors = (module.state_cache.kv_cache, cache.kv_cache, module.norm.weight, module.ape, table, _scale_of(cache))
-    places = tuple(None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
-    layer = _layers.get(module)
-    if layer is None or layer.places != places or layer.angles[0] is not table:
-        layer = _layers[module] = _bound(module, cache, table, places, found)
-    for mine, theirs in layer.copies:  # weights can be loaded anew in place: a captured graph copies them, too
-        mine.copy_(theirs)
-    if layer.angles[1] is not None:
-        layer.angles[1].follow(table)
-    return layer
+    """What a module is bound to, with its states, the pages that rows go to, and the angles that it is given."""
+    states, cache = module.state_cache.kv_cache, module._static_forward_context[module.k_cache_prefix]
 
+    def make(weights: CompressorWeights, angles: RopeTable | None) -> Bound:
+        state, pages = vllm.state(states), cache_of(cache)
+        return bind(spec_of(module), weights, angles, state=state, cache=pages, shared_blocks=True)
 
-def _bound(module: Any, cache: Any, table: torch.Tensor, places: tuple[Any, ...], found: Support) -> Layer:
-    why = _why_not(module, found)
-    if why is None:
-        try:
-            norm, ape = module.norm.weight.detach(), module.ape.detach()
-            with torch.inference_mode(False):  # a later pass may not be in that mode, and copies anew
-                angles = _angles_of(table)
-                bound = bind(
-                    spec_of(module),
-                    CompressorWeights(norm=norm, ape=ape),
-                    angles.table,
-                    state=vllm.state(module.state_cache.kv_cache),
-                    cache=cache_of(cache),
-                    shared_blocks=True,
-                )
-            pairs = (bound.weights.norm, norm), (bound.weights.ape, ape)
-            copies = tuple((mine, theirs) for mine, theirs in pairs if mine is not None and mine is not theirs)
-            return Layer(bound, places, (table, angles), copies)
-        except KvCondenseError as error:
-            why = str(error)
-    _log.warning("kvcondense: %s stays vLLM's: %s", module.prefix, why)
-    return Layer(None, places, (table, None))
-
-
-def _why_not(module: Any, found: Support) -> str | None:
-    """Why a module is none that a step of ours does the same as; None if it is one."""
-    if type(module) not in found.replaced:
-        return f"{type(module).__name__} may write a cache of its own"
-    if found.device not in ("cpu", "cuda") or torch.version.hip:
-        return f"it was not tried on {'ROCm' if torch.version.hip else found.device}"
-    try:
-        ranks = import_module("vllm.distributed").get_dcp_group().world_size
-    except (AssertionError, AttributeError):  # not initialised, or a version without it
-        ranks = 1
-    return None if ranks == 1 else f"its tokens are dealt out over {ranks} ranks (decode context parallel)"
+    return layer_of(module, found, (states, cache.kv_cache, _scale_of(cache)), make, rotary_emb.cos_sin_cache)
 
 
 def spec_of(module: Any) -> CompressorSpec:
@@ -170,14 +95,6 @@ def cache_of(cache: Any) -> Any:
         bytes_of_scales = getattr(kernels, "mqa_logits_use_mx_scales", lambda: False)()
         name = "fp8_indexer_ue8m0" if bytes_of_scales else "fp8_indexer_pow2"
     return vllm.cache(kv_cache, scale=_scale_of(cache), format=name)
-
-
-def _angles_of(cos_sin_cache: torch.Tensor) -> Angles:
-    """The copy that all modules share which share vLLM's table."""
-    found: Angles | None = _angles.get(cos_sin_cache)
-    if found is None:
-        found = _angles[cos_sin_cache] = Angles(vllm.rope(cos_sin_cache), version(cos_sin_cache))
-    return found
 
 
 def _scale_of(cache: Any) -> torch.Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -42,13 +42,18 @@ def plan(bound: Bound, context: Any, metadata: Any, cache_slots: torch.Tensor, p
     known = vars(context).setdefault("kvcondense", {})
     key = (job, id(metadata), cache_slots.data_ptr())
     if key not in known:
-        on_cpu = cache_slots.device.type == "cpu"
+        host = on_host(cache_slots.device)
         # vLLM runs a layer's two compressors on two streams, which wait for nobody: each finds out for itself there.
-        shared = id(metadata) if on_cpu else (*key, "requests")
+        shared = id(metadata) if host else (*key, "requests")
         if shared not in known:
-            known[shared] = (requests if on_cpu else spans)(metadata, positions)
+            known[shared] = (requests if host else spans)(metadata, positions)
         known[key] = None if known[shared] is None else _plan(bound, job, known[shared], metadata, cache_slots)
     return known[key]
+
+
+def on_host(device: torch.device) -> bool:
+    """Whether values may be asked for."""
+    return device.type == "cpu"
 
 
 def _told(metadata: Any, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,11 +114,11 @@ def spans(metadata: Any, positions: torch.Tensor) -> Requests | None:
 
 def _plan(bound: Bound, job: Job, told: Requests, metadata: Any, cache_slots: torch.Tensor) -> Plan:
     table = metadata.block_table
-    if table.device.type != "cpu":
+    if not on_host(table.device):
         return _static(bound, job, told, table, cache_slots)
     # Pages behind the last token are not needed, and a table is as wide as the longest sequence that there may be.
     last = int((told.start_positions + told.query_start_loc.diff()).max())
-    step = _planner(job).step(
+    step = planner(job).step(
         told.query_start_loc,
         start_positions=told.start_positions,
         state_block_table=table[:, : max(0, last - 1) // metadata.block_size + 1],
@@ -123,7 +128,8 @@ def _plan(bound: Bound, job: Job, told: Requests, metadata: Any, cache_slots: to
 
 
 @functools.lru_cache(maxsize=64)
-def _planner(job: Job) -> Planner:
+def planner(job: Job) -> Planner:
+    """The planner of one job."""
     return Planner([job])
 
 
@@ -132,29 +138,33 @@ def _static(bound: Bound, job: Job, told: Requests, table: torch.Tensor, cache_s
     rope, cache = bound.rope, bound.cache
     assert rope is not None
     assert cache is not None
-    batch = RaggedBatch(
-        query_start_loc=told.query_start_loc,
-        start_positions=told.start_positions,
-        draft_rows=torch.zeros_like(told.start_positions),
-        slot_mapping=cache_slots,
-    )
-    tokens, sizes = cache_slots.shape[0], (rope.cos.shape[0], cache.num_rows)
+    batch = RaggedBatch(*told, torch.zeros_like(told.start_positions), slot_mapping=cache_slots)
     # Layers of one kind may have tables of their own in one pass: each keeps its plan until the pass is over.
-    places = table.device, table.dtype, table.data_ptr(), tuple(table.shape), table.stride(), cache_slots.data_ptr()
-    key = (job, *places, tokens, *sizes)
+    places = table.dtype, table.data_ptr(), tuple(table.shape), table.stride(), cache_slots.data_ptr()
+    sizes = {"max_positions": rope.cos.shape[0], "cache_rows": cache.num_rows}
+    return filled(job, batch, places, table, max_tokens=cache_slots.shape[0], **sizes)
+
+
+def filled(job: Job, batch: RaggedBatch, places: tuple[Any, ...], table: Any = None, **bounds: int) -> Plan:
+    """A static plan of a batch within ``bounds``, in tensors that stay where they are, for what comes from ``places``.
+
+    table: the block table of the states, vLLM's own, which the batch does not have.
+    """
+    key = (job, batch.query_start_loc.device, batch.query_start_loc.shape[0], *places, *bounds.values())
     found = _statics.pop(key, None)
     if found is None:
         with torch.inference_mode(False):  # a later pass may not be in that mode, and fills them anew
-            mine = replace(batch.owned(), state_block_table=_spread(table))
-            found = _planner(job).static(mine, max_tokens=tokens, max_positions=sizes[0], cache_rows=sizes[1])
+            mine = batch.owned()
+            mine = mine if table is None else replace(mine, state_block_table=_spread(table))
+            found = planner(job).static(mine, **bounds)
     else:
-        copy_fields(found.batch, batch, ("query_start_loc", "start_positions", "slot_mapping"))
-        if table.stride(0) % 2:
+        copy_fields(found.batch, batch, [f.name for f in fields(batch) if getattr(batch, f.name) is not None])
+        if table is not None and table.stride(0) % 2:
             assert found.batch.state_block_table is not None
             found.batch.state_block_table[::2].copy_(table)
         found.refill()
     _statics[key] = found
-    if captured(table.device):
+    if captured(batch.query_start_loc.device):
         _captured.append(found)
     elif len(_statics) > _KEPT:
         _statics.popitem(last=False)
