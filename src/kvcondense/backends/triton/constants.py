@@ -35,7 +35,7 @@ class Constants:
     block: channels of a program, blocks: programs per window, counters: whether the last of them finishes it.
     state_rows: rows of a ring, a page or a draft log; page_tokens: positions that share a page; state_apart: kv and
     scores are two tensors; strides in elements, state_multiple: a power of two that divides them, so that rows begin
-    where 16 bytes do, if the tensors do. alike: tokens and the state are fp32, so that one load takes a row from either
+    where 16 bytes do, if the tensors do. alike: both are fp32, so that one load may take a row from either
     place; aligned: and where they and their halves begin, so do 16 bytes. window_padded,
     window_levels: the window as a power of two, and its logarithm; ratio_levels: the ratio's. splits: partial sums of
     which this launch makes kv_score; 0: it is given. stored: all tokens are read from the state. rounds_rows: rows are
@@ -85,6 +85,11 @@ class Constants:
     unroll: int
     splits: int
     stored: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether windows may be read as they lie: kv_score is given, and their tokens are a power of two."""
+        return self.splits == 0 and self.window == self.window_padded and not self.stored
 
     @property
     def value(self) -> Constants:
@@ -156,7 +161,8 @@ def constants(
         state_stride=state.stride,
         state_page_stride=state.page_stride,
         state_multiple=math.gcd(state.stride, state.page_stride, _MULTIPLE),
-        alike=tokens != "" and state.kind in ("ring", "paged") and not state.bf16,
+        # Ascend's compiler, where a program is one thread, ends on pointers that are chosen.
+        alike=choice.counters and tokens != "" and state.kind in ("ring", "paged") and not state.bf16,
         aligned=tokens == ALIGNED
         and state.aligned
         and math.gcd(state.stride, state.page_stride, spec.head_dim) % _ALIGNED == 0,

@@ -26,6 +26,12 @@ def from_bits(b):
 
 
 @triton.jit
+def exp(x):
+    """e^x as 2^(x log2 e): what chips do. Results below 2^-126 are 0 on most, for which ``tl.exp`` takes three more."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def bf16_bits(x):
     """fp32 bits of the nearest bf16, ties to even; every NaN is 0x7FC00000."""
     b = to_bits(x)

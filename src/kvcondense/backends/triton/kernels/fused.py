@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvcondense.backends.triton.kernels.bits import bf16_bits
+from kvcondense.backends.triton.kernels.bits import bf16_bits, exp
 from kvcondense.backends.triton.kernels.pool import (
     as_stored,
     biases,
@@ -115,7 +115,7 @@ def tokens_sum(t, G: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, LEVELS:
 def pooled_alone(kv, z, G: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
     """P [G, block] of windows of R tokens."""
     z = tl.reshape(z, (G, R, BLOCK))
-    e = tl.exp(z - tl.max(z, axis=1)[:, None, :])
+    e = exp(z - tl.max(z, axis=1)[:, None, :])
     total = tokens_sum(e, G, R, BLOCK, LEVELS)
     return tl.div_rn(tokens_sum(e * tl.reshape(kv, (G, R, BLOCK)), G, R, BLOCK, LEVELS), total)
 
@@ -127,8 +127,8 @@ def pooled_with(kv, z, kv_before, z_before,
     z = tl.reshape(z, (G, R, BLOCK))
     z_before = tl.reshape(z_before, (G, R, BLOCK))
     top = tl.maximum(tl.max(z, axis=1), tl.max(z_before, axis=1))
-    e_before = tl.exp(z_before - top[:, None, :])
-    e = tl.exp(z - top[:, None, :])
+    e_before = exp(z_before - top[:, None, :])
+    e = exp(z - top[:, None, :])
     total = tokens_sum(e_before + e, G, R, BLOCK, LEVELS)
     kv = e_before * tl.reshape(kv_before, (G, R, BLOCK)) + e * tl.reshape(kv, (G, R, BLOCK))
     return tl.div_rn(tokens_sum(kv, G, R, BLOCK, LEVELS), total)
@@ -157,7 +157,8 @@ def project_pool_kernel(
     N: tl.constexpr = c.value.width
     D: tl.constexpr = c.value.head_dim
     BLOCK: tl.constexpr = c.value.block
-    BLOCKS: tl.constexpr = c.value.blocks // PARTS
+    ALL: tl.constexpr = c.value.blocks
+    BLOCKS: tl.constexpr = ALL // PARTS
     LEVELS: tl.constexpr = c.value.ratio_levels
     M: tl.constexpr = G * R
     LEAD: tl.constexpr = 1 if W > R else 0

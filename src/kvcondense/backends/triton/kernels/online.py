@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from kvcondense.backends.triton.kernels.arrive import last_of
+from kvcondense.backends.triton.kernels.bits import exp
 from kvcondense.backends.triton.kernels.condense import finish
 from kvcondense.backends.triton.kernels.pool import state_row
 
@@ -66,7 +67,7 @@ def fold(begin, stop, start, first_token, folded, q, slot, kv_score, ape, state_
             kv, z = row_of(position, start, first_token, q, kv_score, ape, state_table, log, channel,
                            kv_stride, c)  # fmt: skip
             z = tl.where(here, z, float("-inf"))
-            e = tl.exp(-tl.abs(z - m))
+            e = exp(-tl.abs(z - m))
             old_weight = tl.where(m < z, e, 1.0)
             new_weight = tl.where(m < z, 1.0, e) + (z - z)  # +inf has no weight: NaN
             l = tl.where(z == float("-inf"), l, l * old_weight + new_weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvcondense.backends.triton.kernels.bits import round_bf16, rows_sum
+from kvcondense.backends.triton.kernels.bits import exp, round_bf16, rows_sum
 
 
 @triton.jit
@@ -86,8 +86,8 @@ def biases(ape, position, half, channel, live, c: tl.constexpr):
 @triton.jit
 def fresh_values(source, live, other, c: tl.constexpr):
     """kv_score at ``source`` where ``live``, else ``other``, as fp32."""
-    MADE_HERE: tl.constexpr = c.value.splits > 0
-    if MADE_HERE:  # other programs of this launch wrote it: not from a cache of one's own
+    SPLITS: tl.constexpr = c.value.splits
+    if SPLITS > 0:  # other programs of this launch wrote it: not from a cache of one's own
         x = tl.load(source, mask=live, other=other, cache_modifier=".cg")
     else:
         x = tl.load(source, mask=live, other=other)
@@ -193,7 +193,7 @@ def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, sta
     PADDED: tl.constexpr = c.value.window_padded
     LEVELS: tl.constexpr = c.value.window_levels
     BLOCK: tl.constexpr = c.value.block
-    WHOLE: tl.constexpr = c.value.splits == 0 and c.value.window == c.value.window_padded and not c.value.stored
+    WHOLE: tl.constexpr = c.value.whole
     STORED: tl.constexpr = c.value.stored
     start = tl.load(start_positions + q)
     if STORED:
@@ -210,6 +210,6 @@ def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, sta
         kv, z = candidates(kv_score, ape, q, begin, start, first_token, channel, state_table, state,
                            kv_stride, table_stride, c)  # fmt: skip
     # The maximum does not depend on an order.
-    e = tl.exp(z - tl.max(z, axis=0)[None, :])
+    e = exp(z - tl.max(z, axis=0)[None, :])
     total = rows_sum(e, PADDED, BLOCK, LEVELS)
     return tl.div_rn(rows_sum(e * kv, PADDED, BLOCK, LEVELS), total)
