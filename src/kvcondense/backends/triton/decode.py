@@ -117,7 +117,7 @@ def _launch(jobs: Sequence[_Job], x: torch.Tensor) -> None:
     each = tuning.decode_programs(x.device, max(step.spec.window for step, _, _ in jobs), len(jobs))
     assert each is not None
     whole, programs = _programs(x.device, each)
-    options = tuning.decode_options(tuning.architecture(x.device), each)
+    options = {**tuning.decode_options(tuning.architecture(x.device), each), **tuning.launch_options(x.device)}
     if whole:
         options["launch_cooperative_grid"] = True
     second, number = jobs[1][1] if two else _NONE, next_launch()

@@ -22,6 +22,8 @@ from kvcondense.spec import CompressorSpec
 TABLE = Path(__file__).with_name("tuning.json")
 ANY = "any"
 """Architecture whose entries stand in for those that the table does not name."""
+_DEPENDENT = 90
+"""The first sm_ with programmatic dependent launch."""
 _TILE = 4096
 """Elements of a tile, [window, channels], where the table says nothing."""
 
@@ -41,7 +43,7 @@ class Choice:
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """The file: by architecture its source, hardware_cast, counters, fused_tokens, library_product,
+    """The file: by architecture its source, hardware_cast, counters, dependent_launch, fused_tokens, library_product,
     decode_programs ([window, programs, programs of two compressors], for windows of at most so many tokens, null any),
     and entries.
 
@@ -67,6 +69,19 @@ def stand_in(arch: str) -> Iterator[None]:
         yield
     finally:
         _stand_in.reset(token)
+
+
+_in_full_order: ContextVar[bool] = ContextVar("in_full_order", default=False)
+
+
+@contextlib.contextmanager
+def in_full_order() -> Iterator[None]:
+    """Within, no kernel starts before the one ahead of it has ended, whatever the table says; captures included."""
+    token = _in_full_order.set(True)
+    try:
+        yield
+    finally:
+        _in_full_order.reset(token)
 
 
 def architecture(device: torch.device) -> str:
@@ -107,6 +122,22 @@ def fused_tokens(device: torch.device) -> int | None:
 def library_product(device: torch.device) -> bool:
     """True if a product by the vendor's library, then the step, beats steps that are fused with their projection."""
     return _part(architecture(device))["library_product"]
+
+
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """Options of every launch: whether its programs may start while earlier kernels run, on sm_90 and later.
+
+    One place sets both the kernel's flag, by which each program waits, and the launch's, by which it has to.
+    """
+    arch = architecture(device)
+    if not (starts_early(arch) and _part(arch)["dependent_launch"]) or _in_full_order.get():
+        return {}
+    return {"PDL": True, "launch_pdl": True}
+
+
+def starts_early(arch: str) -> bool:
+    """True of chips that can start a kernel before the one ahead of it has ended."""
+    return arch.startswith("sm_") and int(arch[3:]) >= _DEPENDENT
 
 
 def product_options(arch: str) -> dict[str, Any]:
