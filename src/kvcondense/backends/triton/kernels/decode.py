@@ -72,7 +72,8 @@ def stream(task, counter, launch, x, w, partials, tokens, hidden, x_stride, w_st
 def following(before):
     """The first item of this program's where items are dealt out in turn, and ``before`` others were before."""
     programs = tl.num_programs(0)
-    return (tl.program_id(0) + programs - before % programs) % programs
+    first = tl.program_id(0) - before % programs
+    return tl.where(first < 0, first + programs, first)
 
 
 @triton.jit
