@@ -80,8 +80,9 @@ def _blocks(projected: Sequence[int]) -> int:
 
 def choice(device: torch.device, window: int, head_dim: int) -> Choice:
     """How the windows of such a step are cut; programs have WARPS warps whatever they do."""
-    least = tuning.pooled_channels(tuning.architecture(device))
-    return Choice(min(head_dim, max(_TILE // (1 << (window - 1).bit_length()), least)), WARPS)
+    arch = tuning.architecture(device)
+    block = max(_TILE // (1 << (window - 1).bit_length()), tuning.pooled_channels(arch))
+    return Choice(min(head_dim, block), WARPS, tuning.casts(arch))
 
 
 def run(steps: Sequence[Step], x: torch.Tensor, ws: Sequence[torch.Tensor]) -> None:

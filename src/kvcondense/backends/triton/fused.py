@@ -123,7 +123,7 @@ def choice(spec: CompressorSpec, arch: str) -> tuple[Choice, int]:
     else:
         block = min(spec.head_dim, _BLOCK)
         parts = 2 if columns > 2 * _BLOCK and spec.head_dim % (2 * block) == 0 else 1
-    return Choice(block, _WARPS, counters=False), parts
+    return Choice(block, _WARPS, tuning.casts(arch), counters=False), parts
 
 
 def windows_of(spec: CompressorSpec) -> int:

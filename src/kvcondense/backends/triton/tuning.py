@@ -22,6 +22,8 @@ from kvcondense.spec import CompressorSpec
 TABLE = Path(__file__).with_name("tuning.json")
 ANY = "any"
 """Architecture whose entries stand in for those that the table does not name."""
+CASTS = ("bf16", "e4m3", "e2m1")
+"""Casts of fp32 that kernels may leave to the chip, where ``kvcondense tune`` has shown that every result is equal."""
 _DEPENDENT = 90
 """The first sm_ with programmatic dependent launch."""
 _TILE = 4096
@@ -30,20 +32,20 @@ _TILE = 4096
 
 @dataclass(frozen=True)
 class Choice:
-    """block: channels of a program; num_warps: its warps; hardware_cast: e4m3 codes by the chip's own cast; counters:
-    a program is threads, and atomics tell the last of a window's programs that it is (else a program is one thread, and
-    a second launch finishes windows).
+    """block: channels of a program; num_warps: its warps; casts: of ``CASTS``, those that the chip does by itself;
+    counters: a program is threads, and atomics tell the last of a window's programs that it is (else a program is one
+    thread, and a second launch finishes windows).
     """
 
     block: int
     num_warps: int
-    hardware_cast: bool = False
+    casts: tuple[str, ...] = ()
     counters: bool = True
 
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """The file: by architecture its source, hardware_cast, counters, dependent_launch, fused_tokens, library_product,
+    """The file: by architecture its source, hardware_casts, counters, dependent_launch, fused_tokens, library_product,
     decode_programs ([window, programs, programs of two compressors], for windows of at most so many tokens, null any),
     and entries.
 
@@ -107,6 +109,11 @@ def _part(arch: str) -> dict[str, Any]:
 def choose(device: torch.device, spec: CompressorSpec, rows: int) -> Choice:
     """The tiling of a step with ``rows`` windows on this device."""
     return choose_for(architecture(device), spec.ratio, spec.window, spec.head_dim, rows)
+
+
+def casts(arch: str) -> tuple[str, ...]:
+    """Of ``CASTS``, those that the table lets an architecture's chips do by themselves."""
+    return tuple(_part(arch)["hardware_casts"])
 
 
 def threads(device: torch.device) -> bool:
@@ -197,7 +204,7 @@ def choose_for(arch: str, ratio: int, window: int, head_dim: int, rows: int) -> 
     part = _part(arch)
     for r, d, most, block, num_warps in part["entries"]:
         if (r, d) == (ratio, head_dim) and (most is None or rows <= most):
-            return Choice(block, num_warps, part["hardware_cast"], part["counters"])
+            return Choice(block, num_warps, casts(arch), part["counters"])
     padded = 1 << (window - 1).bit_length()
     block = max(min(head_dim, _TILE // padded), min(head_dim, 16))
-    return Choice(block, max(1, min(8, block * padded // 512)), part["hardware_cast"], part["counters"])
+    return Choice(block, max(1, min(8, block * padded // 512)), casts(arch), part["counters"])

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kvcondense.backends.triton.kernels.arrive import last_of
-from kvcondense.backends.triton.kernels.bits import bf16_bits
+from kvcondense.backends.triton.kernels.bits import round_bf16
 from kvcondense.backends.triton.kernels.dependent import in_turn
 from kvcondense.backends.triton.kernels.encode import put
 from kvcondense.backends.triton.kernels.pool import fresh_values, pool, row_offset, scores_of, values_of
@@ -76,7 +76,7 @@ def store_as_state(target, x, c: tl.constexpr):
     """fp32 values to the state's type."""
     ROUND: tl.constexpr = c.value.state_bf16
     if ROUND:  # rounded before the cast, which therefore is exact
-        tl.store(target, bf16_bits(x).to(tl.float32, bitcast=True).to(tl.bfloat16))
+        tl.store(target, round_bf16(x, c).to(tl.bfloat16))
     else:
         tl.store(target, x)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvcondense.backends.triton.kernels.bits import bf16_bits
+from kvcondense.backends.triton.kernels.bits import round_bf16
 from kvcondense.backends.triton.kernels.dependent import in_turn
 from kvcondense.backends.triton.kernels.pool import (
     as_stored,
@@ -267,8 +267,8 @@ def project_keep_kernel(
     offset = row_offset(row, c)[:, None] + channel[None, :]
     target = values_of(state, c)
     if ROUND:  # rounded before the cast, which therefore is exact
-        kv = bf16_bits(kv).to(tl.float32, bitcast=True)
-        z = bf16_bits(z).to(tl.float32, bitcast=True)
+        kv = round_bf16(kv, c)
+        z = round_bf16(z, c)
     tl.store(target + offset, kv.to(target.dtype.element_ty), mask=kept[:, None])
     if GATE:
         tl.store(scores_of(state, c) + offset, z.to(target.dtype.element_ty), mask=kept[:, None])
