@@ -84,10 +84,10 @@ def sass(text):
     places = {int(at, 16): number for number, (at, *_) in enumerate(lines)}
     code = []
     for _, guard, name, rest in lines:
-        jump = re.search(r"0x([0-9a-f]+)$", rest) if name.startswith("BRA") else None
+        jump = re.search(r"0x([0-9a-f]+)$", rest) if name.startswith(("BRA", "CALL")) else None
         code.append((guard, name, jump and places[int(jump[1], 16)]))
     memory = r"(LD|LDG|ST|STG|ATOM|ATOMG|RED|REDG|LDGSTS|UBLKCP|UBLKRED|UTMA\w*|UTMALDG|UTMASTG)(\.|$)"
-    return Code(code, "ACQBULK", memory, r"CCTL\.E\.PF2$", r"EXIT|RET|BRX|CALL|JMP")
+    return Code(code, "ACQBULK", memory, r"CCTL\.E\.PF2$", r"EXIT|BRX|JMP")
 
 
 def before_the_wait(code):
@@ -105,8 +105,10 @@ def before_the_wait(code):
         unconditional = not guard or guard in ("PT", "UPT")
         if target is not None:
             left.append(target)
-        # SASS has branches with a predicate among their operands: they fall through, too.
-        if re.match(code.leaves, name) or (target is not None and unconditional and name == "bra.uni"):
+        # SASS has branches with a predicate among their operands: they fall through, too. A call comes back to what is
+        # behind it (a subroutine looks at sm_100's tensor memory, by some assemblers).
+        ends = re.match(code.leaves, name) or name.startswith("RET")
+        if ends or (target is not None and unconditional and name == "bra.uni"):
             continue
         left.append(at + 1)
     return found
