@@ -69,7 +69,7 @@ dry-run: $(VENV)/.installed  ## what would run on a GPU, step by step, with kern
 
 # The oldest supported Triton, whose interpreter wants an older numpy: fences, widths of loads, what launches compile.
 triton36: .venv-triton36/.installed  ## what is compiled, with Triton 3.6
-	.venv-triton36/bin/python -m pytest tests/test_aot.py tests/test_launches.py
+	.venv-triton36/bin/python -m pytest tests/test_aot.py tests/test_dependent_launch.py tests/test_launches.py
 
 .venv-triton36/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-triton36

@@ -84,6 +84,29 @@ INSTRUCTIONS = {"hca": 2150, "csa": 1850}
 """Most that a step's kernel has on sm_90, on all its paths: a twentieth more than it had when this was written."""
 
 
+CASTS = {
+    "sm_90": (["bf16", "e4m3"], "csa-ring-fp32-16rows-fp8_model1"),
+    "sm_100": (["bf16", "e2m1"], "indexer-ring-fp32-16rows-mxfp4_indexer"),
+}
+
+
+@pytest.mark.parametrize("arch", CASTS)
+def test_the_chips_own_casts_save_code(arch, tmp_path):
+    casts, name = CASTS[arch]
+    found = []
+    for given in ([], casts):
+        code = f"from kvcondense.backends.triton import tuning; tuning.table()['any']['hardware_casts'] = {given}"
+        words = ("--arch", arch, "--jobs", 1, "--quiet", "--variant", name, "--json", tmp_path / "j")
+        done = kvcondense("aot", *words, code=code)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (kernel,) = json.loads((tmp_path / "j").read_text())["kernels"]
+        found.append(kernel["instructions"])
+    assert "F2FP" not in found[0]
+    assert found[1]["F2FP"] >= 8
+    without, own = (sum(counts.values()) for counts in found)
+    assert 500 < own < 0.95 * without
+
+
 @pytest.mark.parametrize("state", ["ring", "paged"])
 def test_windows_and_stored_rows_are_loaded_sixteen_bytes_at_a_time(state, tmp_path):
     names = [f"{kind}-{state}-fp32-1048576rows-fp8_model1" for kind in ("hca", "csa")]

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from kvcondense.backends import get_backend
-from kvcondense.backends.triton import decode
+from kvcondense.backends.triton import decode, tuning
 from kvcondense.bench import cases, fused, measure, report
 from kvcondense.bench.cases import CONFIG, Case
 from kvcondense.bench.fused import LAYERS, Layer
@@ -72,6 +72,24 @@ def test_every_way_makes_the_rows_and_is_timed(tokens, start):
     assert "| tiny | " in table
     assert "| 4.0 | 2.0 | 3.0 | 1.0 |" in table
     assert table.splitlines()[2].endswith("| 0.25 | 2.00 |")
+
+
+@pytest.mark.usefixtures("small")
+def test_where_kernels_start_early_the_same_in_full_order_is_timed(monkeypatch):
+    asked = []
+
+    def options(_):
+        asked.append(tuning._in_full_order.get())
+        return {"PDL": False}
+
+    monkeypatch.setattr(tuning, "launch_options", options)
+    records = list(fused.run_layer(pair(1, 7), RATES, print, device="cpu"))
+    names = list(dict.fromkeys(r["runner"] for r in records))
+    assert names[:3] == ["fused, one launch", "in full order, one launch", "GEMM + step"]
+    assert {False, True} == set(asked)
+    table = report.fused(records)
+    assert "| batch-invariant | in full order | fused |" in table
+    assert "| 5.0 | 3.0 | 4.0 | 2.0 | 1.0 |" in table
 
 
 @pytest.mark.usefixtures("small")

@@ -35,7 +35,7 @@ def clocked(monkeypatch):
     monkeypatch.setattr(device, "interleaved", interleaved)
     monkeypatch.setattr(device, "machine", lambda: {k: v for k, v in FACTS.items() if k != "commit"})
     monkeypatch.setattr(device, "home", lambda: "cpu")
-    monkeypatch.setattr(tune, "cast_is_exact", lambda _: False)  # the interpreter's cast is nobody's
+    monkeypatch.setattr(tune, "cast_is_exact", lambda *_: False)  # the interpreter's cast is nobody's
     monkeypatch.setattr(tune, "CLASSES", TINY)
     monkeypatch.setattr(tune, "_LEAST_BLOCK", 64)
     monkeypatch.setattr(tune, "_MOST_ELEMENTS", 1 << 14)
@@ -54,7 +54,7 @@ def test_candidates_hold_the_tables_choice_and_no_idle_or_spilling_tile():
 
 def tuned(log, kinds=("hca",), **limits):
     said = []
-    tune.tune(log, False, list(kinds), said.append, tune.Limits(**limits))
+    tune.tune(log, (), list(kinds), said.append, tune.Limits(**limits))
     return said
 
 
@@ -65,7 +65,7 @@ def fresh(path=None, kept=()):
 def test_the_fastest_tiling_is_kept_and_other_entries_stay(clocked):
     log = fresh()
     said = tuned(log)
-    arch, part = tune.part_of(log, False, FACTS)
+    arch, part = tune.part_of(log, (), FACTS)
     assert arch == "any"
     assert [e for e in part["entries"] if e[0] == 128] == [[128, 512, 16, 64, 8], [128, 512, None, 64, 8]]
     old = [e for e in tuning.table()["any"]["entries"] if e[0] != 128]
@@ -94,7 +94,7 @@ def test_a_class_that_is_in_the_file_is_not_timed_again(clocked, tmp_path):
     said = tuned(again)
     assert said[0] == "hca, at most 16 rows: in the file already"
     assert count < len(clocked) < 2 * count
-    assert tune.part_of(again, False, FACTS) == tune.part_of(whole, False, FACTS)
+    assert tune.part_of(again, (), FACTS) == tune.part_of(whole, (), FACTS)
     assert [r.get("block") for r in records.read(path, "", "", tune.check_record)] == [
         r.get("block") for r in whole.records
     ]
@@ -113,7 +113,7 @@ def test_a_budget_begins_no_class_that_would_end_later(clocked, monkeypatch):
     log = fresh()
     assert "not timed, 40 s are left" in tuned(log, seconds=100)[1]
     assert log.complete == {"hca, at most 16 rows"}
-    assert tune.part_of(log, False, FACTS) == ("any", None)
+    assert tune.part_of(log, (), FACTS) == ("any", None)
     assert clocked
 
 
@@ -126,7 +126,7 @@ def test_a_tiling_that_cannot_be_compiled_is_left_out(clocked, monkeypatch):
         real(self, step)
 
     monkeypatch.setattr(TritonBackend, "run", run)
-    timed = tune.time_class("hca", TINY[0], "cpu", False)
+    timed = tune.time_class("hca", TINY[0], "cpu", ())
     assert {t.choice.num_warps for t in timed if t.error} == {16}
     assert {t.error for t in timed} == {None, "RuntimeError: out of resources"}
     assert [tune.Timed.from_dict(t.as_dict()).error for t in timed] == [t.error for t in timed]
@@ -143,7 +143,7 @@ def test_a_tiling_with_other_bits_is_left_out(clocked, monkeypatch):
 
     monkeypatch.setattr(TritonBackend, "run", wrong)
     monkeypatch.setattr(tune, "CLASSES", TINY[:1])
-    timed = tune.time_class("hca", TINY[0], "cpu", cast=False)
+    timed = tune.time_class("hca", TINY[0], "cpu", casts=())
     assert {(t.choice.block, t.choice.num_warps) for t in timed if t.seconds is None} == {(64, 8)}
     assert tune.best(timed).choice != Choice(64, 8)
     assert clocked
@@ -164,15 +164,27 @@ def test_a_cast_is_compared_bit_by_bit(monkeypatch):
     """The interpreter's cast is not the chip's, but both agree on ordinary values, and a wrong code is seen."""
     ones = torch.tensor([1.0]).view(torch.int32).item()
     spans = lambda: iter([(ones, 2)])  # noqa: E731
-    assert tune.cast_is_exact("cpu", spans)
-    from kvcondense.backends.triton.constants import SCALE_PART
-
-    monkeypatch.setattr(tune, "SCALE_PART", type(SCALE_PART)(**{**vars(SCALE_PART), "bias": SCALE_PART.bias + 1}))
-    assert not tune.cast_is_exact("cpu", spans)
+    exact = [name for name in tuning.CASTS if tune.cast_is_exact(name, "cpu", spans)]
+    assert exact == ["e4m3"], "what the interpreter cannot run is not proven"
+    part = tune.SCALE_PART
+    monkeypatch.setitem(tune._PARTS, "e4m3", type(part)(**{**vars(part), "bias": part.bias + 1}))
+    assert not tune.cast_is_exact("e4m3", "cpu", spans)
     first = list(tune._all_floats())
     assert first[0][0] == 0
     assert all(a[0] + a[1] * tune._CAST_BLOCK == b[0] for a, b in itertools.pairwise(first))
     assert first[-1][0] + first[-1][1] * tune._CAST_BLOCK == 1 << 32
+
+
+def test_casts_that_are_proven_get_into_the_table(clocked, monkeypatch):
+    monkeypatch.setattr(tune, "cast_is_exact", lambda name, device: (name, device) == ("bf16", "cpu"))
+    casts = tune.exact_casts("cpu")
+    log = fresh()
+    tuned(log)
+    part = tune.part_of(log, casts, FACTS)[1]
+    assert part["hardware_casts"] == ["bf16"]
+    monkeypatch.setattr(tuning, "table", lambda: {"any": part})
+    assert tuning.casts("sm_90") == casts == ("bf16",)
+    assert clocked
 
 
 def test_the_table_is_written_as_it_is_kept():

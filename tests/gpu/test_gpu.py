@@ -153,9 +153,10 @@ def test_graphs_are_replayed_with_new_plans(kind):
         assert torch.equal(cache.data, eager[4].data)
 
 
-def test_the_chips_cast_is_used_only_where_it_is_exact():
+@pytest.mark.parametrize("name", tuning.CASTS)
+def test_the_chips_cast_is_used_only_where_it_is_exact(name):
     part = tuning.table().get(tuning.architecture(torch.device(DEVICE)), tuning.table()[tuning.ANY])
-    assert tune.cast_is_exact(DEVICE) or not part["hardware_cast"]
+    assert tune.cast_is_exact(name, DEVICE) or name not in part["hardware_casts"]
 
 
 @pytest.mark.alone

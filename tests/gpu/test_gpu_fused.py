@@ -7,7 +7,7 @@ import torch
 
 from kvcondense import PagedCache, RaggedBatch
 from kvcondense.api import Job, compress_many
-from kvcondense.backends.triton import TritonBackend
+from kvcondense.backends.triton import TritonBackend, tuning
 from kvcondense.backends.triton.variants import Variant, places, specs, state_of
 from kvcondense.bench import fused
 from kvcondense.bench.fused import LAYERS
@@ -151,6 +151,42 @@ def test_graphs_are_replayed_with_new_plans(kinds):
             assert torch.equal(a.state.data, b.state.data)
             assert torch.equal(a.cache.data, b.cache.data)
             assert not plan.counters.any()
+
+
+@pytest.mark.parametrize("kinds", [("hca",), ("csa", "indexer")], ids="+".join)
+def test_kernels_that_start_early_read_what_those_before_have_kept(kinds):
+    """Steps side by side in one graph, each of which reads rows of the one before, as eager ones in full order."""
+    count = 32
+    x, sides = tokens(), []
+    for early in (True, False):
+        jobs = [job_of(k) for k in kinds]
+        compress_many(x[:, :PROMPT].flatten(0, 1), [at(j, 0, PROMPT) for j in jobs], impl="triton")
+        parts = [x[:, PROMPT + i].clone() for i in range(count)]
+        steps = [[at(j, PROMPT + i, 1) for j in jobs] for i in range(count)]
+        steps = [
+            [replace(j, plan=Plan.build(j.spec, j.batch, state_layout=j.state.layout, page_rows=64)) for j in step]
+            for step in steps
+        ]
+
+        def run(parts=parts, steps=steps):
+            return [[r.values for r in compress_many(p, s, impl="triton")] for p, s in zip(parts, steps, strict=True)]
+
+        if early:
+            held = [[t.clone() for t in (*j.state.memory, j.cache.data)] for j in jobs]
+            run()  # compiles
+            for job, was in zip(jobs, held, strict=True):
+                for t, old in zip((*job.state.memory, job.cache.data), was, strict=True):
+                    t.copy_(old)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                rows = run()
+            graph.replay()
+        else:
+            with tuning.in_full_order():
+                rows = run()
+        sides.append([[r for step in rows for r in step], *([*j.state.memory, j.cache.data] for j in jobs)])
+    assert same(*sides)
+    assert any(r.shape[0] for r in sides[0][0])
 
 
 @pytest.mark.parametrize("name", [n for n in LAYERS if "prefill 65536" not in n and "524288" not in n])

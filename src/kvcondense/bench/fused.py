@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from kvcondense.backends import Step, fused_form, get_backend
+from kvcondense.backends.triton import tuning
 from kvcondense.bench import measure
 from kvcondense.bench.cases import CONFIG, Case, Inputs, make_inputs
 from kvcondense.bench.run import CLOSE, off, timings
 from kvcondense.bench.runners import BARE, Kvcondense, plain_gemm
 
 GEMM = "GEMM alone"
+IN_ORDER = "in full order"
 Run = Callable[[Sequence[Step], torch.Tensor, Sequence[torch.Tensor]], None]
 
 
@@ -87,7 +89,9 @@ class Steps:
 
 
 def ways(inputs: Sequence[Inputs]) -> list[Steps]:
-    """Fused, even where the table would not; GEMM and step; and, for small steps, the way that longer ones go."""
+    """Fused, even where the table would not, and where kernels start early, the same in full order; GEMM and step; and,
+    for small steps, the way that longer ones go.
+    """
     backend: Any = get_backend("triton")
     invariant: Any = replace(backend, batch_invariant=True)
     parts = [Kvcondense(i, "triton", BARE) for i in inputs]
@@ -99,6 +103,13 @@ def ways(inputs: Sequence[Inputs]) -> list[Steps]:
     found = []
     if form is not None:
         found.append(Steps(f"fused, {form}", parts, lambda s, x, ws: backend.run_fused(form, s, x, ws)))
+
+    def ordered(steps: Sequence[Step], x: torch.Tensor, ws: Sequence[torch.Tensor]) -> None:
+        with tuning.in_full_order():
+            backend.run_fused(form, steps, x, ws)
+
+    if form is not None and tuning.launch_options(x.device):
+        found.append(Steps(f"{IN_ORDER}, {form}", parts, ordered))
 
     def unfused(steps: Sequence[Step], x: torch.Tensor, ws: Sequence[torch.Tensor]) -> None:
         del ws

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvcondense.bench.fused import GEMM
+from kvcondense.bench.fused import GEMM, IN_ORDER
 from kvcondense.bench.records import Record
 from kvcondense.bench.runners import GEMMS
 
@@ -115,7 +115,9 @@ def markdown(records: Sequence[Record], *, gemms: bool = False) -> str:
 
 def fused(records: Sequence[Record]) -> str:
     """Layers by ways, warm, in microseconds, and how the fused way compares."""
-    head = ("floor", GEMM, "GEMM + step", "batch-invariant", "fused")
+    timed = [r for r in records if r.get("cache") == "warm"]
+    ordered = (IN_ORDER,) if any(r["runner"].startswith(IN_ORDER) for r in timed) else ()
+    head = ("floor", GEMM, "GEMM + step", "batch-invariant", *ordered, "fused")
     ratios = {
         "fused / floor": ("fused", "floor"),
         f"fused / {GEMM}": ("fused", GEMM),
@@ -123,7 +125,6 @@ def fused(records: Sequence[Record]) -> str:
     }
     names = (*head, *ratios)
     lines = ["| microseconds | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    timed = [r for r in records if r.get("cache") == "warm"]
     for case in dict.fromkeys(r["case"] for r in timed):
         us = {r["runner"].partition(",")[0]: r["us"] for r in timed if r["case"] == case}
         us["floor"] = next(r["floor_us"] for r in timed if r["case"] == case)

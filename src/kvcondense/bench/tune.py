@@ -15,7 +15,7 @@ import torch
 
 from kvcondense.backends import Step
 from kvcondense.backends.triton import TritonBackend, tuning
-from kvcondense.backends.triton.constants import SCALE_PART
+from kvcondense.backends.triton.constants import SCALE_PART, small_float_part
 from kvcondense.backends.triton.tuning import Choice
 from kvcondense.bench import device as gpu
 from kvcondense.bench import measure
@@ -24,9 +24,11 @@ from kvcondense.bench.records import Log, Record
 from kvcondense.bench.runners import BARE, Kvcondense
 from kvcondense.errors import CheckpointError, KvCondenseError
 from kvcondense.files.schema import typed
+from kvcondense.formats.elements import E2M1
 
 # Up to this many rows (None: any number): requests, tokens of each, where they start; all of them complete windows.
 RowClass = tuple[int | None, int, int, int]
+Casts = tuple[str, ...]
 CLASSES: tuple[RowClass, ...] = ((16, 16, 1, 1023), (128, 128, 1, 1023), (None, 8, 8192, 0))
 KINDS = {"hca": FORMAT, "csa": FORMAT, "indexer": "mxfp4_indexer"}
 _WARPS = (1, 2, 4, 8, 16)
@@ -37,6 +39,8 @@ _PER_THREAD = (2, 64)
 _GAIN = 0.98
 """A tiling takes the place of the table's if it needs at most this part of its time: smaller gains are noise."""
 _CAST_BLOCK, _CAST_PROGRAMS = 1024, 1 << 20
+_PARTS = {"bf16": None, "e4m3": SCALE_PART, "e2m1": small_float_part(E2M1)}
+"""What ``cast_kernel`` encodes, by the names of ``tuning.CASTS``."""
 
 
 @dataclass(frozen=True)
@@ -110,30 +114,30 @@ def _step(case: Case, device: str) -> Step:
     return Kvcondense(make_inputs(case, device), "triton", BARE).primed()["step"]
 
 
-def _choices(case: Case, step: Step, cast: bool) -> tuple[Choice, list[Choice]]:
+def _choices(case: Case, step: Step, casts: Casts) -> tuple[Choice, list[Choice]]:
     """The table's choice, and what is tried."""
     now = tuning.choose(step.rows.device, case.spec, step.plan.num_windows)
-    return now, candidates(case, replace(now, hardware_cast=cast))
+    return now, candidates(case, replace(now, casts=casts))
 
 
-def compile_tiling(kind: str, row_class: RowClass, device: str, cast: bool, number: int) -> None:
+def compile_tiling(kind: str, row_class: RowClass, device: str, casts: Casts, number: int) -> None:
     """Run one tiling of a class once: in a process of its own, for the machine code that it leaves on disk."""
     case = case_of(kind, row_class)
     step = _step(case, device)
-    TritonBackend(choice=_choices(case, step, cast)[1][number]).run(step)
+    TritonBackend(choice=_choices(case, step, casts)[1][number]).run(step)
     torch.cuda.synchronize()
 
 
 def time_class(
-    kind: str, row_class: RowClass, device: str, cast: bool, ahead: Callable[..., None] | None = None
+    kind: str, row_class: RowClass, device: str, casts: Casts, ahead: Callable[..., None] | None = None
 ) -> list[Timed]:
     """Every tiling of one kind and class; the table's first. ``ahead``: compiles this many of a class beforehand."""
     rows, case = row_class[0], case_of(kind, row_class)
     step = _step(case, device)
-    now, choices = _choices(case, step, cast)
+    now, choices = _choices(case, step, casts)
     if ahead is not None:
         ahead(kind, row_class, len(choices))
-    right = _outputs(step, TritonBackend(choice=now))  # as the table has it now, before a cast that may be new
+    right = _outputs(step, TritonBackend(choice=now))  # as the table has it now, before casts that may be new
     works, wrong = [], {}
     for choice in choices:
         backend = TritonBackend(choice=choice)
@@ -160,7 +164,7 @@ def _outputs(step: Step, backend: TritonBackend) -> tuple[torch.Tensor, torch.Te
 
 
 @contextlib.contextmanager
-def compiling_ahead(device: str, cast: bool, jobs: int) -> Iterator[Callable[..., None] | None]:
+def compiling_ahead(device: str, casts: Casts, jobs: int) -> Iterator[Callable[..., None] | None]:
     """Processes that compile a class's tilings side by side; idle while it is timed. One job needs none.
 
     What fails there fails again, and is seen, where the tiling is timed.
@@ -172,7 +176,7 @@ def compiling_ahead(device: str, cast: bool, jobs: int) -> Iterator[Callable[...
 
     def ahead(kind: str, row_class: RowClass, count: int) -> None:
         with contextlib.suppress(BrokenProcessPool):
-            for future in [executor.submit(compile_tiling, kind, row_class, device, cast, i) for i in range(count)]:
+            for future in [executor.submit(compile_tiling, kind, row_class, device, casts, i) for i in range(count)]:
                 future.exception()
 
     try:
@@ -201,10 +205,10 @@ class Limits:
     jobs: int = 1
 
 
-def tune(log: Log, cast: bool, kinds: list[str], say: Callable[[str], None], limits: Limits = Limits()) -> None:
+def tune(log: Log, casts: Casts, kinds: list[str], say: Callable[[str], None], limits: Limits = Limits()) -> None:
     """Add the timings of classes that ``log`` has not, a class complete at a time."""
     begun, longest, device = time.monotonic(), 0.0, gpu.home()
-    with compiling_ahead(device, cast, limits.jobs) as ahead:
+    with compiling_ahead(device, casts, limits.jobs) as ahead:
         for kind in kinds:
             for row_class in CLASSES:
                 name = case_of(kind, row_class).name
@@ -214,7 +218,7 @@ def tune(log: Log, cast: bool, kinds: list[str], say: Callable[[str], None], lim
                 elif before - begun + longest > limits.seconds:
                     say(f"{name}: not timed, {limits.seconds - (before - begun):.0f} s are left")
                 else:
-                    timed = time_class(kind, row_class, device, cast, ahead)
+                    timed = time_class(kind, row_class, device, casts, ahead)
                     for one in timed:
                         log.add(one.as_dict())
                     log.finish(name)
@@ -231,7 +235,7 @@ def _line(timed: list[Timed]) -> str:
     )
 
 
-def part_of(log: Log, cast: bool, facts: Record) -> tuple[str, dict[str, Any] | None]:
+def part_of(log: Log, casts: Casts, facts: Record) -> tuple[str, dict[str, Any] | None]:
     """(architecture, its part of the table); None if no compressor has timings of all its classes.
 
     Entries of compressors that have not stay as they are.
@@ -253,11 +257,16 @@ def part_of(log: Log, cast: bool, facts: Record) -> tuple[str, dict[str, Any] | 
     entries += [e for e in old["entries"] if (e[0], e[1]) not in new]
     what = "" if len(whole) == len(KINDS) else f"{', '.join(whole)}: "
     where = f"{facts['device']}, {facts['toolkit']}, triton {facts['triton']}, commit {facts['commit']}"
-    return arch, {**old, "source": f"{what}measured on {where}", "hardware_cast": cast, "entries": entries}
+    return arch, {**old, "source": f"{what}measured on {where}", "hardware_casts": list(casts), "entries": entries}
 
 
-def cast_is_exact(device: str, spans: Callable[[], Iterator[tuple[int, int]]] | None = None) -> bool:
-    """True if the chip's cast gives every one of the 2^32 floats the integer encoder's code.
+def exact_casts(device: str) -> Casts:
+    """Those of ``tuning.CASTS`` that ``cast_is_exact`` says yes to."""
+    return tuple(name for name in tuning.CASTS if cast_is_exact(name, device))
+
+
+def cast_is_exact(name: str, device: str, spans: Callable[[], Iterator[tuple[int, int]]] | None = None) -> bool:
+    """True if the chip's cast to ``name`` gives every one of the 2^32 floats what integer arithmetic does.
 
     False where it does not, or cannot be compiled. ``spans``: (first, programs) of other sets of floats.
     """
@@ -268,7 +277,7 @@ def cast_is_exact(device: str, spans: Callable[[], Iterator[tuple[int, int]]] | 
     wrong = torch.zeros(1, dtype=torch.int32, device=device)
     try:
         for first, programs in (spans or _all_floats)():
-            kernel[(programs,)](first, wrong, SCALE_PART, _CAST_BLOCK)
+            kernel[(programs,)](first, wrong, _PARTS[name], _CAST_BLOCK)
             if int(wrong):
                 return False
     except Exception:  # whatever a compiler raises: this chip has no such cast

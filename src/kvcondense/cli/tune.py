@@ -46,8 +46,9 @@ def tune(
     """Time every tiling of the Triton kernels on this GPU and keep the fastest for each compressor and number of rows.
 
     Tilings are replayed as CUDA graphs with cold caches; one whose rows or bytes differ in a bit is left out. The
-    chip's own cast to e4m3 is used only if it equals the integer encoder for all 2^32 floats. Other architectures'
-    parts of the table stay as they are, and so do the entries of a compressor if the budget ended before all of its
-    classes were timed. A class's timings are in the --json file as soon as they are made; --resume goes on with a file
-    of the same machine, versions and sources. The last line is the architecture's part of the table.
+    chip's own casts to bf16, e4m3 and e2m1 are used, each by itself, only if all 2^32 floats become what integer
+    arithmetic makes of them. Other architectures' parts of the table stay as they are, and so do the entries of a
+    compressor if the budget ended before all of its classes were timed. A class's timings are in the --json file as
+    soon as they are made; --resume goes on with a file of the same machine, versions and sources. The last line is the
+    architecture's part of the table.
     """

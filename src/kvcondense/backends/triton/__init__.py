@@ -194,6 +194,7 @@ def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept:
     stored = (cache_data, scales, counters)
     programs = count * c.blocks
     options: dict[str, Any] = {"c": c, "num_warps": num_warps, "enable_fp_fusion": False}
+    options |= tuning.launch_options(kv_score.device)
     with on_device(kv_score.device), clean_counters([plan]):
         if isinstance(state, OnlineState):
             online_kernel[(programs + kept,)](

@@ -11,7 +11,7 @@ import torch
 
 from kvcondense.backends.triton.tuning import Choice
 from kvcondense.formats.descriptor import CacheFormat
-from kvcondense.formats.elements import E4M3
+from kvcondense.formats.elements import E4M3, SmallFloat
 from kvcondense.formats.integers import SMALL_FLOAT, Part, RowMap, row_map
 from kvcondense.layout.addresses import PagedLayout
 from kvcondense.layout.online import OnlineState
@@ -23,9 +23,17 @@ _ALIGNED = 4  # fp32 of a load of 16 bytes
 ALIGNED = "fp32, aligned"
 UNROLL = 4
 """Tokens that an online fold reads ahead."""
-SCALE_PART = Part(
-    0, 0, SMALL_FLOAT, 0, E4M3.bits, E4M3.mantissa, E4M3.bias, E4M3.max_code, E4M3.nan_code or 0, 1
-)  # scales that are e4m3 bytes
+
+
+def small_float_part(element: SmallFloat) -> Part:
+    """What encodes such elements by themselves."""
+    nan = -1 if element.nan_code is None else element.nan_code
+    ties = int(element.ties_to_even)
+    return Part(0, 0, SMALL_FLOAT, 0, element.bits, element.mantissa, element.bias, element.max_code, nan, ties)
+
+
+SCALE_PART = small_float_part(E4M3)
+"""Scales that are e4m3 bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +47,7 @@ class Constants:
     place; aligned: and where they and their halves begin, so do 16 bytes. window_padded,
     window_levels: the window as a power of two, and its logarithm; ratio_levels: the ratio's. splits: partial sums of
     which this launch makes kv_score; 0: it is given. stored: all tokens are read from the state. rounds_rows: rows are
-    rounded before the cache takes them.
+    rounded before the cache takes them. casts_...: the chip's own cast gives what integers would.
     """
 
     ratio: int
@@ -81,7 +89,9 @@ class Constants:
     rows_map: RowMap | None
     rounds_rows: bool
     scale_part: Part
-    hardware_cast: bool
+    casts_bf16: bool
+    casts_e4m3: bool
+    casts_e2m1: bool
     unroll: int
     splits: int
     stored: bool = False
@@ -172,7 +182,9 @@ def constants(
         rows_map=rows,
         rounds_rows=rows is not None and rows.round_row and not spec.rounded,
         scale_part=SCALE_PART,
-        hardware_cast=choice.hardware_cast,
+        casts_bf16="bf16" in choice.casts,
+        casts_e4m3="e4m3" in choice.casts,
+        casts_e2m1="e2m1" in choice.casts,
         unroll=unroll,
         splits=splits,
         stored=stored,

@@ -80,8 +80,9 @@ def _blocks(projected: Sequence[int]) -> int:
 
 def choice(device: torch.device, window: int, head_dim: int) -> Choice:
     """How the windows of such a step are cut; programs have WARPS warps whatever they do."""
-    least = tuning.pooled_channels(tuning.architecture(device))
-    return Choice(min(head_dim, max(_TILE // (1 << (window - 1).bit_length()), least)), WARPS)
+    arch = tuning.architecture(device)
+    block = max(_TILE // (1 << (window - 1).bit_length()), tuning.pooled_channels(arch))
+    return Choice(min(head_dim, block), WARPS, tuning.casts(arch))
 
 
 def run(steps: Sequence[Step], x: torch.Tensor, ws: Sequence[torch.Tensor]) -> None:
@@ -117,7 +118,7 @@ def _launch(jobs: Sequence[_Job], x: torch.Tensor) -> None:
     each = tuning.decode_programs(x.device, max(step.spec.window for step, _, _ in jobs), len(jobs))
     assert each is not None
     whole, programs = _programs(x.device, each)
-    options = tuning.decode_options(tuning.architecture(x.device), each)
+    options = {**tuning.decode_options(tuning.architecture(x.device), each), **tuning.launch_options(x.device)}
     if whole:
         options["launch_cooperative_grid"] = True
     second, number = jobs[1][1] if two else _NONE, next_launch()

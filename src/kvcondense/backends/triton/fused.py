@@ -109,7 +109,7 @@ def project(x: torch.Tensor, w: torch.Tensor, library: bool) -> torch.Tensor:
 
 
 def _products(x: torch.Tensor, c: Constants) -> dict[str, Any]:
-    options = tuning.product_options(tuning.architecture(x.device))
+    options = {**tuning.product_options(tuning.architecture(x.device)), **tuning.launch_options(x.device)}
     return {"c": c, "K": DEPTH, "WIDE": interpreted(), "num_warps": _WARPS, **options}
 
 
@@ -123,7 +123,7 @@ def choice(spec: CompressorSpec, arch: str) -> tuple[Choice, int]:
     else:
         block = min(spec.head_dim, _BLOCK)
         parts = 2 if columns > 2 * _BLOCK and spec.head_dim % (2 * block) == 0 else 1
-    return Choice(block, _WARPS, counters=False), parts
+    return Choice(block, _WARPS, tuning.casts(arch), counters=False), parts
 
 
 def windows_of(spec: CompressorSpec) -> int:
@@ -142,7 +142,7 @@ def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
     tiling, parts = choice(spec, tuning.architecture(x.device))
     c = constants(spec, state_key(state), form, page_rows, False, tiling)
     products = _products(x, c)
-    options = {"c": c, "num_warps": _WARPS, "enable_fp_fusion": False}
+    options = {"c": c, "num_warps": _WARPS, "enable_fp_fusion": False, **tuning.launch_options(x.device)}
     x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (x, w))
     ape, data = None if step.ape is None else fp32(step.ape), state_rows(state)
     hidden, windows, keeps = x.shape[1], plan.num_windows, plan.keep_token.shape[0]

@@ -91,6 +91,7 @@ class StaticPlanner:
 
         block = INTERPRETED_BLOCK if interpreted() else BLOCK
         options: dict[str, Any] = {"BLOCK": block, "num_warps": WARPS, "enable_fp_fusion": False}
+        options |= tuning.launch_options(self.memory.device)
         operands: Any = (self.described, self.memory, *self.tensors)
         with on_device(self.memory.device):
             plan_kernel[(len(self.plans),)](*operands, **options)

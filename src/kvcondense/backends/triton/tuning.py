@@ -22,26 +22,30 @@ from kvcondense.spec import CompressorSpec
 TABLE = Path(__file__).with_name("tuning.json")
 ANY = "any"
 """Architecture whose entries stand in for those that the table does not name."""
+CASTS = ("bf16", "e4m3", "e2m1")
+"""Casts of fp32 that kernels may leave to the chip, where ``kvcondense tune`` has shown that every result is equal."""
+_DEPENDENT = 90
+"""The first sm_ with programmatic dependent launch."""
 _TILE = 4096
 """Elements of a tile, [window, channels], where the table says nothing."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """block: channels of a program; num_warps: its warps; hardware_cast: e4m3 codes by the chip's own cast; counters:
-    a program is threads, and atomics tell the last of a window's programs that it is (else a program is one thread, and
-    a second launch finishes windows).
+    """block: channels of a program; num_warps: its warps; casts: of ``CASTS``, those that the chip does by itself;
+    counters: a program is threads, and atomics tell the last of a window's programs that it is (else a program is one
+    thread, and a second launch finishes windows).
     """
 
     block: int
     num_warps: int
-    hardware_cast: bool = False
+    casts: tuple[str, ...] = ()
     counters: bool = True
 
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """The file: by architecture its source, hardware_cast, counters, fused_tokens, library_product,
+    """The file: by architecture its source, hardware_casts, counters, dependent_launch, fused_tokens, library_product,
     decode_programs ([window, programs, programs of two compressors], for windows of at most so many tokens, null any),
     and entries.
 
@@ -69,6 +73,19 @@ def stand_in(arch: str) -> Iterator[None]:
         _stand_in.reset(token)
 
 
+_in_full_order: ContextVar[bool] = ContextVar("in_full_order", default=False)
+
+
+@contextlib.contextmanager
+def in_full_order() -> Iterator[None]:
+    """Within, no kernel starts before the one ahead of it has ended, whatever the table says; captures included."""
+    token = _in_full_order.set(True)
+    try:
+        yield
+    finally:
+        _in_full_order.reset(token)
+
+
 def architecture(device: torch.device) -> str:
     """sm_90, gfx942, Ascend ... of a device, "any" under the interpreter."""
     return _stand_in.get() or _architecture(device)
@@ -94,6 +111,11 @@ def choose(device: torch.device, spec: CompressorSpec, rows: int) -> Choice:
     return choose_for(architecture(device), spec.ratio, spec.window, spec.head_dim, rows)
 
 
+def casts(arch: str) -> tuple[str, ...]:
+    """Of ``CASTS``, those that the table lets an architecture's chips do by themselves."""
+    return tuple(_part(arch)["hardware_casts"])
+
+
 def threads(device: torch.device) -> bool:
     """True if a program on this device is threads, which barriers join."""
     return _part(architecture(device))["counters"]
@@ -107,6 +129,22 @@ def fused_tokens(device: torch.device) -> int | None:
 def library_product(device: torch.device) -> bool:
     """True if a product by the vendor's library, then the step, beats steps that are fused with their projection."""
     return _part(architecture(device))["library_product"]
+
+
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """Options of every launch: whether its programs may start while earlier kernels run, on sm_90 and later.
+
+    One place sets both the kernel's flag, by which each program waits, and the launch's, by which it has to.
+    """
+    arch = architecture(device)
+    if not (starts_early(arch) and _part(arch)["dependent_launch"]) or _in_full_order.get():
+        return {}
+    return {"PDL": True, "launch_pdl": True}
+
+
+def starts_early(arch: str) -> bool:
+    """True of chips that can start a kernel before the one ahead of it has ended."""
+    return arch.startswith("sm_") and int(arch[3:]) >= _DEPENDENT
 
 
 def product_options(arch: str) -> dict[str, Any]:
@@ -166,7 +204,7 @@ def choose_for(arch: str, ratio: int, window: int, head_dim: int, rows: int) -> 
     part = _part(arch)
     for r, d, most, block, num_warps in part["entries"]:
         if (r, d) == (ratio, head_dim) and (most is None or rows <= most):
-            return Choice(block, num_warps, part["hardware_cast"], part["counters"])
+            return Choice(block, num_warps, casts(arch), part["counters"])
     padded = 1 << (window - 1).bit_length()
     block = max(min(head_dim, _TILE // padded), min(head_dim, 16))
-    return Choice(block, max(1, min(8, block * padded // 512)), part["hardware_cast"], part["counters"])
+    return Choice(block, max(1, min(8, block * padded // 512)), casts(arch), part["counters"])

@@ -21,6 +21,8 @@ What decides is the longest bound; or "latency", where launch + chain are longer
 takes the sum of its launches.
 The vendor's library has no chain: its product is launch + max(memory, product).
 
+What a program does before it waits for earlier kernels is in the launch's time.
+
 Left out: bank conflicts, lines that two programs of a processor share in its first cache, powers and clocks that fall
 under load, overlap of launches. Masked lanes count as if they moved their bytes in ``shared``, nowhere else.
 """

@@ -260,6 +260,7 @@ def _decode(parts: Sequence[Part], arch: str) -> Kernel:
     times = {
         **parts[0].of_windows(), "add_spans": 1 / every[0].splits, "finish#2": 1 / every[0].blocks,
         "grid_barrier": 1.0, "grid_barrier#2": float(overwrites),
+        "prefetch_all": 0.0,  # in the time that a launch takes
     }  # fmt: skip
     trips = {"stream": span / fused.DEPTH}
     for number, (p, w, k) in enumerate(zip(products, windows, kept, strict=True), 1):

@@ -39,12 +39,14 @@ def run(
 
     facts = {**measure.machine(), **gpu.machine()}
     kept = records.resumed(output.json_file, facts, _WHAT, tuner.check_record)[1] if resume else []
-    cast = tuner.cast_is_exact(gpu.home())
-    output.say(f"the chip's cast to e4m3 {'equals' if cast else 'is not proven equal to'} the integer encoder's codes")
-    log = records.Log(output.json_file, {"machine": facts, "hardware_cast": cast}, kept, keep_old=not resume)
+    casts = tuner.exact_casts(gpu.home())
+    output.say(
+        f"the chip's casts that give what integer arithmetic does, for every float: {', '.join(casts) or 'none'}"
+    )
+    log = records.Log(output.json_file, {"machine": facts, "hardware_casts": casts}, kept, keep_old=not resume)
     limits = tuner.Limits(budget or float("inf"), jobs or os.cpu_count() or 1)
-    tuner.tune(log, cast, kind or list(tuner.KINDS), output.say, limits)
-    arch, part = tuner.part_of(log, cast, facts)
+    tuner.tune(log, casts, kind or list(tuner.KINDS), output.say, limits)
+    arch, part = tuner.part_of(log, casts, facts)
     if part is None:
         output.say("no compressor has timings of all its classes: the table stays as it is")
         return False

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from kvcondense.backends.triton.kernels.arrive import last_of
-from kvcondense.backends.triton.kernels.bits import bf16_bits
+from kvcondense.backends.triton.kernels.bits import round_bf16
+from kvcondense.backends.triton.kernels.dependent import in_turn
 from kvcondense.backends.triton.kernels.encode import put
 from kvcondense.backends.triton.kernels.pool import fresh_values, pool, row_offset, scores_of, values_of
 from kvcondense.backends.triton.kernels.row import hadamard, rms_norm, rope
@@ -75,7 +76,7 @@ def store_as_state(target, x, c: tl.constexpr):
     """fp32 values to the state's type."""
     ROUND: tl.constexpr = c.value.state_bf16
     if ROUND:  # rounded before the cast, which therefore is exact
-        tl.store(target, bf16_bits(x).to(tl.float32, bitcast=True).to(tl.bfloat16))
+        tl.store(target, round_bf16(x, c).to(tl.bfloat16))
     else:
         tl.store(target, x)
 
@@ -120,9 +121,11 @@ def condense_kernel(
     kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions, state_table, state,
     window_request, window_index, window_slot, keep_token, keep_position, keep_row, cache, scales, counters,
     window_programs, kv_stride, table_stride, page_stride, scales_stride, launch, c: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The first ``window_programs`` programs pool and finish windows, the others keep rows."""
     STATE: tl.constexpr = c.value.has_state
+    in_turn(PDL)
     program = tl.program_id(0)
     sound = tl.full((), 1, tl.int1)
     if program < window_programs:
@@ -137,10 +140,11 @@ def condense_kernel(
 @triton.jit
 def finish_kernel(
     gamma, cos, sin, rows, latent, window_request, window_index, window_slot, cache, scales,
-    page_stride, scales_stride, c: tl.constexpr,
+    page_stride, scales_stride, c: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Finish what blocks have pooled into ``rows``, on devices whose atomics do not say who came last."""
     D: tl.constexpr = c.value.head_dim
+    in_turn(PDL)
     e = tl.program_id(0)
     if tl.load(window_request + e) >= 0:
         pooled = tl.load(rows + e.to(tl.int64) * D + tl.arange(0, D))

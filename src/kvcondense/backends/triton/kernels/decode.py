@@ -13,6 +13,7 @@ import triton.language as tl
 
 from kvcondense.backends.triton.kernels.arrive import grid_barrier, last_of
 from kvcondense.backends.triton.kernels.condense import keep, window_task
+from kvcondense.backends.triton.kernels.dependent import earlier_done, let_next_start, prefetch
 from kvcondense.backends.triton.kernels.fused import product
 from kvcondense.layout.plan import BARRIERS as _BARRIERS
 
@@ -21,6 +22,8 @@ STREAM: tl.constexpr = tl.constexpr(1)
 WINDOWS: tl.constexpr = tl.constexpr(2)
 KEEPS: tl.constexpr = tl.constexpr(4)
 ALL: tl.constexpr = tl.constexpr(7)
+THREADS: tl.constexpr = tl.constexpr(128)
+"""Of a program."""
 
 
 @triton.jit
@@ -33,6 +36,14 @@ def add_spans(target, live, sound, split_stride, S: tl.constexpr):
 
 
 @triton.jit
+def span_of(task, hidden, K: tl.constexpr, S: tl.constexpr):
+    """The hidden channels of product ``task``, from the first to behind the last: one of S spans, in steps of K."""
+    span = tl.cdiv(hidden, K * S) * K
+    first = (task % S) * span
+    return first, tl.minimum(first + span, hidden)
+
+
+@triton.jit
 def stream(task, counter, launch, x, w, partials, tokens, hidden, x_stride, w_stride, split_stride, P: tl.constexpr,
            M: tl.constexpr, B: tl.constexpr, K: tl.constexpr, S: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """Sums of M tokens over span ``task % S`` of the hidden channels, for B of P projected channels.
@@ -40,15 +51,14 @@ def stream(task, counter, launch, x, w, partials, tokens, hidden, x_stride, w_st
     Those of all spans come to stand where the first one's stood; NaN, unless the block's counter counts them alone.
     """
     column = (task // S) * B + tl.arange(0, B)
-    span = tl.cdiv(hidden, K * S) * K
-    first = (task % S) * span
+    first, end = span_of(task, hidden, K, S)
     token = tl.arange(0, M)
     live = token < tokens
     k = tl.arange(0, K)
     source = x + tl.where(live, token, 0)[:, None].to(tl.int64) * x_stride + k[None, :]
     weight = w + column[None, :].to(tl.int64) * w_stride + k[:, None]
     total = tl.zeros([M, B], tl.float32)
-    for i in range(first, tl.minimum(first + span, hidden), K):
+    for i in range(first, end, K):
         total = product(tl.load(source + i, mask=live[:, None], other=0.0), tl.load(weight + i), total, WIDE)
     target = partials + token[:, None] * P + column[None, :]
     tl.store(target + (task % S) * split_stride, total, mask=live[:, None])
@@ -62,7 +72,25 @@ def stream(task, counter, launch, x, w, partials, tokens, hidden, x_stride, w_st
 def following(before):
     """The first item of this program's where items are dealt out in turn, and ``before`` others were before."""
     programs = tl.num_programs(0)
-    return (tl.program_id(0) + programs - before % programs) % programs
+    first = tl.program_id(0) - before % programs
+    return tl.where(first < 0, first + programs, first)
+
+
+@triton.jit
+def prefetch_all(before, own, hidden, c: tl.constexpr, B: tl.constexpr, K: tl.constexpr):
+    """Ask for the weights of this program's share of a compressor's products; items so far."""
+    P: tl.constexpr = c.value.projected
+    S: tl.constexpr = c.value.splits
+    ITEMS: tl.constexpr = P // B * S
+    STEPS: tl.constexpr = THREADS // B  # of K channels, which are a line: one for each thread
+    w, w_stride = own[0], own[2]
+    for task in range(following(before), ITEMS, tl.num_programs(0)):
+        first, end = span_of(task, hidden, K, S)
+        column = (task // S) * B + tl.arange(0, B)
+        row = w + column[:, None].to(tl.int64) * w_stride
+        for i in range(first, end, K * STEPS):
+            prefetch(row + tl.minimum(i + K * tl.arange(0, STEPS), end - K)[None, :])
+    return before + ITEMS
 
 
 @triton.jit
@@ -117,7 +145,7 @@ def decode_kernel(
     own, layer, windows, keeps, stored, count, kept, table_stride,
     own_2, layer_2, windows_2, keeps_2, stored_2, count_2, kept_2, table_stride_2,
     c: tl.constexpr, c_2: tl.constexpr, TWO: tl.constexpr, PHASE: tl.constexpr,
-    M: tl.constexpr, B: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+    M: tl.constexpr, B: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Step of one compressor, or of TWO. ordered: what is kept may replace what a window reads, and waits for it.
 
@@ -127,10 +155,16 @@ def decode_kernel(
     """
     sound = tl.full((), 1, tl.int1)
     blocks = windows[3] + count + BARRIERS
+    if PDL:  # while earlier kernels run, so that the weights are in the last cache when x is there
+        before = prefetch_all(0, own, hidden, c, B, K)
+        if TWO:
+            prefetch_all(before, own_2, hidden, c_2, B, K)
+    earlier_done(PDL)
     if (PHASE == STREAM) | (PHASE == ALL):
         before = stream_all(0, blocks, launch, x, own, tokens, hidden, x_stride, c, M, B, K, WIDE)
         if TWO:
             stream_all(before, blocks, launch, x, own_2, tokens, hidden, x_stride, c_2, M, B, K, WIDE)
+    let_next_start(PDL)  # what is left asks little of the memory: the next kernel may ask for its weights
     if PHASE == ALL:
         sound = grid_barrier(windows[3] + count, launch)
     after = tl.program_id(0) * 0

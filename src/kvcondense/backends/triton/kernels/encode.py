@@ -1,8 +1,8 @@
 """Stage 7 in Triton: a row to the bytes of its slot, for every cache format, by integer arithmetic on fp32 bits.
 
 Codes and scales are those of ``formats.CacheFormat.encode``, bit for bit, on every architecture: divisions are rounded
-as IEEE has it, everything else is integers. HARDWARE lets the chip's own cast find e4m3 codes, which is for a device
-where a test has shown that all of them are equal.
+as IEEE has it, everything else is integers. HARDWARE lets the chip's own cast find codes, which is for a device where
+a test has shown that all of them are equal.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def scaled_integer(magnitude, EXPONENT: tl.constexpr, TIES_TO_EVEN: tl.constexpr
 
 @triton.jit
 def small_float(x, part: tl.constexpr, HARDWARE: tl.constexpr):
-    """Codes of ``formats.elements.SmallFloat``, as int32."""
+    """Codes of ``formats.elements.SmallFloat``, as int32. HARDWARE: for e4m3, and for e2m1 with ties to even."""
     BITS: tl.constexpr = part.value.bits
     MANTISSA: tl.constexpr = part.value.mantissa
     BIAS: tl.constexpr = part.value.bias
@@ -46,7 +46,12 @@ def small_float(x, part: tl.constexpr, HARDWARE: tl.constexpr):
     NAN_CODE: tl.constexpr = part.value.nan_code
     TIES_TO_EVEN: tl.constexpr = part.value.ties_to_even
     b, magnitude = to_bits(x), magnitude_bits(x)
-    if HARDWARE:
+    if HARDWARE and BITS == 4:  # of two floats, the second one in the low nibble
+        code = tl.inline_asm_elementwise(
+            "{ .reg .b8 t; cvt.rn.satfinite.e2m1x2.f32 t, 0f00000000, $1; cvt.u32.u8 $0, t; }",
+            "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    elif HARDWARE:
         code = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
     else:
         rebiased = magnitude - ((127 - BIAS) << 23)
@@ -151,16 +156,20 @@ def scale_of(amax_bits, part: tl.constexpr, scale_part: tl.constexpr):
 
 
 @triton.jit
-def codes_of(x, part: tl.constexpr, HARDWARE: tl.constexpr):
+def codes_of(x, c: tl.constexpr, part: tl.constexpr):
     """Codes of the part's element, as int32."""
     ELEMENT: tl.constexpr = part.value.element
     BIAS: tl.constexpr = part.value.bias
+    TIES_TO_EVEN: tl.constexpr = part.value.ties_to_even
+    E4M3: tl.constexpr = c.value.casts_e4m3
+    E2M1: tl.constexpr = c.value.casts_e2m1
+    BF16: tl.constexpr = c.value.casts_bf16
     if ELEMENT == "small_float":
-        code = small_float(x, part, HARDWARE and BIAS == 7)
+        code = small_float(x, part, (E4M3 and BIAS == 7) or (E2M1 and (BIAS == 1 and TIES_TO_EVEN)))
     elif ELEMENT == "whole":
         code = whole(x)
     elif ELEMENT == "plain16":
-        code = bf16_bits(x) >> 16
+        code = bf16_bits(x, BF16) >> 16
     else:
         code = plain32(x)
     return code
@@ -222,7 +231,7 @@ def through_part(row, c: tl.constexpr, K: tl.constexpr):
         code, stored, value = codes_and_scales(row, c, part)
         back = small_float_value(tl.reshape(code, (D // BLOCK, BLOCK)), part) * value[:, None]
         channel = tl.arange(0, D)
-        row = tl.where((channel >= FIRST) & (channel < LAST), round_bf16(tl.reshape(back, (D,))), row)
+        row = tl.where((channel >= FIRST) & (channel < LAST), round_bf16(tl.reshape(back, (D,)), c), row)
     return row
 
 
@@ -231,7 +240,6 @@ def codes_and_scales(row, c: tl.constexpr, part: tl.constexpr):
     """Of row [d] in blocks of the part: codes [d], and scales [blocks] as they are stored and as values."""
     scale_part: tl.constexpr = c.value.scale_part
     D: tl.constexpr = c.value.head_dim
-    HARDWARE: tl.constexpr = c.value.hardware_cast
     BLOCK: tl.constexpr = part.value.block
     NAN_CODE: tl.constexpr = part.value.nan_code
     FLOOR: tl.constexpr = part.value.floor
@@ -255,7 +263,7 @@ def codes_and_scales(row, c: tl.constexpr, part: tl.constexpr):
         x = tl.where(poisoned[:, None], 0.0, x)
         value = tl.where(poisoned, from_bits(amax * 0 + 0x7FC00000), value)
         stored = tl.where(poisoned, NAN * COPIES if COPIES > 0 else 0x7FC00000, stored)
-    return tl.reshape(codes_of(x, part, HARDWARE), (D,)), stored, value
+    return tl.reshape(codes_of(x, c, part), (D,)), stored, value
 
 
 @triton.jit
@@ -263,7 +271,6 @@ def put_part(row, page, at, page_base, scales, scales_stride, c: tl.constexpr, K
     """Encode and store part K of row [d]; ``scales``: bytes beside the pages, where the part lies there."""
     part: tl.constexpr = c.value.rows_map.parts[K]
     D: tl.constexpr = c.value.head_dim
-    HARDWARE: tl.constexpr = c.value.hardware_cast
     SCALE: tl.constexpr = part.value.scale
     BASE: tl.constexpr = part.value.code_base
     STRIDE: tl.constexpr = part.value.code_stride
@@ -280,9 +287,9 @@ def put_part(row, page, at, page_base, scales, scales_stride, c: tl.constexpr, K
     if TILE > 1:
         pointer = page_base + (BASE + STRIDE * (at - at % TILE) + TILE * (at % TILE))
     if SCALE == "":
-        code = codes_of(row, part, HARDWARE)
+        code = codes_of(row, c, part)
     elif SCALE == "TENSOR":
-        code = codes_of(tl.div_rn(row, tl.zeros_like(row) + tl.load(scales)), part, HARDWARE)
+        code = codes_of(tl.div_rn(row, tl.zeros_like(row) + tl.load(scales)), c, part)
     else:
         code, stored, value = codes_and_scales(row, c, part)
         put_scales(stored, page, at, page_base, scales, scales_stride, c, part)
@@ -303,7 +310,7 @@ def put(row, slot, cache, scales, page_stride, scales_stride, c: tl.constexpr):
     page, at = slot // PAGE_ROWS, slot % PAGE_ROWS
     page_base = cache + page * page_stride
     if ROUND:
-        row = round_bf16(row)
+        row = round_bf16(row, c)
     for k in tl.static_range(INNER):
         row = through_part(row, c, k)
     for k in tl.static_range(PARTS):

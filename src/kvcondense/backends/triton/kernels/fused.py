@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvcondense.backends.triton.kernels.bits import bf16_bits, exp
+from kvcondense.backends.triton.kernels.bits import exp, round_bf16
+from kvcondense.backends.triton.kernels.dependent import in_turn
 from kvcondense.backends.triton.kernels.pool import (
     as_stored,
     biases,
@@ -146,6 +147,7 @@ def project_pool_kernel(
     x, w, ape, query_start_loc, start_positions, state_table, state, window_request, window_index, rows,
     windows, hidden, x_stride, w_stride, table_stride,
     c: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Pooled rows of windows for ``PARTS`` blocks of channels to ``rows``; ``finish_kernel`` follows.
 
@@ -162,6 +164,7 @@ def project_pool_kernel(
     LEVELS: tl.constexpr = c.value.ratio_levels
     M: tl.constexpr = G * R
     LEAD: tl.constexpr = 1 if W > R else 0
+    in_turn(PDL)
     program = tl.program_id(0)
     channel = (program % BLOCKS) * (PARTS * BLOCK) + tl.arange(0, BLOCK)
     first = (program // BLOCKS) * (G - LEAD) - LEAD
@@ -217,12 +220,14 @@ def project_pool_kernel(
 def project_kernel(
     x, w, kv_score, tokens, hidden, x_stride, w_stride, out_stride,
     c: tl.constexpr, M: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """kv_score of M tokens for a block of channels, with the bits that the fused kernels pool and keep."""
     N: tl.constexpr = c.value.width
     BLOCK: tl.constexpr = c.value.block
     GATE: tl.constexpr = c.value.has_gate
     BLOCKS: tl.constexpr = N // BLOCK
+    in_turn(PDL)
     program = tl.program_id(0)
     channel = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     token = (program // BLOCKS) * M + tl.arange(0, M)
@@ -238,6 +243,7 @@ def project_kernel(
 def project_keep_kernel(
     x, w, ape, keep_token, keep_position, keep_row, state, keeps, hidden, x_stride, w_stride,
     c: tl.constexpr, M: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """[kv | score + ape], or raw scores, of M kept tokens for a block of the state's channels; skips padding (-1)."""
     N: tl.constexpr = c.value.width
@@ -247,6 +253,7 @@ def project_keep_kernel(
     RAW: tl.constexpr = c.value.raw_scores
     ROUND: tl.constexpr = c.value.state_bf16
     BLOCKS: tl.constexpr = N // BLOCK
+    in_turn(PDL)
     program = tl.program_id(0)
     channel = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     k = (program // BLOCKS) * M + tl.arange(0, M)
@@ -261,8 +268,8 @@ def project_keep_kernel(
     offset = row_offset(row, c)[:, None] + channel[None, :]
     target = values_of(state, c)
     if ROUND:  # rounded before the cast, which therefore is exact
-        kv = bf16_bits(kv).to(tl.float32, bitcast=True)
-        z = bf16_bits(z).to(tl.float32, bitcast=True)
+        kv = round_bf16(kv, c)
+        z = round_bf16(z, c)
     tl.store(target + offset, kv.to(target.dtype.element_ty), mask=kept[:, None])
     if GATE:
         tl.store(scores_of(state, c) + offset, z.to(target.dtype.element_ty), mask=kept[:, None])

@@ -12,6 +12,7 @@ import triton.language as tl
 from kvcondense.backends.triton.kernels.arrive import last_of
 from kvcondense.backends.triton.kernels.bits import exp
 from kvcondense.backends.triton.kernels.condense import finish
+from kvcondense.backends.triton.kernels.dependent import in_turn
 from kvcondense.backends.triton.kernels.pool import state_row
 
 
@@ -110,13 +111,14 @@ def open_window(q, slot, start, end, first_token, folded, draft_rows, kv_score, 
 def online_kernel(
     kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions, draft_rows, state_table,
     acc, folded, log, window_request, window_index, window_slot, cache, scales, counters,
-    window_programs, kv_stride, page_stride, scales_stride, launch, c: tl.constexpr,
+    window_programs, kv_stride, page_stride, scales_stride, launch, c: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The first ``window_programs`` programs fold and finish windows, the others the requests that complete none."""
     BLOCKS: tl.constexpr = c.value.blocks
     BLOCK: tl.constexpr = c.value.block
     D: tl.constexpr = c.value.head_dim
     R: tl.constexpr = c.value.ratio
+    in_turn(PDL)
     program = tl.program_id(0)
     if program < window_programs:
         e = program // BLOCKS

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from kvcondense.backends import jobs as _jobs
+from kvcondense.backends.triton.kernels.dependent import in_turn
 from kvcondense.layout.plan import COUNTERS as _COUNTERS
 
 (
@@ -291,7 +292,7 @@ def plan_keeps(job, out, side, target, gap, state_slots, state_table, BLOCK: tl.
                                "state_table", "slot_mapping", "block_table"])  # fmt: skip
 def plan_kernel(
     jobs, memory, query_start_loc, start_positions, draft_rows, state_slots, state_table, slot_mapping, block_table,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Plan ``program_id(0)`` of those that ``jobs`` [programs, SIZE] describes, into ``memory``.
 
@@ -299,6 +300,7 @@ def plan_kernel(
     through memory, not with each other, and whoever owns a window, a kept row or a page is searched for in the running
     sums.
     """
+    in_turn(PDL)
     job = jobs + tl.program_id(0) * SIZE
     kind = tl.load(job + KIND)
     side, gap = aligned(tl.load(job + REQUESTS) + 1), aligned(tl.load(job + WINDOWS) + COUNTERS)

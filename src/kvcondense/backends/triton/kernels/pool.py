@@ -64,7 +64,7 @@ def as_stored(x, c: tl.constexpr):
     """Values as they would come back from the state."""
     ROUND: tl.constexpr = c.value.state_bf16
     if ROUND:
-        x = round_bf16(x)
+        x = round_bf16(x, c)
     return x
 
 

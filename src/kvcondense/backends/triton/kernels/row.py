@@ -18,11 +18,11 @@ def rms_norm(row, gamma, c: tl.constexpr):
     LATENT: tl.constexpr = c.value.round_latent
     channel = tl.arange(0, D)
     if POOLED:
-        row = round_bf16(row)
+        row = round_bf16(row, c)
     mean = tree_sum(row * row, D, LEVELS) * (1.0 / D)  # d is a power of two: exact
     n = tl.load(gamma + channel) * (row * tl.div_rn(tl.full([1], 1.0, tl.float32), tl.sqrt_rn(mean + EPS)))
     if LATENT:
-        n = round_bf16(n)
+        n = round_bf16(n, c)
     return n
 
 
@@ -41,7 +41,7 @@ def rope(row, cos, sin, position, c: tl.constexpr):
     # a cos + (-(b sin)) has the same bits as a cos - b sin.
     out = row * a + tl.where(channel % 2 == 0, -other, other)
     if ROUND:
-        out = round_bf16(out)
+        out = round_bf16(out, c)
     return tl.where(rotated, out, row)
 
 
