@@ -87,7 +87,8 @@ class Device:
         """What ``kernel[grid](*args, c=c, ...)`` does on a chip."""
         del options  # warps and fusion are a GPU's
         names = kernel.arg_names
-        signature, constants = {}, {"c": c}
+        defaults = {p.name: p.default for p in kernel.params if p.is_constexpr and p.has_default}
+        signature, constants = {}, {**defaults, "c": c}
         for name, value in zip(names, args, strict=False):
             if value is None:
                 constants[name] = None
