@@ -101,7 +101,8 @@ def either(one, other, first, channel, live, nothing, c: tl.constexpr):
     Past the first cache, since other programs of this launch may have stored it.
     """
     ALIGNED: tl.constexpr = c.value.aligned
-    rows = tl.where(first, one, other)
+    # Chosen as numbers: compilers for AMD (Triton 3.6) end on pointers that are chosen.
+    rows = tl.where(first, one.to(tl.int64), other.to(tl.int64)).to(one.dtype)
     if ALIGNED:  # which tl.where hides from the compiler, and with it loads of 16 bytes
         rows = tl.multiple_of(rows, [16])
     return tl.load(rows[:, None] + channel[None, :], mask=live[:, None], other=nothing, cache_modifier=".cg")
