@@ -1,11 +1,14 @@
 """Prepared steps: buffers that stay, any plan; rows, states, caches and errors of ``condense``, through every kind."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
 
-from kvcondense import KvCondenseError, OnlineState, PagedCache, RaggedBatch, StatePool
+from interrupting import interrupted_at
+from kvcondense import KvCondenseError, OnlineState, PagedCache, RaggedBatch, StatePool, compress
+from kvcondense.backends import cpu
 from kvcondense.bound import bind
 from kvcondense.conformance.invariants import first_failure
 from kvcondense.conformance.own import KINDS, BackendAdapter
@@ -104,17 +107,75 @@ def test_a_static_plan_is_filled_anew_in_place():
         new = Plan.build_static(one.spec, plan.batch, state_layout=one.state.layout, page_rows=8, **bounds)
         static = static or new
         static.copy_(new)
+        before = mine.rows.clone()
         mine.run(static)
-        other.bound.condense(mine.tokens, other.plan(lengths, starts))
+        rows = other.bound.condense(mine.tokens, other.plan(lengths, starts)).values
         assert all(map(torch.equal, one.bytes(), other.bytes()))
+        count = static.num_windows
+        assert torch.equal(mine.rows[: len(rows)], rows)
+        assert not mine.rows[len(rows) : count].any(), "padding, whatever stood there"
+        assert torch.equal(mine.rows[count:], before[count:])
+
+
+def test_a_plan_whose_filling_is_broken_off_is_used_by_nobody():
+    """At any line: it is as before, or as after, or no step is admitted with it."""
+    line, refused, seen = 0, 0, [10**9]
+    while line <= seen[0]:
+        line += 1
+        layer = Layer(SPECS["csa"])
+        layer.state.tags = None
+        bounds = {"max_tokens": TOKENS, "max_positions": 96, "cache_rows": layer.cache.num_rows}
+        static, new = (
+            Plan.build_static(
+                layer.spec, layer.plan(*step).batch, state_layout=layer.state.layout, page_rows=8, **bounds
+            )
+            for step in STEPS[:2]
+        )
+        states = [[t.clone() for t in _values(p)] for p in (static, new)]
+        mine = prepare(layer.bound, torch.randn(TOKENS, layer.spec.projected))
+        mine.run(static)
+        with contextlib.suppress(KeyboardInterrupt), interrupted_at(line) as seen:
+            static.copy_(new)
+        if any(all(map(torch.equal, _values(static), state)) for state in states):
+            continue
+        refused += 1
+        with pytest.raises(KvCondenseError, match="plan: expected a plan that was filled to the end"):
+            mine.run(static)
+        static.copy_(new)
+        mine.run(static)
+    assert refused > 5
+
+
+def _values(plan):
+    return [t for owner in (plan, plan.batch) for t in vars(owner).values() if isinstance(t, torch.Tensor)]
 
 
 def _moved_tokens(_, mine):
-    mine.tokens = mine.tokens.clone()
+    mine.tokens.data = mine.tokens.clone()
 
 
 def _moved_rows(_, mine):
     mine.rows.data = mine.rows.clone()
+
+
+def _other_shape(_, mine):
+    mine.tokens.resize_(2 * TOKENS, mine.tokens.shape[1] // 2)
+
+
+def _other_strides(_, mine):
+    mine.tokens.as_strided_(mine.tokens.shape, (0, 1))
+
+
+def _other_type(_, mine):
+    mine.tokens.data = mine.tokens.view(torch.int32)
+
+
+def _gradients(_, mine):
+    mine.tokens.requires_grad_()
+
+
+def _shorter_table(layer, _):
+    layer.bound.rope.cos.resize_(4, layer.bound.rope.cos.shape[1])
 
 
 def _moved_state(layer, _):
@@ -134,7 +195,9 @@ def _wrong_tags(layer, _):
 
 
 @pytest.mark.parametrize(
-    "spoil", [_moved_tokens, _moved_rows, _moved_state, _other_layout, _other_pages, _wrong_tags]
+    "spoil",
+    [_moved_tokens, _moved_rows, _other_shape, _other_strides, _other_type, _gradients, _shorter_table, _moved_state,
+     _other_layout, _other_pages, _wrong_tags],
 )  # fmt: skip
 def test_what_is_no_longer_as_prepared_is_an_error_before_anything_is_written(spoil):
     layer = Layer(SPECS["csa"])
@@ -171,6 +234,11 @@ def test_the_buffer_is_no_memory_that_steps_write():
         prepare(layer.bound, torch.zeros(4, 3))
     with pytest.raises(KvCondenseError, match=r"x: expected shape \[any, 64"):
         prepare(layer.bound, x=torch.zeros(4, 3))
+    for wrong in ([1.0], None):
+        with pytest.raises(KvCondenseError, match="x: expected"):
+            compress(layer.spec, wrong, layer.bound.weights, layer.bound.rope, layer.plan([1, 1], [0, 0]).batch)
+    with pytest.raises(KvCondenseError, match="x: expected a tensor"):
+        prepare(layer.bound, x=[1.0])
     with pytest.raises(KvCondenseError, match="x: expected exactly one of kv_score and x, got both or neither"):
         prepare(layer.bound)
 
@@ -182,6 +250,46 @@ def test_moved_weights_are_noticed_where_they_are_multiplied():
     layer.bound.weights.w.data = layer.bound.w.clone()
     with pytest.raises(KvCondenseError, match="x, rows: expected the memory that was prepared"):
         mine.run(layer.plan([1, 1], [9, 4]))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_what_is_prepared_in_inference_mode_runs_outside_of_it(impl):
+    one, other = Layer(SPECS["csa"], impl), Layer(SPECS["csa"], impl)
+    tokens = torch.randn(TOKENS, one.spec.projected)
+    with torch.inference_mode():
+        mine = prepare(one.bound, tokens)
+    for step in STEPS:
+        mine.run(one.plan(*step))
+        other.bound.condense(tokens, other.plan(*step))
+        assert all(map(torch.equal, one.bytes(), other.bytes()))
+
+
+def test_a_backend_of_one_s_own_is_asked_for_every_step():
+    class Own(type(cpu.BACKEND)):
+        def why_not(self, step):
+            return "no more than two windows" if step.plan.num_windows > 2 else None
+
+        def run(self, step):
+            super().run(step)
+            step.rows.add_(1)
+
+    one, other = (Layer(SPECS["csa"], Own()) for _ in range(2))
+    mine = prepare(one.bound, torch.randn(TOKENS, one.spec.projected))
+    for step in (([4, 4], [0, 0]), ([4, 1], [4, 4])):
+        mine.run(one.plan(*step))
+        rows = other.bound.condense(mine.tokens, other.plan(*step)).values
+        assert torch.equal(mine.rows[: len(rows)], rows)
+    with pytest.raises(KvCondenseError, match="no more than two windows"):
+        mine.run(one.plan([8, 7], [8, 5]))
+
+
+def test_plans_pass_for_a_device_too():
+    layer = Layer(SPECS["csa"])
+    form = layer.bound.checked.form
+    assert form.device == layer.bound.weights.norm.device
+    plan = layer.plan([4, 4], [0, 0])
+    layer.bound.admit(plan, 8)
+    assert plan.passed == {form: 8}
 
 
 def _scaled(strict=False, scale=1e-6):

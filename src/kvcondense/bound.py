@@ -53,10 +53,11 @@ class CondensedRows:
 class _Form:
     """What a plan is compared with: the same object for all layers of a kind, so that it is compared once for them.
 
-    positions: of the RoPE table; page_rows, cache_rows: of the cache; None where there is none.
+    device: of the weights. positions: of the RoPE table; page_rows, cache_rows: of the cache; None where there is none.
     """
 
     spec: CompressorSpec
+    device: torch.device
     layout: Layout | None
     positions: int | None
     page_rows: int | None
@@ -209,9 +210,8 @@ class Bound:
         form, passed = self.checked.form, plan.passed
         if passed.get(form, rows + 1) <= rows:
             return
-        device = self.weights.norm.device
-        if plan.batch.query_start_loc.device != device:
-            raise DeviceError("plan", f"device {device} as the weights", plan.batch.query_start_loc.device)
+        if plan.batch.query_start_loc.device != form.device:
+            raise DeviceError("plan", f"device {form.device} as the weights", plan.batch.query_start_loc.device)
         validate.geometry(self.spec, plan, self.state, self.cache)
         validate.admitted(plan, rows, self.rope, self.cache, name)
         plan.admitted_to(rows, form.positions, form.cache_rows)
@@ -267,16 +267,17 @@ def bind(
         spans = tuple(span(t) for t in validate.written(state, cache).values())
         of_cache = (None, None) if cache is None else (cache.page_rows, cache.num_rows)
         layout, positions = None if state is None else state.layout, None if rope is None else rope.cos.shape[0]
-        form = _form(spec, layout, positions, *of_cache)
+        form = _form(spec, weights.norm.device, layout, positions, *of_cache)
         known = vars(weights)["_bound"] = _Checked(fixed, _weakly(state), _weakly(cache), places, spans, form)
     return Bound(spec, weights, rope, state, cache, latent, impl, known)
 
 
 def _places(weights: CompressorWeights, rope: Any, state: Any, cache: Any) -> tuple[Any, ...]:
     """Where what a step reads and writes lies, and in which form."""
-    found: list[Any] = [weights.norm.data_ptr(), None if weights.ape is None else weights.ape.data_ptr()]
-    if type(rope) is RopeTable:
-        found += (rope.cos.data_ptr(), rope.sin.data_ptr())
+    found: list[Any] = []
+    for t in (weights.norm, weights.ape, *((rope.cos, rope.sin) if type(rope) is RopeTable else ())):
+        if t is not None:
+            found += (t.data_ptr(), t.shape)
     if state is not None:
         found.append(state.layout)
     if cache is not None:
@@ -298,10 +299,11 @@ def compress_together(bounds: Sequence[Bound], x: torch.Tensor, plans: Sequence[
     All are checked before anything is written; no two may share a state or a cache. Of those that were bound with
     ``shared_blocks``, memory may be one as within each of them.
     """
-    validate.no_gradients("x", x)
     steps, ways = [], []
     for bound, plan in zip(bounds, plans, strict=True):
-        step = bound.step(bound.unprojected(x), plan, "x")
+        unprojected = bound.unprojected(x)
+        validate.no_gradients("x", x)
+        step = bound.step(unprojected, plan, "x")
         backend: Any = bound.backend(step)
         form = fused_form(backend, step, x, bound.w)
         steps.append(step)
@@ -343,20 +345,20 @@ def _check_together(bounds: Sequence[Bound], plans: Sequence[Plan], x: torch.Ten
 
 def _run(steps: Sequence[Step], run: Callable[[], None]) -> tuple[CondensedRows, ...]:
     """Run steps; their rows."""
-    marked([(s.spec, s.state, s.plan) for s in steps if s.state is not None and s.state.tags is not None], run)
+    marked([(s.spec, s.state, s.plan) for s in steps], run)
     return tuple([_rows(step) for step in steps])
 
 
-def marked(jobs: Sequence[tuple[CompressorSpec, StatePool | OnlineState, Plan]], run: Callable[[], None]) -> None:
-    """Run steps; meanwhile nobody takes the state rows that they write for what they were, or for what they become.
-
-    jobs: those whose state has tags.
-    """
-    for spec, state, plan in jobs:
-        marks.begin(state, plan, plan.facts(spec))
+def marked(
+    jobs: Sequence[tuple[CompressorSpec, StatePool | OnlineState | None, Plan]], run: Callable[[], None]
+) -> None:
+    """Run steps; meanwhile nobody takes the state rows that they write for what they were, or for what they become."""
+    told = [(s, plan, plan.facts(spec)) for spec, s, plan in jobs if s is not None and s.tags is not None]
+    for state, plan, facts in told:
+        marks.begin(state, plan, facts)
     run()
-    for spec, state, plan in jobs:
-        marks.name(state, plan, plan.facts(spec))
+    for state, plan, facts in told:
+        marks.name(state, plan, facts)
 
 
 def _rows(step: Step) -> CondensedRows:

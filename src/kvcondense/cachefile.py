@@ -123,7 +123,7 @@ class CacheFile:
             fmt, n = get_format(target), part.spec.visible_rows(self.position)
             cache = empty_cache(part.spec, fmt, n, page_tokens=page_tokens, tensor_scale=tensor_scale, strict=strict)
             for start in range(0, n, _ROWS_AT_A_TIME):
-                slots = torch.arange(start, min(n, start + _ROWS_AT_A_TIME))
+                slots = torch.arange(start, min(n, start + _ROWS_AT_A_TIME), device="cpu")
                 store(part.cache.decode_rows(slots), slots, cache)
             lost = converted(part.converted_from, part.cache.format.name, fmt.name)
             parts[name] = CachePart(part.spec, part.weights_sha256, cache, part.state, lost)

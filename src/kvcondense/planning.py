@@ -140,6 +140,10 @@ class StaticPlans:
         for plan, reached in zip(self.plans, self._reached, strict=True):
             plan.check_admitted(reached)
         if batch is not None:
+            self.batch.check_like(batch)
+        for plan in self.plans:
+            plan.renew(None)
+        if batch is not None:
             self.batch.copy_(batch)
         if self._native is not None:
             self._native.fill()

@@ -15,15 +15,20 @@ from kvcondense.errors import KvCondenseError, ShapeError, require
 from kvcondense.layout.plan import Plan
 from kvcondense.numerics import compute_dtype
 
+Take = Callable[[Plan], None]
+"""Does the step of a plan."""
 
-@dataclass(eq=False)
+
+@dataclass(frozen=True, eq=False)
 class Prepared:
     """Steps of ``bound`` from one buffer of tokens into one of rows; made by ``prepare``.
 
     tokens [T, projected], or x [T, D] if ``hidden``: what the next step reads is what they hold by then; a step may
     have fewer. rows [T, head_dim] fp32 (fp64 for fp64 tokens): the first ``plan.num_windows`` are those of the last
-    step, in the plan's order; latent: the same before RoPE, or None. go: what runs steps, with the cache in validation
-    mode or not. One thread at a time may use it.
+    step, in the plan's order, zeros for its padding; latent: the same before RoPE, or None. One thread at a time may
+    use it.
+
+    places: of all of them, as they were prepared. ways: what does a step, with the cache in validation mode or not.
     """
 
     bound: Bound
@@ -31,76 +36,87 @@ class Prepared:
     hidden: bool
     rows: torch.Tensor
     latent: torch.Tensor | None
-    places: tuple[int, ...]
-    go: dict[bool, Callable[[Plan], None]] = field(default_factory=dict)
+    places: tuple[Any, ...] = field(init=False, repr=False)
+    ways: dict[bool, Take] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "places", self._places())
 
     def run(self, plan: Plan) -> None:
-        """A step, as ``Bound.condense`` or ``compress`` does it: the same rows, state and cache, the same errors."""
-        bound, name = self.bound, "x" if self.hidden else "kv_score"
-        bound.ready(plan, self.tokens.shape[0], name)
-        if self.places != self.now():
-            raise KvCondenseError(f"{name}, rows", "the memory that was prepared", "other memory", "prepare it again")
-        if plan.num_windows > self.rows.shape[0]:
-            raise ShapeError("plan", f"at most {self.rows.shape[0]} windows, padding included", plan.num_windows)
-        strict = bound.cache is not None and bound.cache.strict
-        go = self.go.get(strict) or self._first(plan, strict)
-        go(plan)
+        """A step, as ``Bound.condense`` or ``compress`` does it: the same rows, state and cache, the same errors.
 
-    def now(self) -> tuple[int, ...]:
-        """Where the buffers lie."""
-        first = (self.tokens.data_ptr(), self.rows.data_ptr(), 0 if self.latent is None else self.latent.data_ptr())
-        return (*first, self.bound.w.data_ptr()) if self.hidden else first
-
-    def _first(self, plan: Plan, strict: bool) -> Callable[[Plan], None]:
-        """What runs steps: as the backend has prepared it; where it prepares nothing, a step of the bound compressor.
-
-        The backend is asked with the first step's plan.
+        And ShapeError for a plan of more than T windows, which only padding can make.
         """
-        take = self.bound.compress if self.hidden else self.bound.condense
+        bound, name = self.bound, "x" if self.hidden else "kv_score"
+        if self.places != self._places():
+            raise KvCondenseError(f"{name}, rows", "the memory that was prepared", "other memory", "prepare it again")
+        bound.ready(plan, self.tokens.shape[0], name)
+        count = plan.num_windows
+        if count > self.rows.shape[0]:
+            raise ShapeError("plan", f"at most {self.rows.shape[0]} windows, padding included", count)
+        take = self.ways.get(bound.cache is not None and bound.cache.strict) or self._way(plan)
+        if not plan.extremes.dense:
+            for rows in self._outputs:
+                rows[:count].zero_()
+        take(plan)
 
-        def whole(plan: Plan) -> None:
-            found = take(self.tokens, plan)
-            self.rows[: plan.num_windows] = found.values
-            if self.latent is not None and found.latent is not None:
-                self.latent[: plan.num_windows] = found.latent
+    @property
+    def _outputs(self) -> tuple[torch.Tensor, ...]:
+        return (self.rows,) if self.latent is None else (self.rows, self.latent)
 
-        self.go[strict] = self._quick(plan) or whole
-        return self.go[strict]
+    def _places(self) -> tuple[Any, ...]:
+        """Where the buffers lie, and how."""
+        held = (self.tokens, *self._outputs, self.bound.w) if self.hidden else (self.tokens, *self._outputs)
+        return tuple([(t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in held])
 
-    def _quick(self, plan: Plan) -> Callable[[Plan], None] | None:
-        """A step without what a backend asks of buffers; None if it prepares none."""
+    def _way(self, plan: Plan) -> Take:
+        """How steps are done from here on; the backend is asked with this plan's step."""
+        strict = self.bound.cache is not None and self.bound.cache.strict
+        self.ways[strict] = self._prepared(plan) or self._whole
+        return self.ways[strict]
+
+    def _whole(self, plan: Plan) -> None:
+        """A step of the bound compressor, where a backend prepares none."""
+        found = (self.bound.compress if self.hidden else self.bound.condense)(self.tokens, plan)
+        self.rows[: plan.num_windows] = found.values
+        if self.latent is not None and found.latent is not None:
+            self.latent[: plan.num_windows] = found.latent
+
+    def _prepared(self, plan: Plan) -> Take | None:
+        """A step as the backend has prepared it. Not that of an object: such a one is asked anew for every step."""
         bound, x, kv_score = self.bound, self.tokens, self.tokens
+        if not isinstance(bound.impl, str):
+            return None
         product: Callable[[], None] | None = None
         if self.hidden:
-            projector: Any = select_projector(bound.impl, x, bound.w)
-            kv_score = torch.empty_like(bound.unprojected(x), memory_format=torch.contiguous_format)
-            product = _asked(projector, "prepare_product", x, bound.w, kv_score)
+            kv_score = _buffer(x, bound.spec.projected, self.rows.dtype)
+            product = _asked(select_projector(bound.impl, x, bound.w), "prepare_product", x, bound.w, kv_score)
         step = replace(bound.step(kv_score, plan), rows=self.rows, latent=self.latent)
         backend = bound.backend(step)
         if self.hidden and (product is None or fused_form(backend, step, x, bound.w) is not None):
             return None
-        made: Callable[[Plan], None] | None = _asked(backend, "prepare", step)
-        if made is None:
+        rest: Take | None = _asked(backend, "prepare_step", step)
+        if rest is None:
             return None
 
         def launch(plan: Plan) -> None:
             if product is not None:
                 product()
-            made(plan)
+            rest(plan)
 
-        def go(plan: Plan) -> None:
-            if bound.state is None or bound.state.tags is None:
-                launch(plan)
-            else:
-                marked([(bound.spec, bound.state, plan)], lambda: launch(plan))
-
-        return go
+        return lambda plan: marked([(bound.spec, bound.state, plan)], lambda: launch(plan))
 
 
 def _asked(backend: Any, method: str, *arguments: Any) -> Any:
-    """What a method returns that not all backends have."""
+    """What a method of a ``Preparer`` returns; None of other backends."""
     found = getattr(backend, method, None)
     return found(*arguments) if callable(found) else None
+
+
+def _buffer(tokens: torch.Tensor, channels: int, dtype: torch.dtype) -> torch.Tensor:
+    """A row for each token, which steps may write in any mode of torch's."""
+    with torch.inference_mode(False):
+        return torch.zeros(tokens.shape[0], channels, dtype=dtype, device=tokens.device)
 
 
 def prepare(bound: Bound, kv_score: torch.Tensor | None = None, *, x: torch.Tensor | None = None) -> Prepared:
@@ -114,14 +130,12 @@ def prepare(bound: Bound, kv_score: torch.Tensor | None = None, *, x: torch.Tens
     if (kv_score is None) == (x is None):
         raise KvCondenseError("x", "exactly one of kv_score and x", "both or neither" if x is None else "both")
     if x is not None:
-        validate.no_gradients("x", x)
         dtype, tokens = bound.unprojected(x).dtype, x
+        validate.no_gradients("x", x)
         bound.beside("x", x)
     else:
         assert kv_score is not None
         bound.take(kv_score)
         dtype, tokens = compute_dtype(kv_score.dtype), kv_score
-    rows = tokens.new_zeros((tokens.shape[0], bound.spec.head_dim), dtype=dtype)
-    made = Prepared(bound, tokens, x is not None, rows, torch.zeros_like(rows) if bound.latent else None, ())
-    made.places = made.now()
-    return made
+    rows, latent = (_buffer(tokens, bound.spec.head_dim, dtype) for _ in range(2))
+    return Prepared(bound, tokens, x is not None, rows, latent if bound.latent else None)

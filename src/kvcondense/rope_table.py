@@ -56,7 +56,7 @@ def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
     A range that is empty or turned round (small bases) is taken as DeepSeek's and transformers' code take it.
     """
     dim, theta = config.rope_dim, config.compress_rope_theta
-    inv = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    inv = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))
     yarn = config.yarn
     if yarn is None:
         return inv
@@ -67,6 +67,6 @@ def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
     low = max(math.floor(turns_to_dim(yarn.beta_fast)), 0)
     high = min(math.ceil(turns_to_dim(yarn.beta_slow)), dim - 1)
     span = high - low or 0.001
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / span).clamp(0, 1)
     smooth = 1 - ramp
     return inv / yarn.factor * (1 - smooth) + inv * smooth

@@ -122,7 +122,7 @@ def earlier(payload: bytes, position: int) -> bytes:
     first = spec.live_start(position)
     if position > now or (first < position and (first < low or "acc" in file.names)):
         raise RangeError("position", f"{now}, or one that the state of a request at {now} reaches back to", position)
-    rows = torch.zeros(0, spec.state_dim, dtype=_dtype(file))
+    rows = torch.zeros(0, spec.state_dim, dtype=_dtype(file), device="cpu")
     if first < position:
         rows = file.tensor("rows", [now - low, spec.state_dim], rows.dtype)[first - low : position - low].clone()
     return sealed.pack({**file.header, "schema": SCHEMA, "position": position}, {"rows": rows})
@@ -205,7 +205,7 @@ def _load_online(
     _check_online(spec, state, None)
     state.check_slots(batch)
     position = int(batch.start_positions[0])
-    rows = tensors.get("rows", torch.empty(0, spec.state_dim)).to(state.device)
+    rows = tensors.get("rows", torch.empty(0, spec.state_dim, device="cpu")).to(state.device)
     acc = tensors["acc"].to(state.device) if "acc" in tensors else None
     acc = _fold(spec, acc, position - rows.shape[0], rows, ape, impl)
     assert batch.state_slots is not None

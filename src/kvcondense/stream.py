@@ -218,7 +218,7 @@ class Sequence:
 
     def _compress(self, c: Compressor, x: torch.Tensor, stop: int, rope: RopeTable, impl: str) -> None:
         # The pages of the sequence follow one another: slot and row index are the same number.
-        pages = torch.arange(c.cache.data.shape[0])[None]
+        pages = torch.arange(c.cache.data.shape[0], device="cpu")[None]
         batch = RaggedBatch.build(
             [0, stop - self.position],
             start_positions=[self.position],

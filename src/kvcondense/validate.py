@@ -9,7 +9,7 @@ import torch
 from kvcondense.errors import DeviceError, DtypeError, KvCondenseError, RangeError, ShapeError, require
 from kvcondense.layout.batch import RaggedBatch
 from kvcondense.layout.cache import PagedCache
-from kvcondense.layout.extremes import Slots
+from kvcondense.layout.extremes import UNKNOWN, Slots
 from kvcondense.layout.memory import check_apart, check_plain, overlap, span
 from kvcondense.layout.online import OnlineState
 from kvcondense.layout.plan import Plan
@@ -99,6 +99,8 @@ def admitted(plan: Plan, rows: int, rope: RopeTable | None, cache: PagedCache | 
     rows: tokens of ``name``, kv_score or x. With the plan's geometry (``geometry``), that bounds every address.
     """
     most = plan.extremes
+    if most is UNKNOWN:
+        raise KvCondenseError("plan", "a plan that was filled to the end", "one whose filling was broken off")
     if rows < most.tokens:
         raise ShapeError(name, f"at least {most.tokens} rows", f"{rows} rows")
     if rope is not None:

@@ -1,5 +1,6 @@
 """The scratch of a launch: no thread leaves its part, whatever windows are made of and however rows are read."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,25 @@ def test_no_launch_leaves_its_scratch():
         [sys.executable, "-c", CHILD.format(tests=str(TESTS))], capture_output=True, text=True
     )  # a process of its own: who leaves the scratch ends it
     assert run.stdout == "done\n", (run.returncode, run.stderr[-2000:])
+
+
+FORK = """
+import ctypes, os
+from kvcondense.backends.cpu import scratch
+for size in (1 << 12, 1 << 20):
+    ctypes.memset(scratch.of(size), 1, size)
+    child = os.fork()
+    if child == 0:
+        ctypes.memset(scratch.of(size), 7, size)
+        os._exit(ctypes.string_at(scratch.of(size), size) != bytes([7]) * size)
+    assert os.waitpid(child, 0)[1] == 0
+    assert ctypes.string_at(scratch.of(size), size) == bytes([1]) * size, size
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks of POSIX")
+def test_a_fork_works_in_memory_of_its_own():
+    """Large scratch is mapped by itself: were it shared, a child would write over what its parent works on."""
+    run = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True)
+    assert run.stdout == "done\n", run.stderr[-2000:]

@@ -89,6 +89,18 @@ class Fuser(Protocol):
         ...
 
 
+class Preparer(Protocol):
+    """A backend that keeps ready what steps from buffers that stay have in common (``kvcondense.prepared``)."""
+
+    def prepare_step(self, step: Step) -> Callable[[Plan], None] | None:
+        """``run`` of this step with whatever plan comes, its rows and latent first; None where ``run`` has to do it."""
+        ...
+
+    def prepare_product(self, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> Callable[[], None] | None:
+        """``project`` of these buffers into ``out`` [T, projected]; None where ``project`` has to do it."""
+        ...
+
+
 # Name -> module with a BACKEND; imported when it is asked for. "auto" takes the first that can run the step, but
 # for one with a true ``stand_in``: it runs somewhere else than where it is meant to, slowly.
 _MODULES = {

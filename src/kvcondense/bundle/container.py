@@ -98,7 +98,7 @@ class Container:
         label = f"{self.path} {what}"
         if not FIRST <= extent.at <= extent.at + extent.bytes <= self.mark.end:
             raise CheckpointError(label, f"bytes {FIRST} to {self.mark.end}", f"{extent.bytes} at {extent.at}")
-        data = torch.empty(extent.bytes, dtype=torch.uint8)
+        data = torch.empty(extent.bytes, dtype=torch.uint8, device="cpu")
         view, done = data.numpy().data, 0
         self._file.seek(extent.at)
         while done < extent.bytes:

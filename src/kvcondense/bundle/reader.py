@@ -117,7 +117,7 @@ class Bundle:
         if count > have:
             raise RangeError("count", f"at most {have} rows", count)
         if not found:
-            return split(torch.empty(0, dtype=torch.uint8), member.format, member.spec.head_dim)
+            return split(torch.empty(0, dtype=torch.uint8, device="cpu"), member.format, member.spec.head_dim)
         if len(found) == 1:
             return {name: t[:count] for name, t in found[0].items()}
         return {name: torch.cat([one[name] for one in found])[:count] for name in found[0]}
@@ -139,8 +139,8 @@ class Bundle:
         cache = PagedCache.allocate(
             member.spec.head_dim, -(-count // each), each, format=fmt, tensor_scale=tensor_scale, strict=strict
         )
-        scale = None if member.tensor_scale is None else torch.tensor(member.tensor_scale)
-        slots = torch.arange(count)
+        scale = None if member.tensor_scale is None else torch.tensor(member.tensor_scale, device="cpu")
+        slots = torch.arange(count, device="cpu")
         for first in range(0, count, _ROWS_AT_A_TIME):
             at = slice(first, first + _ROWS_AT_A_TIME)
             store(member.format.decode({name: t[at] for name, t in fields.items()}, scale), slots[at], cache)

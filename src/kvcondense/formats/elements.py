@@ -213,7 +213,7 @@ def ceil_log2_ratio(amax: torch.Tensor, largest: float) -> torch.Tensor:
 
     With largest = (1 + f) 2^e the quotient passes a power of two where the mantissa of amax passes f: compare bits.
     """
-    bits, reference = fp32_bits(amax), int(fp32_bits(torch.tensor(largest)))
+    bits, reference = fp32_bits(amax), int(fp32_bits(torch.tensor(largest, device="cpu")))
     above = ((bits & _MANTISSA) > (reference & _MANTISSA)).to(torch.int32)
     return ((bits >> 23) - (reference >> 23) + above).clamp(min=-127)
 

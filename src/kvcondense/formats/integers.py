@@ -68,8 +68,8 @@ class Part:
     @property
     def inverse(self) -> int:
         """fp32 bits of 1 / largest, rounded to nearest."""
-        largest = torch.tensor(self.largest, dtype=torch.int32).view(torch.float32)
-        return int(fp32_bits(torch.ones(()) / largest))
+        largest = torch.tensor(self.largest, dtype=torch.int32, device="cpu").view(torch.float32)
+        return int(fp32_bits(torch.ones((), device="cpu") / largest))
 
     @property
     def e4m3_scale(self) -> bool:
@@ -136,7 +136,7 @@ def row_map(form: CacheFormat, head_dim: int, page_rows: int, exact: bool = Fals
 
 def float_bits(x: float) -> int:
     """The bits of ``x`` as fp32."""
-    return int(fp32_bits(torch.tensor(x)))
+    return int(fp32_bits(torch.tensor(x, device="cpu")))
 
 
 def _part(part: Channels, head_dim: int) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _part(part: Channels, head_dim: int) -> dict[str, Any]:
         if rule.block is not None:
             entries["block"] = rule.block
         if rule.floor_on_scale:
-            entries["floor_exponent"] = int(ceil_log2_ratio(torch.tensor(rule.floor), 1.0))
+            entries["floor_exponent"] = int(ceil_log2_ratio(torch.tensor(rule.floor, device="cpu"), 1.0))
     return entries
 
 

@@ -125,7 +125,7 @@ class ScaleRule:
         """Power-of-two rules: log2 of the scale, [E, blocks] int32."""
         exponent = ceil_log2_ratio(amax, element.largest)
         if self.floor_on_scale:
-            exponent = exponent.clamp(min=int(ceil_log2_ratio(torch.tensor(self.floor), 1.0)))
+            exponent = exponent.clamp(min=int(ceil_log2_ratio(torch.tensor(self.floor, device="cpu"), 1.0)))
         return exponent
 
     def _apply(self, blocks: torch.Tensor, amax: torch.Tensor, element: Element) -> tuple[torch.Tensor, torch.Tensor]:

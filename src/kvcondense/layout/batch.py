@@ -119,6 +119,10 @@ class RaggedBatch:
             state_block_table=pages,
         )
 
+    def check_like(self, other: RaggedBatch) -> None:
+        """Raise ShapeError unless ``copy_`` can take over the values of this batch."""
+        check_fields(self, other, [f.name for f in fields(self)])
+
     def copy_(self, other: RaggedBatch) -> None:
         """Take over the values of a batch of the same shape, in place: a captured graph reads these very tensors."""
         copy_fields(self, other, [f.name for f in fields(self)])

@@ -52,6 +52,10 @@ class Extremes:
         return cls(tokens, positions, slots, dense=False)
 
 
+UNKNOWN = Extremes(torch.iinfo(torch.int64).max, None, None, dense=False)
+"""Of a plan that is being filled."""
+
+
 @dataclass(frozen=True)
 class Bounds:
     """What the steps of a static plan have at most: tokens, of one request, draft rows, positions (None: any)."""

@@ -194,7 +194,9 @@ class HostedStates:
         self._stream = None if self._streams is None else self._streams.Stream(device=self._device)
         self._copied: dict[str, Any] = {}
         self._away: dict[Hashable, _Away] = {}
-        self._taken = torch.zeros(host_slots, dtype=torch.int64)  # 0: not away, whatever ``_away`` says of the slot
+        self._taken = torch.zeros(
+            host_slots, dtype=torch.int64, device="cpu"
+        )  # 0: not away, whatever ``_away`` says of the slot
         self._moves: deque[tuple[Move, Any]] = deque(maxlen=require_int("kept", kept, 0))
         self._numbers = itertools.count()
 
@@ -342,7 +344,9 @@ class HostedStates:
 
     def _commit(self, host_slot: int, taken: int, tags: list[_Tags], moves: Sequence[tuple[Move, Any]] = ()) -> None:
         """Make a move count: whether the host's slot is taken, and all tags, by one call that no interrupt parts."""
-        there, new = zip(*itertools.chain(*tags), (self._taken[host_slot], torch.tensor(taken)), strict=True)
+        there, new = zip(
+            *itertools.chain(*tags), (self._taken[host_slot], torch.tensor(taken, device="cpu")), strict=True
+        )
         torch._foreach_copy_(there, new)  # type: ignore[attr-defined]
         self._moves.extend(moves)
 

@@ -87,7 +87,7 @@ class OnlineState:
         acc = advise(torch.empty(num_slots, 3, spec.head_dim, device=device))
         log = advise(torch.empty(num_slots * max_draft, spec.state_dim, device=device))
         folded = torch.full((num_slots,), -1, dtype=torch.int64, device=device)
-        tags = torch.full((num_slots, 2), -1, dtype=torch.int64) if acc.device.type == "cpu" else None
+        tags = torch.full((num_slots, 2), -1, dtype=torch.int64, device="cpu") if acc.device.type == "cpu" else None
         return cls(acc, folded, log, layout, tags)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from kvcondense.errors import KvCondenseError, RangeError, ShapeError, require
 from kvcondense.layout.addresses import PagedLayout, RingLayout, live_starts
 from kvcondense.layout.batch import RaggedBatch, check_fields, copy_fields, spread
-from kvcondense.layout.extremes import Bounds, Extremes, Layout, Slots, check_kinds, check_places, sound
+from kvcondense.layout.extremes import UNKNOWN, Bounds, Extremes, Layout, Slots, check_kinds, check_places, sound
 from kvcondense.layout.state import Reads
 from kvcondense.spec import CompressorSpec
 
@@ -208,14 +208,20 @@ class Plan:
         names = (*WINDOW_FIELDS, *KEEP_FIELDS)
         check_fields(self, other, names)
         self.check_admitted(other.extremes)
+        self.batch.check_like(other.batch)
+        reached = other.extremes  # it may be this very plan
+        self.renew(None)
         self.batch.copy_(other.batch)
-        self.renew(other.extremes)
         copy_fields(self, other, names)
         self.counters.zero_()  # whatever a step that was broken off has left
+        self.renew(reached)
 
-    def renew(self, extremes: Extremes) -> None:
-        """Forget what was known of the values: others take their place, which reach ``extremes``."""
-        object.__setattr__(self, "extremes", replace(extremes, dense=False))
+    def renew(self, extremes: Extremes | None) -> None:
+        """Forget what was known of the values: others take their place, which reach ``extremes``.
+
+        None: they are about to. Until it is said what they reach, no step is admitted with this plan.
+        """
+        object.__setattr__(self, "extremes", UNKNOWN if extremes is None else replace(extremes, dense=False))
         for known in ("_facts", "_passed"):
             vars(self).pop(known, None)
 

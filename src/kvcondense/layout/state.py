@@ -164,7 +164,9 @@ class StatePool:
         if dtype not in STATE_DTYPES:
             raise DtypeError("state dtype", "fp32, bf16 or fp64", dtype)
         data = advise(torch.empty(layout.num_rows, spec.state_dim, dtype=dtype, device=device))
-        tags = torch.full((layout.num_rows,), -1, dtype=torch.int64) if data.device.type == "cpu" else None
+        tags = (
+            torch.full((layout.num_rows,), -1, dtype=torch.int64, device="cpu") if data.device.type == "cpu" else None
+        )
         return cls(data, layout, tags)
 
     @property

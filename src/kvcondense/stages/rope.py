@@ -34,7 +34,7 @@ def selector(n: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rounding: Ro
 
 def selector_matrices(rope_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """E, O [rope_dim, rope_dim / 2]: E picks even channels, O odd ones."""
-    identity = torch.eye(rope_dim)
+    identity = torch.eye(rope_dim, device="cpu")
     return identity[:, 0::2].contiguous(), identity[:, 1::2].contiguous()
 
 

@@ -92,7 +92,7 @@ def _run_rows(
     **tensors: torch.Tensor,
 ) -> None:
     threads = 1 if pooled.numel() < SERIAL else torch.get_num_threads()
-    scratch = torch.empty(threads, 3 * spec.head_dim)
+    scratch = torch.empty(threads, 3 * spec.head_dim, device="cpu")
     rule = tables.spec_block(spec)
     gamma = gamma.to(torch.float32).contiguous()
     cos, sin = (gamma, gamma) if rope is None else (t.to(torch.float32).contiguous() for t in (rope.cos, rope.sin))
@@ -134,11 +134,11 @@ def _run(
     """One launch: forward with ``total``, else backward."""
     first = plan.batch.query_start_loc[plan.window_request] + plan.window_index * spec.ratio
     bias = None if ape is None else ape.to(torch.float32).contiguous()
-    zeros, nothing = torch.zeros(spec.width), torch.full((spec.width,), float("-inf"))
+    zeros, nothing = torch.zeros(spec.width, device="cpu"), torch.full((spec.width,), float("-inf"), device="cpu")
     size = params.ENTRY * (spec.window + params.GROUP) + 12 * _CHANNELS + LINE
     serial = plan.num_windows * spec.window * spec.head_dim < SERIAL
     threads = 1 if serial else torch.get_num_threads()
-    scratch = torch.empty(threads * size, dtype=torch.uint8)
+    scratch = torch.empty(threads * size, dtype=torch.uint8, device="cpu")
     at = {name: t.data_ptr() for name, t in tensors.items()}
     call = params.TrainingPool()
     call.what, call.tokens, call.stride = params.POOL, kv_score.data_ptr(), 4 * kv_score.shape[1]

@@ -83,4 +83,4 @@ def by_autograd(
 @functools.cache
 def _matrix(d: int) -> torch.Tensor:
     """H_d d^-0.5, symmetric: one product is less work than butterflies whose gradients are kept."""
-    return hadamard(torch.eye(d, dtype=torch.float64))
+    return hadamard(torch.eye(d, dtype=torch.float64, device="cpu"))

@@ -160,9 +160,9 @@ def _mlx(weight: StoredTensor, beside: dict[str, StoredTensor], shape: tuple[int
 def _affine(weight: StoredTensor, scales: StoredTensor, biases: StoredTensor, group: int, bits: int) -> torch.Tensor:
     scale, bias = (_finite(files.read(t).to(torch.float32), t) for t in (scales, biases))
     codes = files.read(weight).view(torch.uint8).to(torch.int32)
-    each = (codes.unsqueeze(-1) >> torch.arange(8, dtype=torch.int32)) & 1
+    each = (codes.unsqueeze(-1) >> torch.arange(8, dtype=torch.int32, device="cpu")) & 1
     each = each.reshape(codes.shape[0], -1, bits)  # a row's bits, from the lowest of its first byte on
-    q = (each << torch.arange(bits, dtype=torch.int32)).sum(-1).to(torch.float32)
+    q = (each << torch.arange(bits, dtype=torch.int32, device="cpu")).sum(-1).to(torch.float32)
     q = q.reshape(*scale.shape, group)
     return _rounded((q * scale.unsqueeze(-1) + bias.unsqueeze(-1)).flatten(1), weight)
 

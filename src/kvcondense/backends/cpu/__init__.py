@@ -51,7 +51,7 @@ class CpuBackend:
         else:
             calls.run(step)
 
-    def prepare(self, step: Step) -> Callable[[Plan], None] | None:
+    def prepare_step(self, step: Step) -> Callable[[Plan], None] | None:
         """``run`` of this step with other plans, its block filled beforehand; None where it has to be filled anew."""
         return None if step.cache is not None and step.cache.strict else calls.prepare(step)
 
@@ -68,7 +68,7 @@ class CpuBackend:
     def project(self, x: torch.Tensor, w: torch.Tensor, tile: int | None) -> torch.Tensor:  # noqa: ARG002 - not needed
         """x @ w.T with fp32 sums, in an order that depends on the hidden size alone."""
         x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (x, w))
-        out = torch.empty(x.shape[0], w.shape[0], dtype=torch.float32)
+        out = torch.empty(x.shape[0], w.shape[0], dtype=torch.float32, device=x.device)
         _multiply(_product(x, w, out), x, w)
         return out
 

@@ -14,6 +14,10 @@ from kvcondense.layout import pages
 
 _WORTH = 1 << 18
 """Bytes of memory that is worth a large page: panels in small ones fall on the same sets of a cache."""
+_PRIVATE: dict[str, int] = (
+    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
+)
+"""Else a fork would work in its parent's memory."""
 
 
 class _Scratch(threading.local):
@@ -37,7 +41,7 @@ def of(size: int) -> int:
             _mine.memory = np.empty(size + LINE, np.uint8)
             start, step = _mine.memory.ctypes.data, LINE
         else:
-            _mine.memory = mmap.mmap(-1, size + 2 * pages.LARGE)
+            _mine.memory = mmap.mmap(-1, size + 2 * pages.LARGE, **_PRIVATE)
             start, step = ctypes.addressof(ctypes.c_char.from_buffer(_mine.memory)), pages.LARGE
             pages.ask(start, len(_mine.memory))
         _mine.address, _mine.size = -(-start // step) * step, size

@@ -42,7 +42,7 @@ def run(step: Step, x: torch.Tensor | None = None, w: torch.Tensor | None = None
     rounds = _rounds(step)
     kept = {int(row) for row in step.plan.keep_row.tolist() if row >= 0}
     written = {t.base + t.position % state.layout.block_rows for tokens in rounds for t in tokens}
-    lent = torch.tensor(sorted(written - kept), dtype=torch.int64)
+    lent = torch.tensor(sorted(written - kept), dtype=torch.int64, device="cpu")
     before = state.take(lent)
     source = step.kv_score if x is None else x
     for tokens in rounds:
@@ -83,7 +83,9 @@ def _call(
 ) -> None:
     """One call for these tokens, of requests of their own."""
     batch, d = -(-len(tokens) // _TILE) * _TILE, spec.head_dim
-    cache = torch.zeros(1, d, dtype=torch.bfloat16) if step.cache is None else step.cache.rows.flatten(0, 1)
+    cache = (
+        torch.zeros(1, d, dtype=torch.bfloat16, device="cpu") if step.cache is None else step.cache.rows.flatten(0, 1)
+    )
     form = Form(
         batch=batch,
         hidden=0 if w is None else w.shape[1],
@@ -96,10 +98,10 @@ def _call(
         ring_rows=state.layout.block_rows,
         cache_rows=cache.shape[0],
     )
-    where = torch.full((5, batch), -1, dtype=torch.int32)
+    where = torch.full((5, batch), -1, dtype=torch.int32, device="cpu")
     where[BASE] = 0
     rows = source.new_zeros(batch, source.shape[1])
-    cos, sin = torch.zeros(2, batch, form.pairs)
+    cos, sin = torch.zeros(2, batch, form.pairs, device="cpu")
     for b, t in enumerate(tokens):
         rows[b] = source[t.token]
         where[POSITION, b], where[BASE, b] = t.position, t.base
@@ -112,10 +114,10 @@ def _call(
             sin[b, : spec.rope_dim // 2] = step.rope.sin[position]
     even, odd, signs = _matrices(spec.rope_dim, form.pairs, d)
     assert step.ape is not None
-    out = torch.zeros(batch, d)
+    out = torch.zeros(batch, d, device="cpu")
     operands = [
         rows if w is not None else rows.float(),
-        torch.zeros(2 * spec.width, 16, dtype=torch.bfloat16) if w is None else w,
+        torch.zeros(2 * spec.width, 16, dtype=torch.bfloat16, device="cpu") if w is None else w,
         step.ape.float(),
         step.gamma.float()[None],
         cos,
@@ -127,7 +129,7 @@ def _call(
         cache,
         out,
         where,
-        torch.full((8,), int(spec.rotate), dtype=torch.int32),
+        torch.full((8,), int(spec.rotate), dtype=torch.int32, device="cpu"),
     ]
     worker.run(form, operands)
     for b, t in enumerate(tokens):
@@ -140,4 +142,4 @@ def _matrices(rope_dim: int, pairs: int, d: int) -> tuple[torch.Tensor, torch.Te
     """Selectors of RoPE's pairs, and the signs of the Hadamard matrix; all exact in bf16."""
     wide = (0, pairs - rope_dim // 2)
     even, odd = (torch.nn.functional.pad(m, wide).bfloat16() for m in selector_matrices(rope_dim))
-    return even, odd, torch.sign(hadamard(torch.eye(d))).bfloat16()
+    return even, odd, torch.sign(hadamard(torch.eye(d, device="cpu"))).bfloat16()

@@ -94,7 +94,7 @@ def _ours(kind: Any) -> Any:
                 memory.torn = True
             yield
             for memory in held:
-                memory.select(chosen(torch.arange(len(memory.seen))))
+                memory.select(chosen(torch.arange(len(memory.seen), device="cpu")))
             for memory, torn in zip(held, was, strict=True):
                 memory.torn = torn
 

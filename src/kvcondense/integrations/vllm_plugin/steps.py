@@ -75,12 +75,12 @@ def requests(metadata: Any, positions: torch.Tensor) -> Requests | None:
     many = owner.shape[0]
     if not many:
         return None
-    bounds = torch.searchsorted(owner, torch.arange(count + 1))  # never falling
+    bounds = torch.searchsorted(owner, torch.arange(count + 1, device="cpu"))  # never falling
     first = positions[bounds[:-1].clamp(max=many - 1)]
     starts = torch.where(bounds.diff() > 0, first, -1)
     total = int(bounds[-1])
     mine = owner[:total]
-    wanted = starts[mine.clamp(max=count - 1)] + torch.arange(total) - bounds[mine.clamp(max=count - 1)]
+    wanted = starts[mine.clamp(max=count - 1)] + torch.arange(total, device="cpu") - bounds[mine.clamp(max=count - 1)]
     if bool((owner.diff() < 0).any()) or not torch.equal(wanted, positions[:total]):
         return None
     return Requests(bounds, starts)
