@@ -67,7 +67,10 @@ class Prepared:
     def _places(self) -> tuple[Any, ...]:
         """Where the buffers lie, and how."""
         held = (self.tokens, *self._outputs, self.bound.w) if self.hidden else (self.tokens, *self._outputs)
-        return tuple([(t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in held])
+        found: list[Any] = []
+        for t in held:
+            found += (t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad)
+        return tuple(found)
 
     def _way(self, plan: Plan) -> Take:
         """How steps are done from here on; the backend is asked with this plan's step."""
@@ -104,7 +107,13 @@ class Prepared:
                 product()
             rest(plan)
 
-        return lambda plan: marked([(bound.spec, bound.state, plan)], lambda: launch(plan))
+        def take(plan: Plan) -> None:
+            if bound.state is None or bound.state.tags is None:  # a microsecond less
+                launch(plan)
+            else:
+                marked([(bound.spec, bound.state, plan)], lambda: launch(plan))
+
+        return take
 
 
 def _asked(backend: Any, method: str, *arguments: Any) -> Any:
