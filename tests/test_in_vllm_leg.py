@@ -145,16 +145,14 @@ def test_the_committed_run_failed_nowhere(leg):
     assert earlier["modules"]["compressor"] != modules["compressor"] == "C++"
     assert not any(kind["elsewhere_differ"] for kind in earlier["modules"]["kinds"])
     assert earlier["engine"]["equal_tokens"] == earlier["engine"]["tokens"] > 0
-    rings = json.loads((ROOT / "benchmarks" / "baselines" / "vllm-v41.json").read_text())
-    assert leg[1].failed(rings) == [], "what it says of V4.1"
-    kinds = {kind["kind"]: kind for kind in rings["latents"]["kinds"]}
+    latents = report["latents"]
+    kinds = {kind["kind"]: kind for kind in latents["kinds"]}
     assert list(kinds) == [
         "ratio 2, rings of 8 rows", "ratio 1", "ratio 2, rings of 16 rows", "ratio 2, rings of 8 rows, as on a GPU",
         "ratio 1, as on a GPU",
     ]  # fmt: skip
     assert all(kind["status"] == "PASS" and not kind["ring_differ"] and kind["latent_bytes"] for kind in kinds.values())
-    assert [one["status"] for one in rings["latents"]["mutants"]] == 8 * ["PASS"]
-    assert all(line.startswith("PASS  latents") for line in leg[1].sentences(rings))
+    assert [one["status"] for one in latents["mutants"]] == 8 * ["PASS"]
     broken = copy.deepcopy(report)
     broken["modules"]["status"] = "FAIL"
     assert leg[1].failed(broken) == ["modules"]
