@@ -94,7 +94,8 @@ def _cases(axes: Any, groups: Sequence[tuple[str, Sequence[Record]]], tall: bool
         )
         at = [y + 1 + i for i in range(len(group))]
         drawn = axes.barh(at, [r["us"] for r in group], 0.8, left=0, color=[colours[r["runner"]] for r in group])
-        axes.bar_label(drawn, [amount(r["us"]) for r in group], padding=3)
+        ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # read over the floor's line
+        axes.bar_label(drawn, [amount(r["us"]) for r in group], padding=3, bbox=ground, zorder=3)
         floor = group[0]["floor_us"]
         axes.vlines(floor, at[0] - 0.5, at[-1] + 0.5, color="black", lw=1.6, label=None if number else "floor")
         ticks += at
