@@ -6,16 +6,14 @@ import torch
 from kvcondense import ModelConfig, RaggedBatch, RopeTable, StatePool, training
 from kvcondense.backends.cpu import tables
 from kvcondense.formats import FORMATS, get_format
-from kvcondense.formats.integers import row_map
 from machine import SPECS
 from test_doors import Setting, by_compress, by_condense, by_prepared, by_prepared_compress
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_known():
-    """What the library keeps of formats is made anew under the other device."""
-    for cached in (tables.format_block, row_map):
-        getattr(cached, "cache_clear", lambda: None)()
+def nothing_is_known(monkeypatch):
+    """What the CPU backend keeps of specs and formats is made anew under the other device."""
+    monkeypatch.setattr(tables, "_blocks", {})
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])

@@ -13,7 +13,7 @@ import sys
 import time
 
 from kvcondense.bench.cases import CASES, make_inputs
-from kvcondense.bench.runners import Kvcondense
+from kvcondense.bench.runners import BARE, Kvcondense
 
 NAMES = ("prefill 8192, ratio 4", "decode 16 on a boundary, ratio 128", "decode 16 on a boundary, ratio 4")
 POLICIES = {"spinning": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
@@ -21,7 +21,7 @@ POLICIES = {"spinning": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
 
 def timed(name: str, seconds: float) -> float:
     """Mean microseconds of the bare step of a case, done over and over for ``seconds``."""
-    runner = Kvcondense(make_inputs(CASES[name]), "cpu", "bare")
+    runner = Kvcondense(make_inputs(CASES[name]), "cpu", BARE)
     state = runner.primed()
     runner.step(state)
     begin, steps = time.perf_counter(), 0

@@ -162,8 +162,7 @@ def explain(
     With x in the place of kv_score (which is None) the call is ``compress``, and "NAME, FORM" says the same of each way
     that a backend has to project and condense at once; it takes the first that has no reason against it.
     """
-    if (kv_score is None) == (x is None):
-        raise KvCondenseError("x", "exactly one of kv_score and x", "both or neither" if x is None else "both")
+    validate.one_of(kv_score, x)
     bound = _bound(spec, weights, rope, batch, None, state, cache, False, "auto")
     name = "kv_score" if x is None else "x"
     if x is not None:

@@ -54,7 +54,10 @@ class Prepared:
         count = plan.num_windows
         if count > self.rows.shape[0]:
             raise ShapeError("plan", f"at most {self.rows.shape[0]} windows, padding included", count)
-        take = self.ways.get(bound.cache is not None and bound.cache.strict) or self._way(plan)
+        strict = bound.cache is not None and bound.cache.strict
+        take = self.ways.get(strict)
+        if take is None:  # the backend is asked with this plan's step
+            take = self.ways[strict] = self._prepared(plan) or self._whole
         if not plan.extremes.dense:
             for rows in self._outputs:
                 rows[:count].zero_()
@@ -71,12 +74,6 @@ class Prepared:
         for t in held:
             found += (t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad)
         return tuple(found)
-
-    def _way(self, plan: Plan) -> Take:
-        """How steps are done from here on; the backend is asked with this plan's step."""
-        strict = self.bound.cache is not None and self.bound.cache.strict
-        self.ways[strict] = self._prepared(plan) or self._whole
-        return self.ways[strict]
 
     def _whole(self, plan: Plan) -> None:
         """A step of the bound compressor, where a backend prepares none."""
@@ -136,8 +133,7 @@ def prepare(bound: Bound, kv_score: torch.Tensor | None = None, *, x: torch.Tens
     ``Bound.condense`` and ``compress`` do for such tokens.
     """
     require("bound", bound, Bound)
-    if (kv_score is None) == (x is None):
-        raise KvCondenseError("x", "exactly one of kv_score and x", "both or neither" if x is None else "both")
+    validate.one_of(kv_score, x)
     if x is not None:
         dtype, tokens = bound.unprojected(x).dtype, x
         validate.no_gradients("x", x)

@@ -86,6 +86,12 @@ def enough(name: str, rows: int, batch: RaggedBatch) -> None:
         raise ShapeError(name, f"at least {tokens} rows", f"{rows} rows")
 
 
+def one_of(kv_score: object, x: object) -> None:
+    """Raise unless a step is given one of both."""
+    if (kv_score is None) == (x is None):
+        raise KvCondenseError("x", "exactly one of kv_score and x", "both or neither" if x is None else "both")
+
+
 def no_gradients(name: str, t: torch.Tensor) -> None:
     """Raise if a gradient would be lost."""
     if t.requires_grad and torch.is_grad_enabled():

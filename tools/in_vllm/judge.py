@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from engines.judge import FAIL, PASS, apart, beyond
@@ -11,24 +11,31 @@ from kvcondense import PagedCache
 
 
 @dataclass
-class Tally:
-    """What was compared and what differs. rows: bytes of rows that steps wrote; elsewhere: all others, at each step."""
+class Counts:
+    """Of steps: what was compared and what differs, in fields that are counted together."""
 
     status: str = PASS
     steps: int = 0
+    apart: float = 0.0
+    why: str = ""
+
+    def add(self, other: Counts) -> None:
+        """One step more; the first reason stays."""
+        self.status = FAIL if FAIL in (self.status, other.status) else PASS
+        for field in fields(self):
+            if isinstance(mine := getattr(self, field.name), int):
+                setattr(self, field.name, mine + getattr(other, field.name))
+        self.apart, self.why = max(self.apart, other.apart), self.why or other.why
+
+
+@dataclass
+class Tally(Counts):
+    """row: bytes of rows that steps wrote; elsewhere: all others, at each step."""
+
     elsewhere_bytes: int = 0
     elsewhere_differ: int = 0
     row_bytes: int = 0
     row_differ: int = 0
-    apart: float = 0.0
-    why: str = ""
-
-    def add(self, other: Tally) -> None:
-        """One step more; the first reason stays."""
-        self.status = FAIL if FAIL in (self.status, other.status) else PASS
-        for name in ("steps", "elsewhere_bytes", "elsewhere_differ", "row_bytes", "row_differ"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.apart, self.why = max(self.apart, other.apart), self.why or other.why
 
 
 def judge(mine: torch.Tensor, theirs: torch.Tensor, pages: PagedCache, slots: torch.Tensor) -> Tally:
@@ -42,7 +49,7 @@ def judge(mine: torch.Tensor, theirs: torch.Tensor, pages: PagedCache, slots: to
         values = [_at(pages, memory).decode_rows(slots) for memory in (mine, theirs)]
         far = apart(*values)
         why = beyond(pages.format.name, values[0], values[1], inside, size)
-    return Tally(FAIL if why else PASS, 1, mine.shape[0] - size, outside, size, inside, far, why)
+    return Tally(FAIL if why else PASS, 1, far, why, mine.shape[0] - size, outside, size, inside)
 
 
 def _at(pages: PagedCache, memory: torch.Tensor) -> PagedCache:

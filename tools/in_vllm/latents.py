@@ -18,6 +18,7 @@ import torch
 from engines.judge import FAIL, PASS, SHARE, apart
 
 from in_vllm import ground, tiny, world
+from in_vllm.judge import Counts
 from in_vllm.world import Turn
 
 Say = Callable[[str], None]
@@ -42,27 +43,16 @@ _RINGS, _PAGE, _LEAST = 6, 64, 2.0**-20
 
 
 @dataclass
-class Tally:
+class Tally(Counts):
     """Bytes compared and those that differ: of latents, of rings, of pages that vLLM's own ``insert_cache`` fills."""
 
-    kind: str
-    status: str = PASS
-    steps: int = 0
+    kind: str = ""
     latent_bytes: int = 0
     latent_differ: int = 0
     ring_bytes: int = 0
     ring_differ: int = 0
     page_bytes: int = 0
     page_differ: int = 0
-    apart: float = 0.0
-    why: str = ""
-
-    def add(self, other: Tally) -> None:
-        """One step more; the first reason stays."""
-        self.status = FAIL if FAIL in (self.status, other.status) else PASS
-        for name in ("steps", *(f"{what}_{how}" for what in ("latent", "ring", "page") for how in ("bytes", "differ"))):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.apart, self.why = max(self.apart, other.apart), self.why or other.why
 
 
 def run(folder: Path, say: Say) -> dict[str, Any]:
@@ -144,7 +134,7 @@ class _Play:
 
     def play(self, say: Say) -> tuple[Tally, list[dict[str, str]]]:
         """The whole history, and what deliberate errors in its first step came to."""
-        sums, mutants = Tally(self.kind), []
+        sums, mutants = Tally(kind=self.kind), []
         for event in HISTORY:
             if isinstance(event, str):
                 self.free.append(self.ring.pop(name := event.split()[1]))
@@ -212,7 +202,7 @@ class _Play:
         if rings[0].numel():
             self._forget(rings, told)
         latents = [one[ends].view(torch.int16) for one in (mine[0], theirs[0])]
-        found = Tally(self.kind, steps=1)
+        found = Tally(kind=self.kind, steps=1)
         for name, pair in (("latent", latents), ("ring", rings), ("page", [mine[2], theirs[2]])):
             one, two = (t.contiguous().view(torch.uint8) for t in pair)
             setattr(found, f"{name}_bytes", one.numel())

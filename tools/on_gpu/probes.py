@@ -160,11 +160,11 @@ def _check_form(name: str) -> Record:
 def _check_case(name: str) -> Record:
     from kvcondense.bench import device, run
     from kvcondense.bench.cases import DEVICE_CASES, make_inputs
-    from kvcondense.bench.runners import Kvcondense
+    from kvcondense.bench.runners import BARE, Kvcondense
 
     inputs = make_inputs(DEVICE_CASES[name], device.home())
     expected = run.rows_of(Kvcondense(inputs, "reference"), inputs)
-    worst = max(run.distance(Kvcondense(inputs, "triton", way), inputs, expected) for way in ("", "bare"))
+    worst = max(run.distance(Kvcondense(inputs, "triton", way), inputs, expected) for way in ("", BARE))
     return {"case": name, "off_by_rms": worst, "right": worst <= run.CLOSE}
 
 
@@ -214,9 +214,9 @@ def counted(stand_in: bool) -> Iterator[Record]:
 
     from kvcondense.bench import fused
     from kvcondense.bench.cases import DEVICE_CASES, make_inputs
-    from kvcondense.bench.runners import Kvcondense
+    from kvcondense.bench.runners import BARE, Kvcondense
 
-    ways: list[Any] = [Kvcondense(make_inputs(DEVICE_CASES[n], "cuda"), "triton", "bare") for n in COUNTED]
+    ways: list[Any] = [Kvcondense(make_inputs(DEVICE_CASES[n], "cuda"), "triton", BARE) for n in COUNTED]
     ways += [fused.ways([make_inputs(case, "cuda") for case in fused.LAYERS[n].cases])[0] for n in COUNTED_LAYERS]
     works = [partial(way.step, way.primed()) for way in ways]
     for work in works:

@@ -12,11 +12,9 @@ from kvcondense.bench import measure, peer_cpp, peers
 from kvcondense.bench.cases import FORMAT, PAGE_ROWS, Case, Inputs, make_inputs
 from kvcondense.bench.run import CLOSE, distance, rows_of
 from kvcondense.bench.runners import CHECKED, PREPARED, Kvcondense
-from kvcondense.bound import bind
 from kvcondense.config import ModelConfig
 from kvcondense.layout.plan import Plan
 from kvcondense.planning import Planner
-from kvcondense.prepared import prepare
 
 DECODE_STEP = "decode step of Flash, 16 requests"
 """The series that is no case."""
@@ -111,10 +109,8 @@ class _Layers:
         self.layers: list[Callable[[Plan], object]] = []
         for _ in range(layers):
             state = self.runner.primed()
-            held = (self.runner.spec, self.runner.weights, self.runner.rope)
-            bound = bind(*held, state=state["pool"], cache=state["cache"], impl=backend)
-            take = prepare(bound, self.runner.new).run if way == PREPARED else partial(bound.condense, self.runner.new)
-            self.layers.append(take)
+            bound = self.runner.bound(state)
+            self.layers.append(state["prepared"].run if way == PREPARED else partial(bound.condense, self.runner.new))
         made = (self.runner.planner.step(**self.runner.metadata(_START + i, 1)) for i in range(_STEPS))
         self.plans: list[Plan] = [plan for _, (plan,) in made]
 

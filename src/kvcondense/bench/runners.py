@@ -11,7 +11,7 @@ import torch
 from kvcondense.api import compress, condense, project
 from kvcondense.backends import Step, get_backend
 from kvcondense.bench.cases import PAGE_ROWS, Inputs
-from kvcondense.bound import bind
+from kvcondense.bound import Bound, bind
 from kvcondense.formats import get_format
 from kvcondense.layout.addresses import RingLayout
 from kvcondense.layout.cache import PagedCache
@@ -121,9 +121,13 @@ class Kvcondense:
             state["prepared"] = self._prepared(state, self.new)
         return state
 
-    def _prepared(self, state: dict[str, Any], tokens: torch.Tensor) -> Prepared:
+    def bound(self, state: dict[str, Any]) -> Bound:
+        """The compressor on this state."""
         memory = {"state": state["pool"], "cache": state["cache"], "impl": self.backend}
-        bound = bind(self.spec, self.weights, self.rope, **memory)
+        return bind(self.spec, self.weights, self.rope, **memory)
+
+    def _prepared(self, state: dict[str, Any], tokens: torch.Tensor) -> Prepared:
+        bound = self.bound(state)
         return prepare(bound, x=tokens) if self.inputs.case.hidden else prepare(bound, tokens)
 
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:

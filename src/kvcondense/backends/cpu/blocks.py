@@ -57,7 +57,7 @@ class Block(metaclass=_Listed):
             offsets[name] = size = -(-size // behind.align) * behind.align
             size += behind.room * (behind.of.size if behind.of else 8)
         assert list(kinds)[: len(values)] == values, "what stands behind the values is listed behind them"
-        cls.kinds, cls.offsets, cls.size, cls.listed = kinds, offsets, size, tuple(values)
+        cls.kinds, cls.offsets, cls.size = kinds, offsets, size
         layout = Struct(f"{len(values)}q{size - 8 * len(values)}x")
         source = f"lambda self: array('q', pack({', '.join(f'self.{name}' for name in values)}))"
         cls.pack = eval(source, {"array": array, "pack": layout.pack})  # a loop over names takes thrice the time

@@ -59,7 +59,9 @@ _PLAN, _SCRATCH, _KV_SCORE, _KV_STRIDE, _KV_KIND, _ROWS, _LATENT, _STORED, _STOR
     for name in ("plan", "scratch", "kv_score", "kv_stride", "kv_kind", "rows", "latent", "stored", "store", "windows",
                  "requests", "keeps")
 )  # fmt: skip
-_BLOCKS, _CHUNK, _PHASES = (params.Call.place(name) for name in ("blocks", "chunk", "phases"))
+_BLOCKS, _CHUNK, _PHASES, _LAYER, _SCRATCH_BYTES = (
+    params.Call.place(name) for name in ("blocks", "chunk", "phases", "layer", "scratch_bytes")
+)
 
 
 def run(step: Step, *, windows: bool = True, store: bool = True, keeps: bool = True) -> None:
@@ -164,11 +166,10 @@ def _layer(step: Step) -> _Layer:
     )
     layer.encode = 0 if form is None else native.address("encode")
     layer.online = native.address("online") if online else 0
-    block, call = layer.pack(), params.Call()
-    for name in params.Call.listed:
-        setattr(call, name, 0)
-    call.layer, call.scratch_bytes = address(block), params.Room.bytes(step.spec.head_dim, step.spec.window)
-    made = _Layer(block, call.layer, of, (rule, form, *read), call.pack(), call.scratch_bytes)
+    block, call = layer.pack(), array("q", bytes(params.Call.size))
+    at, room = address(block), params.Room.bytes(step.spec.head_dim, step.spec.window)
+    call[_LAYER], call[_SCRATCH_BYTES] = at, room
+    made = _Layer(block, at, of, (rule, form, *read), call, room)
     # What was converted, as the scale of a whole cache, may have another value by the next step.
     lasts = all(a is b for a, b in zip(given, read, strict=True)) and not (cache and cache.format.tensor_scale)
     if step.made is not None and lasts:
