@@ -42,6 +42,16 @@ for name, spec in SPECS.items():
     table = rope(spec, tokens + 2 * spec.ratio)
     steep = kv.clone()  # some channels' scores are further apart than a pool begins with, beside others that are not
     steep[:, spec.width :: 3] *= 30
+    tiny = kv.clone()  # scores that some processors round to 0, beside others and among themselves; and no numbers
+    tiny[:, spec.width :: 5] *= 1e-38
+    tiny[::7, spec.width + 1 :: 5] *= 1e-39
+    for i, odd in enumerate((float("nan"), float("inf"), float("-inf"))):
+        tiny[i :: 11, spec.width + 2 + i :: 17] = odd
+    few = replace(weights(spec), ape=None if weights(spec).ape is None else 1e-39 * weights(spec).ape)
+    for token, state in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
+        pool = StatePool.ring(spec, 2, spec.required_ring_rows(2) + spec.ratio, dtype=state)
+        rows = condense(spec, tiny.to(token), few, table, batch, state=pool, impl="cpu").values
+        keep(f"{name} {token} tiny", rows.masked_fill(rows.isnan(), float("nan")))  # whose other bits are not promised
     for token in (torch.float32, torch.bfloat16):
         pool = StatePool.ring(spec, 2, spec.required_ring_rows(2) + spec.ratio, dtype=token)
         rows = condense(spec, steep.to(token), weights(spec), table, batch, state=pool, impl="cpu")

@@ -139,6 +139,17 @@ class _Coming:
             counter.add_incoming(value, end)
 
 
+def _as_stored(b: Any, z: Any) -> Any:
+    """Scores rounded to bf16.
+
+    Where the processor does that, those below 2^-126 become 0, which no weight shows: e^(z - m) is 1 if m is as small,
+    and else z - m is -m either way.
+    """
+    if target().bf16_products:
+        return simd.emit_widened(b, simd.emit_nearest_bf16(b, z))
+    return rounded_bf16(Lanes(b, z)).value
+
+
 def _both(values: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
     """The only one, or both combined."""
     return combine(*values) if len(values) == 2 else values[0]
@@ -183,7 +194,7 @@ def _group(count: int, row: _Row, *, more: bool = False, rounded: bool = False) 
 
         def score(j: int) -> Any:
             z = b.fadd(row(b, rows[j][1], at), _fp32(b, rows[j][2], at))
-            return rounded_bf16(Lanes(b, z)).value if rounded else z
+            return _as_stored(b, z) if rounded else z
 
         m = _fp32(b, held[0], at) if more else score(0)
         l, o, top = ([], [], m) if more else ([vector(_ONE)], [row(b, rows[0][0], at)], m)

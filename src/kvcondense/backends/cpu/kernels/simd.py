@@ -139,10 +139,14 @@ def emit_halves(b: Any, pairs: Any) -> tuple[Any, Any]:
     return b.bitcast(even, kind), b.bitcast(odd, kind)
 
 
+def emit_widened(b: Any, codes: Any) -> Any:
+    """bf16, by its bits in int16, as fp32."""
+    return b.bitcast(b.shl(b.zext(codes, _I), constant(16)), _F)
+
+
 def emit_load_bf16(b: Any, address: Any) -> Any:
     """``load_bf16``, for whoever emits instructions."""
-    half = read(b, address, ir.VectorType(_I16, LANES), 2)
-    return b.bitcast(b.shl(b.zext(half, _I), constant(16)), _F)
+    return emit_widened(b, read(b, address, ir.VectorType(_I16, LANES), 2))
 
 
 @operation(F32, types.int64)
@@ -364,6 +368,13 @@ def emit_pair_products(b: Any, x: Any, y: Any, z: Any) -> Any:
     kind = ir.FunctionType(_F, [_F, PAIRS, PAIRS])
     function = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
     return b.call(function, [z, x, y])
+
+
+def emit_nearest_bf16(b: Any, x: Any) -> Any:
+    """The bits of the nearest bf16, in int16; numbers below 2^-126 are 0. AVX-512 BF16 alone has it."""
+    kind = ir.FunctionType(ir.VectorType(_BFloat(), LANES), [_F])
+    function = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512")
+    return b.bitcast(b.call(function, [x]), ir.VectorType(_I16, LANES))
 
 
 def emit_at_least(b: Any, x: Any, low: Any) -> Any:
