@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,17 @@ class Rates:
     @classmethod
     def measure(cls) -> Rates:
         """Best of several: a floor should be one."""
-        large, small = torch.ones(_COLD_BYTES // 4), torch.ones(_WARM_BYTES // 4)
         x, w = torch.randn(2048, 4096).bfloat16(), torch.randn(1024, 4096).bfloat16()
-        return cls(
+        gemm = 2 * 2048 * 4096 * 1024 / _best(lambda: torch.nn.functional.linear(x, w), 7)
+        return cls(0.0, 0.0, gemm).now()
+
+    def now(self) -> Rates:
+        """With bytes per second measured anew: a machine whose memory others use, too, has other ones each minute."""
+        large, small = torch.ones(_COLD_BYTES // 4), torch.ones(_WARM_BYTES // 4)
+        return replace(
+            self,
             memory=_COLD_BYTES / min(clock(large.sum) for _ in range(7)),
             cache=_WARM_BYTES / min(clock(small.sum) for _ in range(50)),
-            gemm=2 * 2048 * 4096 * 1024 / _best(lambda: torch.nn.functional.linear(x, w), 7),
         )
 
     def floor(self, case: Case | Any, cold: bool) -> float:

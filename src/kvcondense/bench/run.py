@@ -119,10 +119,14 @@ def run_case(
 def timings(
     case: Case | Any, works: Sequence[measure.Work], notes: Sequence[dict[str, Any]], rates: measure.Rates, device: str
 ) -> Iterator[dict[str, Any]]:
-    """A record of each work, warm and cold, with what ``notes`` say of it; case: its name, bytes and flops."""
+    """A record of each work, warm and cold, with what ``notes`` say of it; case: its name, bytes and flops.
+
+    A CPU's bandwidths are measured right before each.
+    """
     for cold in (False, True):
-        times = (gpu if device == gpu.home() else measure).interleaved(works, cold=cold)
-        floor = rates.floor(case, cold)
+        on_gpu = device == gpu.home()
+        floor = (rates if on_gpu else rates.now()).floor(case, cold)
+        times = (gpu if on_gpu else measure).interleaved(works, cold=cold)
         for note, seconds in zip(notes, times, strict=True):
             yield {
                 "case": case.name,
