@@ -12,20 +12,23 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kvcondense.backends import get_backend
 from kvcondense.backends.triton.aot import ARCHITECTURES
-from kvcondense.bench.cases import DEVICE_CASES
+from kvcondense.bench.cases import DEVICE_CASES, Case, make_inputs
 from kvcondense.bench.fused import LAYERS
 from kvcondense.bench.predict import table
 from kvcondense.bench.predict.flow import Counts, Flow, Runs
 from kvcondense.bench.predict.listing import Instruction, read
 from kvcondense.bench.predict.machines import MACHINES
 from kvcondense.bench.predict.warp import alone, registers
+from kvcondense.bench.runners import BARE, Kvcondense
 from kvcondense.cli import app
 
 pytest.importorskip("triton")
+from kvcondense.backends.triton import fused
 from kvcondense.bench.predict.code import Launched
 from kvcondense.bench.predict.model import Answer, Predicted, of_kernel, residents
-from kvcondense.bench.predict.work import Kernel, plan_of
+from kvcondense.bench.predict.work import Kernel, forms_of, plan_of
 
 ROOT = Path(__file__).parents[1]
 H100 = MACHINES["sm_90"]
@@ -57,7 +60,9 @@ def predicted(tmp_path_factory):
         assert max(map(len, text[text.index("case  ") :].splitlines())) <= 100, text
         head, *records = map(json.loads, file.read_text().splitlines())
         assert head["predicted_for"] == arch
-        found[arch] = {record["case"]: record for record in records}
+        found[arch] = {record["case"]: record for record in reversed(records)}  # the backend's form comes first
+        forms = [record["form"] for record in records if record["case"] == LAYER]
+        assert forms == ["one launch", "library, step", "product, step"][:: 1 if arch == "sm_90" else 2]
         assert set(names) <= set(found[arch])
     return found
 
@@ -78,6 +83,28 @@ def test_the_baseline_is_what_is_predicted_and_what_the_page_says(predicted):
                 assert old["us"] == pytest.approx(new["predicted_us"], rel=0.01), (arch, name)
             compared += 1
     assert compared >= 5
+
+
+def test_forms_are_the_backends_and_the_benches(monkeypatch):
+    """The first is what ``compress`` takes on such a device: the library's product where it is there and faster."""
+    of = {(arch, name): forms_of(LAYERS[name], arch) for arch in MACHINES for name in LAYERS}
+    for (arch, name), forms in of.items():
+        library, short = arch.startswith("sm_"), "prefill" not in name
+        expected = {"library, step"} if library else set()
+        assert set(forms) == expected | ({"one launch", "product, step"} if short else {"tiles"}), (arch, name)
+        late = library and any(many in name for many in ("decode 64", "verify 8 x 8"))
+        assert forms[0] == ("library, step" if late or (library and not short) else "one launch" if short else "tiles")
+
+    backend = get_backend("triton")
+    part = Kvcondense(make_inputs(Case("few", "hca", 1, 64, 0, hidden=True)), "triton", BARE)
+    step = part.primed()["step"]
+    monkeypatch.setattr(fused, "by_library", lambda device: True)
+    forms = {n: backend.fused_forms(step, part.new[:n], part.inputs.w)["one launch"] for n in (16, 17, 64)}
+    assert forms[16] is None
+    assert forms[17] == "17 tokens; of more than 16 the table has the library's product, then the step"
+    assert "64 tokens" in forms[64]
+    monkeypatch.undo()
+    assert backend.fused_forms(step, part.new, part.inputs.w)["one launch"] is None
 
 
 def test_every_architecture_has_a_machine():

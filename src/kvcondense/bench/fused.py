@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvcondense.backends import Step, fused_form, get_backend
-from kvcondense.backends.triton import tuning
+from kvcondense.backends.triton import decode, tuning
 from kvcondense.bench import measure
 from kvcondense.bench.cases import CONFIG, Case, Inputs, make_inputs
 from kvcondense.bench.run import CLOSE, off, timings
@@ -89,8 +89,8 @@ class Steps:
 
 
 def ways(inputs: Sequence[Inputs]) -> list[Steps]:
-    """Fused, even where the table would not, and where kernels start early, the same in full order; GEMM and step; and,
-    for small steps, the way that longer ones go.
+    """Fused, even where the table would not, in one launch if that is possible; where kernels start early, the same in
+    full order; GEMM and step; and, for small steps, the way that gives a token the same bits in every step.
     """
     backend: Any = get_backend("triton")
     invariant: Any = replace(backend, batch_invariant=True)
@@ -99,7 +99,8 @@ def ways(inputs: Sequence[Inputs]) -> list[Steps]:
     weight = torch.cat([i.w for i in inputs])  # one GEMM for all
     sizes = [i.w.shape[0] for i in inputs]
     steps = [state["step"] for state in (part.primed() for part in parts)]
-    form = _form(backend, steps, x, inputs) or _form(invariant, steps, x, inputs)
+    one_launch = all(decode.why_not(step, x, i.w) is None for step, i in zip(steps, inputs, strict=True))
+    form = "one launch" if one_launch else _form(invariant, steps, x, inputs)
     found = []
     if form is not None:
         found.append(Steps(f"fused, {form}", parts, lambda s, x, ws: backend.run_fused(form, s, x, ws)))

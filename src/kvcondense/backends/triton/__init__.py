@@ -41,10 +41,10 @@ _MOST_CANDIDATES = 1024
 class TritonBackend:
     """Steps on a GPU, in fp32, for head_dim a power of two. ``choice`` stands in for the tuning table's.
 
-    From hidden states, steps of at most 64 tokens sum the projection in spans, so that all processors can take part;
-    longer ones are projected by the vendor's library where the table has it so, whose bits depend on the batch. With
-    batch_invariant neither: ``impl=TritonBackend(batch_invariant=True)`` gives a token the same bits in every step, and
-    small steps a projection by few programs.
+    From hidden states, steps of a few tokens (64, or 16 where the vendor's library can form products into fp32) sum the
+    projection in spans, so that all processors can take part; longer ones are projected by that library, whose bits
+    depend on the batch, or in tiles. With batch_invariant no bit does: ``impl=TritonBackend(batch_invariant=True)``
+    gives a token the same ones in every step, and small steps a projection by few programs.
     """
 
     name: str = "triton"
@@ -95,6 +95,7 @@ class TritonBackend:
     def fused_forms(self, step: Step, x: torch.Tensor, w: torch.Tensor) -> dict[str, str | None]:
         """For each way to do this step from x: None if the table says that it wins, else the reason."""
         one = "it sums in another order than longer steps do" if self.batch_invariant else decode.why_not(step, x, w)
+        one = one or fused.why_not_one_launch(step.rows.device, x.shape[0])
         worth = fused.why_not_worth(step, x.shape[0], not self.batch_invariant)
         return {
             "one launch": self.why_not(step) or one,

@@ -74,6 +74,14 @@ def by_library(device: torch.device) -> bool:
     return there and tuning.library_product(device)
 
 
+def why_not_one_launch(device: torch.device, tokens: int) -> str | None:
+    """None if the table says that one launch wins where it is possible, else what speaks against it."""
+    most = tuning.one_launch_tokens(device)
+    if most is None or tokens <= most or not by_library(device):
+        return None
+    return f"{tokens} tokens; of more than {most} the table has the library's product, then the step"
+
+
 def why_not_worth(step: Step, tokens: int, library: bool) -> str | None:
     """None if the table says that fusing wins, else what speaks against it; library: products may be ``by_library``."""
     if library and by_library(step.rows.device):

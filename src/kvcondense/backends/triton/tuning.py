@@ -46,8 +46,8 @@ class Choice:
 @functools.cache
 def table() -> dict[str, Any]:
     """The file: by architecture its source, hardware_casts, counters, dependent_launch, fused_tokens, library_product,
-    decode_programs ([window, programs, programs of two compressors], for windows of at most so many tokens, null any),
-    and entries.
+    one_launch_tokens (null any number), decode_programs ([window, programs, programs of two compressors], for windows
+    of at most so many tokens, null any), and entries.
 
     An entry is [ratio, head_dim, rows, block, num_warps] and serves steps of at most ``rows`` windows, null any number.
     """
@@ -129,6 +129,11 @@ def fused_tokens(device: torch.device) -> int | None:
 def library_product(device: torch.device) -> bool:
     """True if a product by the vendor's library, then the step, beats steps that are fused with their projection."""
     return _part(architecture(device))["library_product"]
+
+
+def one_launch_tokens(device: torch.device) -> int | None:
+    """Most tokens that one launch takes from x faster than the vendor's product and the step; None: any number."""
+    return _part(architecture(device))["one_launch_tokens"]
 
 
 def launch_options(device: torch.device) -> dict[str, Any]:

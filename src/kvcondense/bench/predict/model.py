@@ -39,7 +39,7 @@ from kvcondense.bench.predict import code
 from kvcondense.bench.predict.code import Launched
 from kvcondense.bench.predict.flow import whole
 from kvcondense.bench.predict.machines import Machine
-from kvcondense.bench.predict.work import Kernel, floor, work_of
+from kvcondense.bench.predict.work import Kernel, floor, forms_of, work_of
 
 LATENCY = "latency"
 
@@ -88,9 +88,13 @@ class Answer:
     kernels: tuple[Predicted, ...]
 
 
-def predict(what: Case | Layer, arch: str, machine: Machine) -> Answer:
-    """The times of a case's or a layer's step. Raises UnsupportedError if one of its kernels does not compile."""
-    form, kernels = work_of(what, arch)
+def predict(what: Case | Layer, arch: str, machine: Machine, form: str | None = None) -> Answer:
+    """The times of a case's or a layer's step, in one of its forms (None: the backend's).
+
+    Raises UnsupportedError if one of its kernels does not compile.
+    """
+    form = form or forms_of(what, arch)[0]
+    kernels = work_of(what, arch, form)
     found = tuple(of_kernel(kernel, code.of(kernel, arch, machine), machine) for kernel in kernels)
     longest = max(found, key=lambda k: k.us)
     least = floor(what, machine.copy_rate, machine.product_rate)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,35 +114,42 @@ def plan_of(case: Case) -> Plan:
     )[1][0]
 
 
-def form_of(parts: Sequence[Part], arch: str) -> str:
-    """How the backend does a step on an architecture, as ``TritonBackend.fused_forms`` has it there."""
-    case = parts[0].case
+def forms_of(what: Case | Layer, arch: str) -> tuple[str, ...]:
+    """How a step may be done on an architecture: first as the backend does it, then the other ways that the bench
+    times of steps from x. Without freedom in a token's bits (``batch_invariant``) it is the last of them.
+    """
+    parts = _parts(what)
+    case, tokens = parts[0].case, parts[0].tokens
     if not case.hidden:
-        return STEP
+        return (STEP,)
     with tuning.stand_in(arch):
         device = torch.device("cpu")
-        one_launch = tuning.decode_programs(device, case.spec.window) is not None
+        one_launch = tuning.decode_programs(device, case.spec.window) is not None and tokens <= decode.TOKENS
         least = tuning.fused_tokens(device)
         library = tuning.library_product(device) and arch.startswith("sm_")
-    if one_launch and parts[0].tokens <= decode.TOKENS:
-        return ONE_LAUNCH
-    if library:
-        return LIBRARY
+        most = tuning.one_launch_tokens(device)
     fits = all(p.windows * p.case.spec.ratio <= 2 * p.tokens for p in parts)
-    return TILES if least is not None and parts[0].tokens >= least and fits else OWN
+    tiles = least is not None and tokens >= least and fits
+    found = {ONE_LAUNCH: one_launch, LIBRARY: library, TILES: tiles, OWN: not tiles}
+    possible = tuple(form for form, is_so in found.items() if is_so)
+    late = library and one_launch and most is not None and tokens > most
+    return (LIBRARY, ONE_LAUNCH, *possible[2:]) if late else possible
 
 
-def work_of(what: Case | Layer, arch: str) -> tuple[str, list[Kernel]]:
-    """The form of a case or of a layer on an architecture, and what it launches, in order."""
-    cases = what.cases if isinstance(what, Layer) else (what,)
-    parts = [Part(case, plan_of(case)) for case in cases]
-    form = form_of(parts, arch)
+def work_of(what: Case | Layer, arch: str, form: str) -> list[Kernel]:
+    """What a case or a layer launches in one of its forms on an architecture, in order."""
+    parts = _parts(what)
     if form == ONE_LAUNCH:
-        return form, [_decode(parts, arch)]
+        return [_decode(parts, arch)]
     if form == TILES:
-        return form, [kernel for part in parts for kernel in _tiles(part, arch)]
-    found = [_library(parts)] if form == LIBRARY else [_product(p, arch) for p in parts] if form == OWN else []
-    return form, [*found, *(kernel for part in parts for kernel in _step(part, arch))]
+        return [kernel for part in parts for kernel in _tiles(part, arch)]
+    product = {LIBRARY: _library, OWN: partial(_product, arch=arch)}.get(form)
+    found = [product(part) for part in parts] if product else []
+    return [*found, *(kernel for part in parts for kernel in _step(part, arch))]
+
+
+def _parts(what: Case | Layer) -> list[Part]:
+    return [Part(case, plan_of(case)) for case in (what.cases if isinstance(what, Layer) else (what,))]
 
 
 def _variant(part: Part, form: str) -> Variant:
@@ -180,12 +188,11 @@ def _step(part: Part, arch: str) -> Iterator[Kernel]:
     yield Kernel("step", variant, launch, total, memory, memory + ape, 0.0, Runs(mean), (Runs(run), Runs(keep)))
 
 
-def _library(parts: Sequence[Part]) -> Kernel:
-    """The vendor's product of x with all weights at once."""
-    case, tokens = parts[0].case, parts[0].tokens
-    projected = sum(p.case.spec.projected for p in parts)
+def _library(part: Part) -> Kernel:
+    """The vendor's product."""
+    case, tokens, projected = part.case, part.tokens, part.case.spec.projected
     memory = _BF16 * case.config.hidden_size * (tokens + projected) + _FP32 * tokens * projected
-    return Kernel("library product", None, None, 0, memory, memory, sum(p.case.flops for p in parts))
+    return Kernel("library product", None, None, 0, memory, memory, case.flops)
 
 
 def _product(part: Part, arch: str) -> Kernel:

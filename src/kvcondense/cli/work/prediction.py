@@ -10,13 +10,14 @@ from kvcondense.bench.fused import LAYERS
 from kvcondense.bench.predict import table
 from kvcondense.bench.predict.machines import MACHINES
 from kvcondense.bench.predict.model import predict
+from kvcondense.bench.predict.work import forms_of
 from kvcondense.cli.output import Output
 from kvcondense.cli.work.aot import check_compiler
 from kvcondense.errors import RangeError
 
 
 def run(output: Output, arch: str, case: list[str] | None, fused: bool, measured: Path | None) -> None:
-    """Print, and write to --json, a record for each case that is asked for."""
+    """Print, and write to --json, a record for each case that is asked for, in each form that the bench times."""
     cases = LAYERS if fused else table.CASES
     chosen = [c for c in cases.values() if not case or any(part in c.name for part in case)]
     if not chosen:
@@ -34,11 +35,12 @@ def run(output: Output, arch: str, case: list[str] | None, fused: bool, measured
     )
     log = records.Log(output.json_file, {"predicted_for": arch, "machine": machine.as_dict()})
     for one in output.track(chosen, len(chosen), "compiling"):
-        log.add(table.record_of(predict(one, arch, machine), timings))
+        for form in forms_of(one, arch):
+            log.add(table.record_of(predict(one, arch, machine, form), timings))
     found = log.records[1:]
     output.table(*table.rows(found))
     for record in found if case else ():
-        output.say(f"\n{record['case']}")
+        output.say(f"\n{record['case']}: {record['form']}")
         for line in table.launch_lines(record):
             output.say(line)
     if measured is not None and not any("measured_us" in r for r in found):

@@ -11,9 +11,10 @@ from numba import int64
 
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import fields, functions, simd
+from kvcondense.backends.cpu.kernels.bf16 import bf16_code, round_bf16
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
 from kvcondense.backends.cpu.kernels.integers import larger
-from kvcondense.backends.cpu.kernels.lanes import Lanes, Operand, bf16_code, expression, round_bf16
+from kvcondense.backends.cpu.kernels.lanes import Lanes, Operand, expression
 from kvcondense.backends.cpu.kernels.simd import BYTES, F32, I32, LANES, load, splat, store
 
 _call_at = fields.view(params.Call)

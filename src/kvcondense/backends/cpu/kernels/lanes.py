@@ -106,28 +106,3 @@ def _spread(b: Any, value: Any, kind: types.Type) -> Any:
     if kind == types.int64:
         return simd.emit_splat(b, b.trunc(value, I32.llvm.element), I32.llvm)
     return simd.emit_splat(b, value, F32.llvm) if kind == types.float32 else value
-
-
-def nearest_bf16(x: Lanes) -> Lanes:
-    """Bits whose upper half is the nearest bf16, ties to even. Of no NaN."""
-    return x.bits() + 0x7FFF + ((x.bits() >> 16) & 1)
-
-
-def rounded_bf16(x: Lanes) -> Lanes:
-    """``round_bf16``, for whoever emits instructions."""
-    b = x.builder
-    quiet = (x.bits() | 0x7FC00000).value
-    bits = b.select(b.fcmp_unordered("uno", x.value, x.value), quiet, nearest_bf16(x).value)
-    return (Lanes(b, bits) & -0x10000).floats()
-
-
-@expression(F32, F32)
-def round_bf16(x: Lanes) -> Lanes:
-    """To the nearest bf16, ties to even, as fp32. A NaN stays one, with its sign."""
-    return rounded_bf16(x)
-
-
-@expression(I32, F32)
-def bf16_code(x: Lanes) -> Lanes:
-    """The 16 bits of the nearest bf16; every NaN is 0x7FC0."""
-    return (x.bits() & 0x7FFFFFFF).if_less(0x7F800001, nearest_bf16(x) >> 16, 0x7FC0)

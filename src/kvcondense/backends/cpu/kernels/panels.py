@@ -15,6 +15,7 @@ from llvmlite import ir
 from numba import types
 
 from kvcondense.backends.cpu.kernels import simd
+from kvcondense.backends.cpu.kernels.bf16 import emit_halves
 from kvcondense.backends.cpu.kernels.functions import kernel
 from kvcondense.backends.cpu.kernels.integers import smaller
 from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, splat, store
@@ -49,7 +50,7 @@ def _copying(grown: int) -> Any:
             if grown == 1:
                 simd.write(b, place, pairs, 4)
             else:
-                even, odd = simd.emit_halves(b, pairs)
+                even, odd = emit_halves(b, pairs)
                 simd.write(b, place, odd, 4)
                 simd.write(b, b.add(place, ir.Constant(number, BYTES)), even, 4)
 
@@ -116,7 +117,7 @@ def _tile(tokens: int, steps: int) -> Any:
 
 def _operand(b: Any, offset: Any, x: Any, even: int) -> Any:
     """A vector of tokens as the product takes it: the odd or even halves of pairs, widened."""
-    return simd.emit_halves(b, simd.read(b, b.add(x, offset), simd.I32.llvm, 4))[1 - even]
+    return emit_halves(b, simd.read(b, b.add(x, offset), simd.I32.llvm, 4))[1 - even]
 
 
 _tile_6, _tile_3, _tile_2, _tile_1 = (_tile(n, _LONG) for n in (6, 3, 2, 1))

@@ -15,8 +15,8 @@ from numba import types
 
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import fields, simd
+from kvcondense.backends.cpu.kernels.bf16 import emit_load_bf16, emit_rounded_score, load_bf16, round_bf16
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
-from kvcondense.backends.cpu.kernels.lanes import Lanes, round_bf16, rounded_bf16
 from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, fma, load, splat, store
 from kvcondense.backends.cpu.params import CHANNELS, ENTRY, GROUP, Candidate
 from kvcondense.backends.cpu.target import target
@@ -91,7 +91,7 @@ def _fp32(b: Any, row: Any, at: Any) -> Any:
 
 
 def _bf16(b: Any, row: Any, at: Any) -> Any:
-    return simd.emit_load_bf16(b, b.add(row, b.lshr(at, ir.Constant(at.type, 1))))
+    return emit_load_bf16(b, b.add(row, b.lshr(at, ir.Constant(at.type, 1))))
 
 
 class _Coming:
@@ -139,17 +139,6 @@ class _Coming:
             counter.add_incoming(value, end)
 
 
-def _as_stored(b: Any, z: Any) -> Any:
-    """Scores rounded to bf16.
-
-    Where the processor does that, those below 2^-126 become 0, which no weight shows: e^(z - m) is 1 if m is as small,
-    and else z - m is -m either way.
-    """
-    if target().bf16_products:
-        return simd.emit_widened(b, simd.emit_nearest_bf16(b, z))
-    return rounded_bf16(Lanes(b, z)).value
-
-
 def _both(values: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
     """The only one, or both combined."""
     return combine(*values) if len(values) == 2 else values[0]
@@ -194,7 +183,7 @@ def _group(count: int, row: _Row, *, more: bool = False, rounded: bool = False) 
 
         def score(j: int) -> Any:
             z = b.fadd(row(b, rows[j][1], at), _fp32(b, rows[j][2], at))
-            return _as_stored(b, z) if rounded else z
+            return emit_rounded_score(b, z) if rounded else z
 
         m = _fp32(b, held[0], at) if more else score(0)
         l, o, top = ([], [], m) if more else ([vector(_ONE)], [row(b, rows[0][0], at)], m)
@@ -258,7 +247,7 @@ def _groups(row: _Row, *, rounded: bool = False) -> Any:
 
 @inlined
 def _value(kind, row, c):
-    return load(row + c) if kind == params.FP32 else simd.load_bf16(row + c // 2)
+    return load(row + c) if kind == params.FP32 else load_bf16(row + c // 2)
 
 
 @inlined

@@ -15,6 +15,7 @@ from numba import types
 
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import fields, functions, panels, simd
+from kvcondense.backends.cpu.kernels.bf16 import PAIRS, emit_halves, emit_pair_products
 from kvcondense.backends.cpu.kernels.functions import kernel
 from kvcondense.backends.cpu.kernels.integers import fetch_add, smaller
 from kvcondense.backends.cpu.kernels.simd import pointer
@@ -33,13 +34,13 @@ _I = ir.VectorType(ir.IntType(32), _SUMS)
 def _pair_products(b: Any, acc: Any, x: tuple[Any, ...], w: tuple[Any, ...]) -> Any:
     """acc + the products of both halves of each lane, the odd one first."""
     if _NATIVE:
-        return simd.emit_pair_products(b, x[0], w[0], acc)
+        return emit_pair_products(b, x[0], w[0], acc)
     return simd.emit_fma(b, x[0], w[0], simd.emit_fma(b, x[1], w[1], acc))
 
 
 def _operand(b: Any, pairs: Any) -> tuple[Any, ...]:
     """32 bf16 as the product takes them: as they are, or widened, even ones and odd ones."""
-    return (b.bitcast(pairs, simd.PAIRS),) if _NATIVE else simd.emit_halves(b, pairs)
+    return (b.bitcast(pairs, PAIRS),) if _NATIVE else emit_halves(b, pairs)
 
 
 def _tile(tokens: int, channels: int) -> Any:

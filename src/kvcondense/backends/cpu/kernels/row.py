@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from kvcondense.backends.cpu.kernels import simd
+from kvcondense.backends.cpu.kernels.bf16 import round_bf16
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
-from kvcondense.backends.cpu.kernels.lanes import round_bf16
 from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, load, splat, store
 
 

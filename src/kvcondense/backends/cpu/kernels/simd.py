@@ -31,23 +31,6 @@ _F = ir.VectorType(ir.FloatType(), LANES)
 _I = ir.VectorType(_I32, LANES)
 
 
-class _BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite does not have."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
-"""As many bf16 as fill a vector."""
-
-
 class _Vector(types.Type):
     def __init__(self, name: str, llvm: ir.VectorType) -> None:
         self.llvm = llvm
@@ -130,29 +113,6 @@ def _lanes(*index: int) -> ir.Constant:
 def load(b: Any, address: Any) -> Any:
     """As many fp32 as there are lanes."""
     return read(b, address, _F, 4)
-
-
-def emit_halves(b: Any, pairs: Any) -> tuple[Any, Any]:
-    """Pairs of bf16 in int32, widened to fp32: the even ones, the odd ones."""
-    kind = ir.VectorType(ir.FloatType(), pairs.type.count)
-    even, odd = b.shl(pairs, constant(16, pairs.type)), b.and_(pairs, constant(-0x10000, pairs.type))
-    return b.bitcast(even, kind), b.bitcast(odd, kind)
-
-
-def emit_widened(b: Any, codes: Any) -> Any:
-    """bf16, by its bits in int16, as fp32."""
-    return b.bitcast(b.shl(b.zext(codes, _I), constant(16)), _F)
-
-
-def emit_load_bf16(b: Any, address: Any) -> Any:
-    """``load_bf16``, for whoever emits instructions."""
-    return emit_widened(b, read(b, address, ir.VectorType(_I16, LANES), 2))
-
-
-@operation(F32, types.int64)
-def load_bf16(b: Any, address: Any) -> Any:
-    """bf16, widened."""
-    return emit_load_bf16(b, address)
 
 
 @operation(F32, types.int64)
@@ -361,20 +321,6 @@ def emit_fma(b: Any, x: Any, y: Any, z: Any) -> Any:
 def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
     """x y + z, rounded once."""
     return emit_fma(b, x, y, z)
-
-
-def emit_pair_products(b: Any, x: Any, y: Any, z: Any) -> Any:
-    """z + the products of both bf16 of each lane, the odd one first; AVX-512 BF16 alone has it."""
-    kind = ir.FunctionType(_F, [_F, PAIRS, PAIRS])
-    function = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-    return b.call(function, [z, x, y])
-
-
-def emit_nearest_bf16(b: Any, x: Any) -> Any:
-    """The bits of the nearest bf16, in int16; numbers below 2^-126 are 0. AVX-512 BF16 alone has it."""
-    kind = ir.FunctionType(ir.VectorType(_BFloat(), LANES), [_F])
-    function = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512")
-    return b.bitcast(b.call(function, [x]), ir.VectorType(_I16, LANES))
 
 
 def emit_at_least(b: Any, x: Any, low: Any) -> Any:

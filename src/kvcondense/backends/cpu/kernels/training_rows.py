@@ -10,9 +10,9 @@ import math
 import numpy as np
 
 from kvcondense.backends.cpu.kernels import row
+from kvcondense.backends.cpu.kernels.bf16 import round_bf16
 from kvcondense.backends.cpu.kernels.functions import kernel
 from kvcondense.backends.cpu.kernels.integers import fetch_add, smaller
-from kvcondense.backends.cpu.kernels.lanes import round_bf16
 from kvcondense.backends.cpu.kernels.simd import BYTES, load, splat, store
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import pool, simd
+from kvcondense.backends.cpu.kernels.bf16 import bf16_code, load_bf16, round_bf16
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
 from kvcondense.backends.cpu.kernels.integers import larger, smaller
-from kvcondense.backends.cpu.kernels.lanes import bf16_code, round_bf16
 from kvcondense.backends.cpu.kernels.pool import table_at
 from kvcondense.backends.cpu.kernels.simd import LANES, load, store
 from kvcondense.backends.cpu.params import CHANNELS, ENTRY, GROUP, STAGED
@@ -18,7 +18,7 @@ def load_as(kind, base, channel):
     if kind == params.FP32:
         return load(base + 4 * channel)
     if kind == params.BF16:
-        return simd.load_bf16(base + 2 * channel)
+        return load_bf16(base + 2 * channel)
     return simd.load_fp16(base + 2 * channel)
 
 
