@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvcondense.backends.triton import tuning
+from kvcondense.backends.triton import decode, tuning
 from kvcondense.backends.triton.aot import ARCHITECTURES
 from kvcondense.backends.triton.fences import fenced
 from kvcondense.backends.triton.launches import target
@@ -137,8 +137,10 @@ def test_the_fence_goes_behind_the_copies_of_kernels_that_multiply():
 def occupy(kernel, arch):
     """(32-bit registers, bytes of shared memory) that the programs of a processor take which wait for one another."""
     kind, form, *_ = kernel["variant"].split("-")
+    projected = [specs()[k].projected for k in (kind, "indexer")[: 1 + (form == "together")]]
+    products = sum(projected) // decode.block_of(projected) * decode.splits(4096)
     with tuning.stand_in(arch):
-        each = tuning.decode_programs(torch.device("cpu"), specs()[kind].window, 1 + (form == "together"))
+        each = tuning.decode_programs(torch.device("cpu"), specs()[kind].window, products, len(projected))
     lanes = kernel["num_warps"] * (64 if arch.startswith("gfx") else 32)
     return each * lanes * -(-kernel["registers"] // 8) * 8, each * (kernel["shared"] + 1024)
 

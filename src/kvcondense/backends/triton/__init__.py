@@ -198,6 +198,7 @@ def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept:
     options |= tuning.launch_options(kv_score.device)
     with on_device(kv_score.device), clean_counters([plan]):
         if isinstance(state, OnlineState):
+            options |= tuning.online_options(tuning.architecture(kv_score.device), num_warps)
             online_kernel[(programs + kept,)](
                 *head, batch.draft_rows, batch.state_slots, state.acc, state.folded, state.log, *windows, *stored,
                 programs, kv_score.stride(0), page_stride, scales_stride, number, **options,

@@ -26,6 +26,7 @@ CASTS = ("bf16", "e4m3", "e2m1")
 """Casts of fp32 that kernels may leave to the chip, where ``kvcondense tune`` has shown that every result is equal."""
 _DEPENDENT = 90
 """The first sm_ with programmatic dependent launch."""
+_FEW_PRODUCTS = 128
 _TILE = 4096
 """Elements of a tile, [window, channels], where the table says nothing."""
 
@@ -174,6 +175,11 @@ def decode_options(arch: str, each: int) -> dict[str, Any]:
     return {"enable_fp_fusion": False, **({} if arch.startswith("sm_9") else told)}
 
 
+def online_options(arch: str, num_warps: int) -> dict[str, Any]:
+    """Options of a launch that folds: of eight warps, sm_120's assembler would spill before it takes what there is."""
+    return {"maxnreg": 96} if arch.startswith("sm_12") and num_warps == 8 else {}
+
+
 def tile_columns(arch: str, overlap: bool) -> int:
     """Projected channels that a tile of a long step accumulates at once, reading x once for them.
 
@@ -193,14 +199,15 @@ def pooled_channels(arch: str) -> int:
     return 32 if arch == "sm_89" else 64
 
 
-def decode_programs(device: torch.device, window: int, compressors: int = 1) -> int | None:
+def decode_programs(device: torch.device, window: int, products: int, compressors: int = 1) -> int | None:
     """Programs of a processor in launches whose programs wait for one another; None: there are none such.
 
     Long windows take twice the registers of short ones, of which four fit without spills (``kvcondense aot``), or three
-    that do the work of two compressors.
+    that do the work of two compressors. Two are enough for few ``products``, as the indexer has by itself.
     """
     entries = _part(architecture(device))["decode_programs"]
-    return entries and next(each[compressors - 1] for most, *each in entries if most is None or window <= most)
+    each = entries and next(each[compressors - 1] for most, *each in entries if most is None or window <= most)
+    return min(each, 2) if each and products <= _FEW_PRODUCTS else each
 
 
 @functools.lru_cache(maxsize=4096)

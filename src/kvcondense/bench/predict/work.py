@@ -124,7 +124,7 @@ def forms_of(what: Case | Layer, arch: str) -> tuple[str, ...]:
         return (STEP,)
     with tuning.stand_in(arch):
         device = torch.device("cpu")
-        one_launch = tuning.decode_programs(device, case.spec.window) is not None and tokens <= decode.TOKENS
+        one_launch = tuning.decode_programs(device, case.spec.window, 0) is not None and tokens <= decode.TOKENS
         least = tuning.fused_tokens(device)
         library = tuning.library_product(device) and arch.startswith("sm_")
         most = tuning.one_launch_tokens(device)
@@ -254,7 +254,8 @@ def _decode(parts: Sequence[Part], arch: str) -> Kernel:
     kept = [part.kept for part in parts]
     with tuning.stand_in(arch):
         longest = max(part.case.spec.window for part in parts)
-        resident = (tuning.decode_programs(torch.device("cpu"), longest, len(parts)) or 1) * MACHINES[arch].processors
+        each = tuning.decode_programs(torch.device("cpu"), longest, sum(products), len(parts))
+        resident = (each or 1) * MACHINES[arch].processors
     programs = min(max(sum(products), sum(windows) + sum(kept)), resident)
     x = _BF16 * tokens * hidden
     memory = sum(part.step_bytes() for part in parts) - (len(parts) - 1) * x
