@@ -64,14 +64,14 @@ def test_two_compressors_read_x_once():
 @pytest.mark.parametrize(("tokens", "start"), [(1, 7), (3, 6)])
 def test_every_way_makes_the_rows_and_is_timed(tokens, start):
     records = list(fused.run_layer(pair(tokens, start), RATES, print, device="cpu"))
-    names = ["fused, one launch", "GEMM + step", "batch-invariant", "GEMM alone"]
+    names = ["fused, one launch", "GEMM + step", "GEMM each + step", "batch-invariant", "GEMM alone"]
     assert [(r["runner"], r["cache"]) for r in records] == [(n, c) for c in ("warm", "cold") for n in names]
     assert all(r["off_by_rms"] < fused.CLOSE for r in records if r["runner"] != "GEMM alone")
     assert all(r["floor_us"] > 0 for r in records)
     table = report.fused(records)
     assert "| tiny | " in table
-    assert "| 4.0 | 2.0 | 3.0 | 1.0 |" in table
-    assert table.splitlines()[2].endswith("| 0.25 | 2.00 |")
+    assert "| 5.0 | 2.0 | 3.0 | 4.0 | 1.0 |" in table
+    assert table.splitlines()[2].endswith("| 0.20 | 2.00 |")
 
 
 @pytest.mark.usefixtures("small")
@@ -85,11 +85,11 @@ def test_where_kernels_start_early_the_same_in_full_order_is_timed(monkeypatch):
     monkeypatch.setattr(tuning, "launch_options", options)
     records = list(fused.run_layer(pair(1, 7), RATES, print, device="cpu"))
     names = list(dict.fromkeys(r["runner"] for r in records))
-    assert names[:3] == ["fused, one launch", "in full order, one launch", "GEMM + step"]
+    assert names[:4] == ["fused, one launch", "in full order, one launch", "GEMM + step", "GEMM each + step"]
     assert {False, True} == set(asked)
     table = report.fused(records)
     assert "| batch-invariant | in full order | fused |" in table
-    assert "| 5.0 | 3.0 | 4.0 | 2.0 | 1.0 |" in table
+    assert "| 6.0 | 3.0 | 4.0 | 5.0 | 2.0 | 1.0 |" in table
 
 
 @pytest.mark.usefixtures("small")
@@ -114,7 +114,7 @@ def test_a_wrong_way_is_not_timed(monkeypatch):
     assert found[0]["runner"] == "fused, one launch"
     assert found[0]["wrong"] > fused.CLOSE
     assert "not timed" in said[0]
-    assert {r["runner"] for r in found[1:]} == {"GEMM + step", "batch-invariant", "GEMM alone"}
+    assert {r["runner"] for r in found[1:]} == {"GEMM + step", "GEMM each + step", "batch-invariant", "GEMM alone"}
     assert get_backend("triton").name == "triton"
 
 

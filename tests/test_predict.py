@@ -25,7 +25,7 @@ from kvcondense.bench.runners import BARE, Kvcondense
 from kvcondense.cli import app
 
 pytest.importorskip("triton")
-from kvcondense.backends.triton import fused
+from kvcondense.backends.triton import fused, tuning
 from kvcondense.bench.predict.code import Launched
 from kvcondense.bench.predict.model import Answer, Predicted, of_kernel, residents
 from kvcondense.bench.predict.work import Kernel, forms_of, plan_of
@@ -92,13 +92,15 @@ def test_forms_are_the_backends_and_the_benches(monkeypatch):
         library, short = arch.startswith("sm_"), "prefill" not in name
         expected = {"library, step"} if library else set()
         assert set(forms) == expected | ({"one launch", "product, step"} if short else {"tiles"}), (arch, name)
-        late = library and any(many in name for many in ("decode 64", "verify 8 x 8"))
+        late = arch in ("sm_80", "sm_90", "sm_100") and any(many in name for many in ("decode 64", "verify 8 x 8"))
         assert forms[0] == ("library, step" if late or (library and not short) else "one launch" if short else "tiles")
 
     backend = get_backend("triton")
     part = Kvcondense(make_inputs(Case("few", "hca", 1, 64, 0, hidden=True)), "triton", BARE)
     step = part.primed()["step"]
     monkeypatch.setattr(fused, "by_library", lambda device: True)
+    with tuning.stand_in("sm_89"):
+        assert backend.fused_forms(step, part.new, part.inputs.w)["one launch"] is None
     forms = {n: backend.fused_forms(step, part.new[:n], part.inputs.w)["one launch"] for n in (16, 17, 64)}
     assert forms[16] is None
     assert forms[17] == "17 tokens; of more than 16 the table has the library's product, then the step"
@@ -326,6 +328,12 @@ def test_measured_times_stand_beside(tmp_path):
     assert (record["measured_us"], record["cache"], record["ratio"]) == (40.0, "cold", 1.25)
     other = table.record_of(replace(answer, form="tiles"), found)
     assert "ratio" not in other, "another form is another kernel"
+    way = {"case": "pair", "cache": "cold", "floor_us": 1.0, "us": 30.0}
+    both = [{**way, "runner": "GEMM + step"}, {**way, "runner": "GEMM each + step", "us": 34.0}]
+    for products, us in ((1, 30.0), (2, 34.0)):  # two compressors have a product each, not one for both
+        kernels = (replace(launch, kernel="library product"),) * products
+        of = table.record_of(replace(answer, case="pair", form="library, step", kernels=kernels), both)
+        assert of["measured_us"] == us
     head, rows = table.rows([record, other])
     assert head[-2:] == ("measured", "ratio")
     assert [row[-1] for row in rows] == ["1.25", "-"]

@@ -75,7 +75,7 @@ def run_split(
     """One record: the slowest rank's median, bytes moved, whether all bits are those of one rank."""
     if device != "cpu":
         raise UnsupportedError("--context-parallel", "the CPU's processes", device)
-    context = multiprocessing.get_context("spawn")
+    context, rates = multiprocessing.get_context("spawn"), rates.now()
     with tempfile.TemporaryDirectory() as folder:
         results = context.SimpleQueue()
         workers = [

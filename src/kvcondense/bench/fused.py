@@ -16,6 +16,7 @@ from kvcondense.bench.run import CLOSE, off, timings
 from kvcondense.bench.runners import BARE, Kvcondense, plain_gemm
 
 GEMM = "GEMM alone"
+UNFUSED, EACH_UNFUSED = "GEMM + step", "GEMM each + step"
 IN_ORDER = "in full order"
 Run = Callable[[Sequence[Step], torch.Tensor, Sequence[torch.Tensor]], None]
 
@@ -90,7 +91,8 @@ class Steps:
 
 def ways(inputs: Sequence[Inputs]) -> list[Steps]:
     """Fused, even where the table would not, in one launch if that is possible; where kernels start early, the same in
-    full order; GEMM and step; and, for small steps, the way that gives a token the same bits in every step.
+    full order; GEMM and step, of two compressors with a GEMM for both and with one for each; and, for small steps, the
+    way that gives a token the same bits in every step.
     """
     backend: Any = get_backend("triton")
     invariant: Any = replace(backend, batch_invariant=True)
@@ -117,7 +119,14 @@ def ways(inputs: Sequence[Inputs]) -> list[Steps]:
         for step, kv_score in zip(steps, plain_gemm(x, weight).split(sizes, dim=1), strict=True):
             backend.run(replace(step, kv_score=kv_score))
 
-    found.append(Steps("GEMM + step", parts, unfused))
+    found.append(Steps(UNFUSED, parts, unfused))
+
+    def each(steps: Sequence[Step], x: torch.Tensor, ws: Sequence[torch.Tensor]) -> None:
+        for step, w in zip(steps, ws, strict=True):
+            backend.run(replace(step, kv_score=plain_gemm(x, w)))
+
+    if len(parts) > 1:  # as the backend does it, to which weights come one by one
+        found.append(Steps(EACH_UNFUSED, parts, each))
     if form == "one launch":
 
         def apart(steps: Sequence[Step], x: torch.Tensor, ws: Sequence[torch.Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvcondense.bench.fused import GEMM, IN_ORDER
+from kvcondense.bench.fused import EACH_UNFUSED, GEMM, IN_ORDER, UNFUSED
 from kvcondense.bench.records import Record
 from kvcondense.bench.runners import GEMMS
 
@@ -117,11 +117,12 @@ def fused(records: Sequence[Record]) -> str:
     """Layers by ways, warm, in microseconds, and how the fused way compares."""
     timed = [r for r in records if r.get("cache") == "warm"]
     ordered = (IN_ORDER,) if any(r["runner"].startswith(IN_ORDER) for r in timed) else ()
-    head = ("floor", GEMM, "GEMM + step", "batch-invariant", *ordered, "fused")
+    each = (EACH_UNFUSED,) if any(r["runner"] == EACH_UNFUSED for r in timed) else ()
+    head = ("floor", GEMM, UNFUSED, *each, "batch-invariant", *ordered, "fused")
     ratios = {
         "fused / floor": ("fused", "floor"),
         f"fused / {GEMM}": ("fused", GEMM),
-        "unfused / fused": ("GEMM + step", "fused"),
+        "unfused / fused": (UNFUSED, "fused"),
     }
     names = (*head, *ratios)
     lines = ["| microseconds | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]

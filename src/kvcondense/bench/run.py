@@ -121,11 +121,12 @@ def timings(
 ) -> Iterator[dict[str, Any]]:
     """A record of each work, warm and cold, with what ``notes`` say of it; case: its name, bytes and flops.
 
-    A CPU's bandwidths are measured right before each.
+    A CPU's bandwidths are measured right before.
     """
+    on_gpu = device == gpu.home()
+    rates = rates if on_gpu else rates.now()
     for cold in (False, True):
-        on_gpu = device == gpu.home()
-        floor = (rates if on_gpu else rates.now()).floor(case, cold)
+        floor = rates.floor(case, cold)
         times = (gpu if on_gpu else measure).interleaved(works, cold=cold)
         for note, seconds in zip(notes, times, strict=True):
             yield {

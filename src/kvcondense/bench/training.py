@@ -121,8 +121,9 @@ def run_case(
         return
     ways = {"kvcondense.training": ours, "eager autograd": eager}
     works = [measure.Work(lambda: None, lambda _, r=run: problem.step(r)) for run in ways.values()]
-    times = (measure if device == "cpu" else gpu).interleaved(works, cold=False)
+    rates = rates.now() if device == "cpu" else rates
     floor = rates.floor(replace(case, tokens=3 * case.tokens), cold=True)  # read forward and backward, written once
+    times = (measure if device == "cpu" else gpu).interleaved(works, cold=False)
     for (name, run), seconds in zip(ways.items(), times, strict=True):
         yield {
             "case": case.name,

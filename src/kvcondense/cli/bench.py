@@ -86,7 +86,7 @@ def bench(
     Before anyone is timed, its rows are compared with the reference's. Timings are medians of interleaved rounds, warm
     and with cold caches. The floor is the case's bytes over the bandwidth, or its flops over the rate of torch's bf16
     GEMM, both measured in the same run. On a GPU, bare steps, engines' kernels and GEMMs are timed as CUDA graphs.
-    With --fused, a step from hidden states is timed as the backend does it at once, as GEMM and step, and, for small
+    With --fused, a step from hidden states is timed in one launch or in tiles, as GEMM and step, and, for small
     steps, in the way that gives a token the same bits in every step. With --training, gradients are compared first;
     with --context-parallel, rows with those of one process, and bytes with those of gathering all.
     Example: kvcondense bench --swap --json swap.jsonl
@@ -95,6 +95,7 @@ def bench(
 
     With --predict, nothing is run: the kernels of the GPU's cases are compiled (minutes for all of them), and their
     machine code, their bytes and a table of the chip's published figures give the time, what decides it, and the floor;
-    with --case, each launch too, and with --json every number. --measured puts timings beside, and takes their rates.
+    with --case, each launch too, and with --json every number. A step from hidden states has a line for each way that
+    the backend has, its own first. --measured puts timings beside, and takes their rates.
     Example: kvcondense bench --predict sm_90 --case "prefill 1 x 8192, ratio"
     """

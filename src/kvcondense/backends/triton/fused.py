@@ -76,7 +76,7 @@ def by_library(device: torch.device) -> bool:
 
 def why_not_one_launch(device: torch.device, tokens: int) -> str | None:
     """None if the table says that one launch wins where it is possible, else what speaks against it."""
-    most = tuning.one_launch_tokens(device)
+    most = tuning.one_launch_tokens(tuning.architecture(device))
     if most is None or tokens <= most or not by_library(device):
         return None
     return f"{tokens} tokens; of more than {most} the table has the library's product, then the step"

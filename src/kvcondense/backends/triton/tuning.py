@@ -47,8 +47,8 @@ class Choice:
 @functools.cache
 def table() -> dict[str, Any]:
     """The file: by architecture its source, hardware_casts, counters, dependent_launch, fused_tokens, library_product,
-    one_launch_tokens (null any number), decode_programs ([window, programs, programs of two compressors], for windows
-    of at most so many tokens, null any), and entries.
+    decode_programs ([window, programs, programs of two compressors], for windows of at most so many tokens, null any),
+    and entries.
 
     An entry is [ratio, head_dim, rows, block, num_warps] and serves steps of at most ``rows`` windows, null any number.
     """
@@ -132,9 +132,14 @@ def library_product(device: torch.device) -> bool:
     return _part(architecture(device))["library_product"]
 
 
-def one_launch_tokens(device: torch.device) -> int | None:
-    """Most tokens that one launch takes from x faster than the vendor's product and the step; None: any number."""
-    return _part(architecture(device))["one_launch_tokens"]
+def one_launch_tokens(arch: str) -> int | None:
+    """Most tokens of a step from x that is one launch, where the vendor's product, then the step, is possible, too.
+
+    None: any number. At 64 tokens that way is predicted to be faster by more than what is left out of its product, a
+    chain of loads, on chips whose memory is fast beside launches (``kvcondense bench --predict sm_90 --fused``); on
+    sm_89 and sm_120, that takes two launches more for two compressors, it is not.
+    """
+    return None if arch in ("sm_89", "sm_120") else 16
 
 
 def launch_options(device: torch.device) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Answer:
 
 
 def predict(what: Case | Layer, arch: str, machine: Machine, form: str | None = None) -> Answer:
-    """The times of a case's or a layer's step, in one of its forms (None: the backend's).
+    """The times of a case's or a layer's step, in one of its forms (``forms_of``; None: the backend's).
 
     Raises UnsupportedError if one of its kernels does not compile.
     """

@@ -11,10 +11,10 @@ from typing import Any
 
 from kvcondense.bench import records
 from kvcondense.bench.cases import DEVICE_CASES, Case
-from kvcondense.bench.fused import LAYERS, Layer
+from kvcondense.bench.fused import EACH_UNFUSED, LAYERS, UNFUSED, Layer
 from kvcondense.bench.predict.machines import Machine
 from kvcondense.bench.predict.model import Answer
-from kvcondense.bench.predict.work import LIBRARY, ONE_LAUNCH, OWN, STEP, TILES
+from kvcondense.bench.predict.work import LIBRARY, ONE_LAUNCH, OWN, PRODUCT, STEP, TILES
 from kvcondense.bench.runners import EmptyLaunch
 from kvcondense.errors import UnsupportedError
 
@@ -24,7 +24,7 @@ _RUNNERS = {
     STEP: ("triton, bare",),
     ONE_LAUNCH: ("fused, one launch",),
     TILES: ("fused, tiles",),
-    LIBRARY: ("GEMM + step", "triton, bare"),
+    LIBRARY: (UNFUSED, "triton, bare"),
     OWN: ("batch-invariant",),
 }
 """By form, who in the bench runs it without the host's time."""
@@ -48,9 +48,10 @@ def record_of(answer: Answer, timings: Iterable[records.Record] = ()) -> records
 
 def _timing(answer: Answer, timings: Iterable[records.Record]) -> records.Record | None:
     """Of the case, of who does it in this form: with cold caches if that was timed, since the model reads memory."""
-    mine = [r for r in timings if r.get("case") == answer.case and r.get("runner") in _RUNNERS[answer.form]]
+    several = answer.form == LIBRARY and sum(kernel.kernel == PRODUCT for kernel in answer.kernels) > 1
+    order = (EACH_UNFUSED,) if several else _RUNNERS[answer.form]
+    mine = [r for r in timings if r.get("case") == answer.case and r.get("runner") in order]
     mine = [r for r in mine if "us" in r and r.get("cache") in ("cold", "warm")]
-    order = _RUNNERS[answer.form]
     return min(mine, key=lambda r: (r["cache"] != "cold", order.index(r["runner"])), default=None)
 
 

@@ -1,6 +1,6 @@
 """What a case launches on an architecture: kernels, their programs, how often their code runs, and what they move.
 
-The form is the one that the backend takes there; how windows and kept rows are cut is read from what the kernels are
+A step from x has several forms (``forms_of``); how windows and kept rows are cut is read from what the kernels are
 compiled for. Bytes of memory are those that a kernel must read or write once. Bytes of the last cache are what all its
 programs ask for together: each reads anew what others have read.
 """
@@ -27,6 +27,7 @@ from kvcondense.layout.plan import Plan
 from kvcondense.planning import Planner
 
 ONE_LAUNCH, TILES, LIBRARY, OWN, STEP = "one launch", "tiles", "library, step", "product, step", "step"
+PRODUCT = "library product"
 _BF16, _FP32 = 2, 4
 
 
@@ -115,8 +116,8 @@ def plan_of(case: Case) -> Plan:
 
 
 def forms_of(what: Case | Layer, arch: str) -> tuple[str, ...]:
-    """How a step may be done on an architecture: first as the backend does it, then the other ways that the bench
-    times of steps from x. Without freedom in a token's bits (``batch_invariant``) it is the last of them.
+    """How the backend may do a step on an architecture: first as it does, then, from x, the other ways, the last of
+    which is ``batch_invariant``'s.
     """
     parts = _parts(what)
     case, tokens = parts[0].case, parts[0].tokens
@@ -127,7 +128,7 @@ def forms_of(what: Case | Layer, arch: str) -> tuple[str, ...]:
         one_launch = tuning.decode_programs(device, case.spec.window, 0) is not None and tokens <= decode.TOKENS
         least = tuning.fused_tokens(device)
         library = tuning.library_product(device) and arch.startswith("sm_")
-        most = tuning.one_launch_tokens(device)
+        most = tuning.one_launch_tokens(arch)
     fits = all(p.windows * p.case.spec.ratio <= 2 * p.tokens for p in parts)
     tiles = least is not None and tokens >= least and fits
     found = {ONE_LAUNCH: one_launch, LIBRARY: library, TILES: tiles, OWN: not tiles}
@@ -143,7 +144,7 @@ def work_of(what: Case | Layer, arch: str, form: str) -> list[Kernel]:
         return [_decode(parts, arch)]
     if form == TILES:
         return [kernel for part in parts for kernel in _tiles(part, arch)]
-    product = {LIBRARY: _library, OWN: partial(_product, arch=arch)}.get(form)
+    product = {LIBRARY: _library, OWN: partial(_product, arch=arch), STEP: None}[form]
     found = [product(part) for part in parts] if product else []
     return [*found, *(kernel for part in parts for kernel in _step(part, arch))]
 
@@ -192,7 +193,7 @@ def _library(part: Part) -> Kernel:
     """The vendor's product."""
     case, tokens, projected = part.case, part.tokens, part.case.spec.projected
     memory = _BF16 * case.config.hidden_size * (tokens + projected) + _FP32 * tokens * projected
-    return Kernel("library product", None, None, 0, memory, memory, case.flops)
+    return Kernel(PRODUCT, None, None, 0, memory, memory, case.flops)
 
 
 def _product(part: Part, arch: str) -> Kernel:

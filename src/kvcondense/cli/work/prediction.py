@@ -17,7 +17,7 @@ from kvcondense.errors import RangeError
 
 
 def run(output: Output, arch: str, case: list[str] | None, fused: bool, measured: Path | None) -> None:
-    """Print, and write to --json, a record for each case that is asked for, in each form that the bench times."""
+    """Print, and write to --json, a record for each case that is asked for, in each form that the backend has."""
     cases = LAYERS if fused else table.CASES
     chosen = [c for c in cases.values() if not case or any(part in c.name for part in case)]
     if not chosen:
