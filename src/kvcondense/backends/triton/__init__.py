@@ -41,10 +41,10 @@ _MOST_CANDIDATES = 1024
 class TritonBackend:
     """Steps on a GPU, in fp32, for head_dim a power of two. ``choice`` stands in for the tuning table's.
 
-    From hidden states, steps of a few tokens (64, or 16 where the vendor's library is faster) sum the
-    projection in spans, so that all processors can take part; longer ones are projected by that library, whose bits
-    depend on the batch, or in tiles. ``impl=TritonBackend(batch_invariant=True)`` gives a token the same bits in every
-    step, and small steps a projection by few programs.
+    From hidden states, steps of a few tokens (64, or 16 where the vendor's library is faster) sum the projection in
+    spans, so that all processors can take part; longer ones are projected by that library, whose bits depend on the
+    batch, or in tiles. ``impl=TritonBackend(batch_invariant=True)`` gives a token the same bits in every step, and
+    small steps a projection by few programs.
     """
 
     name: str = "triton"

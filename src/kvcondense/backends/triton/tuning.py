@@ -27,6 +27,7 @@ CASTS = ("bf16", "e4m3", "e2m1")
 _DEPENDENT = 90
 """The first sm_ with programmatic dependent launch."""
 _FEW_PRODUCTS = 128
+"""No more than there are processors, or little more."""
 _TILE = 4096
 """Elements of a tile, [window, channels], where the table says nothing."""
 
@@ -135,9 +136,9 @@ def library_product(device: torch.device) -> bool:
 def one_launch_tokens(arch: str) -> int | None:
     """Most tokens of a step from x that is one launch, where the vendor's product, then the step, is possible, too.
 
-    None: any number. At 64 tokens that way is predicted to be faster by more than what is left out of its product, a
-    chain of loads, on chips whose memory is fast beside launches (``kvcondense bench --predict sm_90 --fused``); on
-    sm_89 and sm_120, that takes two launches more for two compressors, it is not.
+    None: any number. Where memory is fast, that way is predicted to win at 64 tokens by more than the model leaves out
+    of the product, its chain of loads (``kvcondense bench --predict sm_90 --fused``). Not so on sm_89 and sm_120 for
+    two compressors, which take three launches more.
     """
     return None if arch in ("sm_89", "sm_120") else 16
 

@@ -79,7 +79,7 @@ def emit_rounded_score(b: Any, z: Any) -> Any:
     """A score as a bf16 state would hold it, as far as a softmax can tell.
 
     AVX-512 BF16 rounds by one instruction, which makes numbers below 2^-126 zero. No weight shows that: e^(z - m) is 1
-    while m is below 2^-26, and beyond that z - m is -m either way.
+    while |m| is below 2^-26, and beyond that z - m is -m either way.
     """
     if not target().bf16_products:
         return rounded_bf16(Lanes(b, z)).value
