@@ -102,7 +102,8 @@ def _tile(tokens: int, channels: int) -> Any:
 
 
 # As many sums as registers hold: 24 of 32 with AVX-512 BF16. Widened, a sum takes two of AVX2's 16, and operands four.
-_HEIGHT, _WIDTH, _LONG = (6, 4, 8) if _NATIVE else (4, 4, 8) if target().lanes == _SUMS else (2, 1, 2)
+# One token reads rows of w and hardly computes: two at a time are quicker to read on than eight.
+_HEIGHT, _WIDTH, _LONG = (6, 4, 2) if _NATIVE else (4, 4, 8) if target().lanes == _SUMS else (2, 1, 2)
 _tall, _four, _two = (_tile(n, _WIDTH) for n in (_HEIGHT, min(_HEIGHT, 4), 2))
 _row = _tile(1, _LONG)
 _FEW = params.TALL + 1 if _NATIVE else 100 if target().lanes == _SUMS else 12
