@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-_FIXED = (3, 8)
+_FIXED = 3, 8
 _FENCE = "fence.proxy.async.shared::cta;"
 _READERS = re.compile(r"wgmma\.mma_async|tcgen05\.mma")
 _WAIT = re.compile(r"cp\.async\.wait_(?:group\s+\d+|all);")
@@ -24,12 +24,16 @@ _before: list[Any] = []
 
 
 @functools.cache
-def omitted() -> bool:
-    """True if the installed Triton leaves the fence out."""
+def older_than(major: int, minor: int) -> bool:
+    """True if the installed Triton is."""
     import triton  # not its metadata: builds for other devices have other names
 
-    major, minor = triton.__version__.split(".")[:2]
-    return (int(major), int(minor)) < _FIXED
+    return tuple(map(int, triton.__version__.split(".")[:2])) < (major, minor)
+
+
+def omitted() -> bool:
+    """True if the installed Triton leaves the fence out."""
+    return older_than(*_FIXED)
 
 
 @contextlib.contextmanager

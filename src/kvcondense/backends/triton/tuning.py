@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from kvcondense.backends.triton.fences import older_than
 from kvcondense.spec import CompressorSpec
 
 TABLE = Path(__file__).with_name("tuning.json")
@@ -173,12 +174,13 @@ def decode_options(arch: str, each: int) -> dict[str, Any]:
     """Options of a launch whose programs of four warps wait for one another, ``each`` of them on a processor.
 
     The compiler is told how many registers are left for each, since a grid that does not fit would be refused. Not on
-    sm_90, where it takes no more by itself, and spills if it is told.
+    sm_90, where Triton 3.9 takes no more by itself, and spills if it is told; 3.6 takes ten more than there are.
     """
     told: dict[str, Any] = {"maxnreg": min(255, 65536 // (128 * each) // 8 * 8)}  # they are given out by eights
     if arch.startswith("gfx"):  # a program has a wave on each of four units, whose registers such waves share
         told = {"waves_per_eu": each}
-    return {"enable_fp_fusion": False, **({} if arch.startswith("sm_9") else told)}
+    untold = arch.startswith("sm_9") and not older_than(3, 9)
+    return {"enable_fp_fusion": False, **({} if untold else told)}
 
 
 def online_options(arch: str, num_warps: int) -> dict[str, Any]:
