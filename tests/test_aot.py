@@ -140,7 +140,7 @@ def occupy(kernel, arch):
     projected = [specs()[k].projected for k in (kind, "indexer")[: 1 + (form == "together")]]
     products = sum(projected) // decode.block_of(projected) * decode.splits(4096)
     with tuning.stand_in(arch):
-        each = tuning.decode_programs(torch.device("cpu"), specs()[kind].window, products, len(projected))
+        each = tuning.decode_programs(torch.device("cpu"), specs()[kind].window, len(projected), products)
     lanes = kernel["num_warps"] * (64 if arch.startswith("gfx") else 32)
     return each * lanes * -(-kernel["registers"] // 8) * 8, each * (kernel["shared"] + 1024)
 

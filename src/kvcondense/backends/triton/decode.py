@@ -49,7 +49,7 @@ def why_not(step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
     """None if ``run`` can do this step from x [T, D] and w [projected, D], else the reason."""
     if x.shape[0] > TOKENS:
         return f"{x.shape[0]} tokens; a launch takes {TOKENS}"
-    if tuning.decode_programs(step.rows.device, step.spec.window, 0) is None:
+    if tuning.decode_programs(step.rows.device, step.spec.window) is None:
         return "the table has no such launch for this device"
     reason = why_not_project(x, w)
     if reason is not None:
@@ -115,7 +115,7 @@ def _launch(jobs: Sequence[_Job], x: torch.Tensor) -> None:
     ordered = any(step.plan.overwrites for step, _, _ in jobs)
     products = sum(c.projected // block * c.splits for _, _, c in jobs)
     others = sum(step.plan.num_windows * c.blocks + step.plan.keep_token.shape[0] for step, _, c in jobs)
-    each = tuning.decode_programs(x.device, max(step.spec.window for step, _, _ in jobs), products, len(jobs))
+    each = tuning.decode_programs(x.device, max(step.spec.window for step, _, _ in jobs), len(jobs), products)
     assert each is not None
     whole, programs = _programs(x.device, each)
     options = {**tuning.decode_options(tuning.architecture(x.device), each), **tuning.launch_options(x.device)}

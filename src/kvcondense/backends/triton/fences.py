@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-_FIXED = 3, 8
+_FIXED = (3, 8)
 _FENCE = "fence.proxy.async.shared::cta;"
 _READERS = re.compile(r"wgmma\.mma_async|tcgen05\.mma")
 _WAIT = re.compile(r"cp\.async\.wait_(?:group\s+\d+|all);")

@@ -174,7 +174,7 @@ def decode_options(arch: str, each: int) -> dict[str, Any]:
     """Options of a launch whose programs of four warps wait for one another, ``each`` of them on a processor.
 
     The compiler is told how many registers are left for each, since a grid that does not fit would be refused. Not on
-    sm_90, where Triton 3.9 takes no more by itself, and spills if it is told; 3.6 takes ten more than there are.
+    sm_90, where Triton 3.9 takes no more by itself, and spills if it is told; 3.6 takes more than there are.
     """
     told: dict[str, Any] = {"maxnreg": min(255, 65536 // (128 * each) // 8 * 8)}  # they are given out by eights
     if arch.startswith("gfx"):  # a program has a wave on each of four units, whose registers such waves share
@@ -207,15 +207,15 @@ def pooled_channels(arch: str) -> int:
     return 32 if arch == "sm_89" else 64
 
 
-def decode_programs(device: torch.device, window: int, products: int, compressors: int = 1) -> int | None:
+def decode_programs(device: torch.device, window: int, compressors: int = 1, products: int | None = None) -> int | None:
     """Programs of a processor in launches whose programs wait for one another; None: there are none such.
 
     Long windows take twice the registers of short ones, of which four fit without spills (``kvcondense aot``), or three
-    that do the work of two compressors. Two are enough for few ``products``, as the indexer has by itself.
+    that do the work of two compressors. Two are enough for few ``products`` (None: many), as the indexer has by itself.
     """
     entries = _part(architecture(device))["decode_programs"]
     each = entries and next(each[compressors - 1] for most, *each in entries if most is None or window <= most)
-    return min(each, 2) if each and products <= _FEW_PRODUCTS else each
+    return min(each, 2) if each and products is not None and products <= _FEW_PRODUCTS else each
 
 
 @functools.lru_cache(maxsize=4096)

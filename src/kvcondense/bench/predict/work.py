@@ -125,16 +125,15 @@ def forms_of(what: Case | Layer, arch: str) -> tuple[str, ...]:
         return (STEP,)
     with tuning.stand_in(arch):
         device = torch.device("cpu")
-        one_launch = tuning.decode_programs(device, case.spec.window, 0) is not None and tokens <= decode.TOKENS
+        one_launch = tuning.decode_programs(device, case.spec.window) is not None and tokens <= decode.TOKENS
         least = tuning.fused_tokens(device)
         library = tuning.library_product(device) and arch.startswith("sm_")
         most = tuning.one_launch_tokens(arch)
     fits = all(p.windows * p.case.spec.ratio <= 2 * p.tokens for p in parts)
     tiles = least is not None and tokens >= least and fits
-    found = {ONE_LAUNCH: one_launch, LIBRARY: library, TILES: tiles, OWN: not tiles}
-    possible = tuple(form for form, is_so in found.items() if is_so)
-    late = library and one_launch and most is not None and tokens > most
-    return (LIBRARY, ONE_LAUNCH, *possible[2:]) if late else possible
+    there = {ONE_LAUNCH: one_launch, LIBRARY: library, TILES: tiles, OWN: not tiles}
+    first = (ONE_LAUNCH, LIBRARY) if most is None or tokens <= most else (LIBRARY, ONE_LAUNCH)
+    return tuple(form for form in (*first, TILES, OWN) if there[form])
 
 
 def work_of(what: Case | Layer, arch: str, form: str) -> list[Kernel]:
@@ -255,7 +254,7 @@ def _decode(parts: Sequence[Part], arch: str) -> Kernel:
     kept = [part.kept for part in parts]
     with tuning.stand_in(arch):
         longest = max(part.case.spec.window for part in parts)
-        each = tuning.decode_programs(torch.device("cpu"), longest, sum(products), len(parts))
+        each = tuning.decode_programs(torch.device("cpu"), longest, len(parts), sum(products))
         resident = (each or 1) * MACHINES[arch].processors
     programs = min(max(sum(products), sum(windows) + sum(kept)), resident)
     x = _BF16 * tokens * hidden
