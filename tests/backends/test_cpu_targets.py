@@ -135,8 +135,8 @@ def test_other_lengths_are_refused(monkeypatch):
 
 
 # A loop of a pool takes eight tokens: seven exponentials or eight, of seven multiplies each, and eight rows.
-LIMITS = {"avx512": (15, 0, 0), "avx2": (15, 4, 0), "neon": (20, 0, 4)}
-"""Instructions for a token and vector of fp32; most vectors that a pool's loop stores on the stack, and a product's."""
+LIMITS = {"avx512": 15, "avx2": 15, "neon": 20}
+"""Instructions for a token and vector of fp32."""
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="LLVM is built for those")
@@ -150,7 +150,5 @@ def test_sums_stay_in_registers(name, tmp_path):
     products = [loop for loop in loops if loop["kernel"] == "project" and loop["multiplies"] >= 8]
     assert len(pools) >= 6
     assert len(products) >= 3
-    instructions, most_pool, most_product = LIMITS[name]
-    assert min(loop["arithmetic"] for loop in pools) <= 8 * instructions, "of fp32 rows"
-    assert max(loop["spilled"] for loop in pools) <= most_pool
-    assert max(loop["spilled"] for loop in products) <= most_product
+    assert min(loop["arithmetic"] for loop in pools) <= 8 * LIMITS[name], "of fp32 rows"
+    assert not [loop for loop in pools + products if loop["spilled"]]

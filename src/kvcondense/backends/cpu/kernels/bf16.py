@@ -30,6 +30,7 @@ class _BFloat(ir.Type):
 PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
 """As many bf16 as fill a vector."""
 _CODES = ir.VectorType(ir.IntType(16), LANES)
+_ONE = 0x3F80
 
 
 def emit_halves(b: Any, pairs: Any) -> tuple[Any, Any]:
@@ -75,8 +76,8 @@ def rounded_bf16(x: Lanes) -> Lanes:
     return (Lanes(b, bits) & -0x10000).floats()
 
 
-def emit_rounded_score(b: Any, z: Any) -> Any:
-    """A score as a bf16 state would hold it, as far as a softmax can tell.
+def emit_nearest_score(b: Any, z: Any) -> Any:
+    """A score as a bf16 state would hold it, for ``emit_sum`` and ``emit_widened``; as far as a softmax can tell.
 
     AVX-512 BF16 rounds by one instruction, which makes numbers below 2^-126 zero. No weight shows that: e^(z - m) is 1
     while |m| is below 2^-26, and beyond that z - m is -m either way.
@@ -85,7 +86,27 @@ def emit_rounded_score(b: Any, z: Any) -> Any:
         return rounded_bf16(Lanes(b, z)).value
     kind = ir.FunctionType(ir.VectorType(_BFloat(), LANES), [F32.llvm])
     function = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512")
-    return _widened(b, b.bitcast(b.call(function, [z]), _CODES))
+    return b.bitcast(b.call(function, [z]), _CODES)
+
+
+def emit_score(b: Any, address: Any) -> Any:
+    """A score in bf16, for ``emit_sum`` and ``emit_widened``."""
+    return simd.read(b, address, _CODES, 2) if target().bf16_products else emit_load_bf16(b, address)
+
+
+def emit_widened(b: Any, score: Any) -> Any:
+    """The score in fp32."""
+    return _widened(b, score) if target().bf16_products else score
+
+
+def emit_sum(b: Any, score: Any, x: Any) -> Any:
+    """The score + x in fp32; where pairs are quickly multiplied a product with 1, which widens in passing.
+
+    Sums below 2^-126 become zero there, as above.
+    """
+    if not target().fast_bf16_products:
+        return b.fadd(emit_widened(b, score), x)
+    return emit_pair_products(b, b.bitcast(b.zext(score, I32.llvm), PAIRS), b.bitcast(constant(_ONE), PAIRS), x)
 
 
 @expression(F32, F32)

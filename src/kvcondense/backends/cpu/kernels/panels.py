@@ -93,11 +93,22 @@ def _tile(tokens: int, steps: int) -> Any:
         for half in range(_GROWN * steps):
             here = at(offset, BYTES * (half // _GROWN))
             there = at(b.mul(offset, number(_GROWN)), BYTES * half)
-            x_rows = [_operand(b, at(here, X_ROW * i), x, half % 2) for i in range(tokens)]
-            for j in range(_ROWS):
-                w_row = simd.read(b, b.add(at(w, W_ROW * j), there), simd.F32.llvm, 4)
-                for i in range(tokens):
-                    new[i][j] = simd.emit_fma(b, x_rows[i], w_row, new[i][j])
+
+
+            def token(i: int, here: Any = here, even: int = half % 2) -> Any:
+                return _operand(b, at(here, X_ROW * i), x, even)
+
+            def row(j: int, there: Any = there) -> Any:
+                return simd.read(b, b.add(at(w, W_ROW * j), there), simd.F32.llvm, 4)
+
+            # The fewer operands wait in registers, beside one of the others.
+            tokens_first = tokens > _ROWS
+            held = [row(j) for j in range(_ROWS)] if tokens_first else [token(i) for i in range(tokens)]
+            for one in range(tokens if tokens_first else _ROWS):
+                other = token(one) if tokens_first else row(one)
+                for k, operand in enumerate(held):
+                    i, j = (one, k) if tokens_first else (k, one)
+                    new[i][j] = simd.emit_fma(b, operand, other, new[i][j])
             # Else pairs would be kept for their other half, and sums would go to the stack.
             new = [[simd.emit_first(b, one) for one in line] for line in new]
         following = at(offset, BYTES * steps)

@@ -15,9 +15,9 @@ from numba import types
 
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import fields, simd
-from kvcondense.backends.cpu.kernels.bf16 import emit_load_bf16, emit_rounded_score, load_bf16, round_bf16
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
 from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, fma, load, splat, store
+from kvcondense.backends.cpu.kernels.tokens import Bf16, Fp32, Rounded, score_of, value_of
 from kvcondense.backends.cpu.params import CHANNELS, ENTRY, GROUP, Candidate
 from kvcondense.backends.cpu.target import target
 
@@ -42,8 +42,7 @@ _APART = np.float32(32)
 _ONE = np.float32(1)
 _ZERO = np.float32(0)
 _LEAST = np.float32(np.finfo(np.float32).min)
-_AT_ONCE = 2 if target().registers < 32 else 4
-"""Exponentials that are formed step by step together, which hides their latency: as many as registers hold."""
+_FEW_REGISTERS = target().registers < 32
 
 
 def _exps(b: Any, x: list[Any]) -> list[Any]:
@@ -80,18 +79,6 @@ def exp(b: Any, x: Any) -> Any:
 def score(candidate, c):
     """z: the score with its ape."""
     return load(candidate.score + c) + load(candidate.bias + c)
-
-
-_Row = Callable[[Any, Any, Any], Any]
-"""(builder, address of channel 0, offset of the channel in bytes of fp32) -> a vector of fp32."""
-
-
-def _fp32(b: Any, row: Any, at: Any) -> Any:
-    return simd.read(b, b.add(row, at), simd.F32.llvm, 4)
-
-
-def _bf16(b: Any, row: Any, at: Any) -> Any:
-    return emit_load_bf16(b, b.add(row, b.lshr(at, ir.Constant(at.type, 1))))
 
 
 class _Coming:
@@ -144,18 +131,18 @@ def _both(values: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
     return combine(*values) if len(values) == 2 else values[0]
 
 
-def _group(count: int, row: _Row, *, more: bool = False, rounded: bool = False) -> Any:
+def _group(count: int, rows_of: type[Fp32], *, more: bool = False) -> Any:
     """A kernel for ``count`` tokens: l' = l + sum e^(z_j - m), o' likewise with K_j, and m stays.
 
     m is the score of the window's first token, whose weight is therefore 1. Where a later score exceeds it by too much
-    nothing is stored: returned is that channel's offset, or ``end``.
+    neither sum is stored: returned is that channel's offset, or ``end``.
 
-    row: how rows of kv and score are read; rounded: z becomes bf16. more: there were tokens before, whose m, l and o
-    stand in three rows at ``work``, ``span`` bytes apart; else, if none come behind, P = o / l goes to ``out``, which
-    is 0 if some do. Meanwhile the lines that ``ahead`` lists are asked for.
+    more: there were tokens before, whose m, l and o stand in three rows at ``work``, ``span`` bytes apart; else, if
+    none come behind, P = o / l goes to ``out``, which is 0 if some do. Meanwhile the lines that ``ahead`` lists are
+    asked for.
     """
     tokens = range(0 if more else 1, count)
-    chunks = [tokens[i : i + _AT_ONCE] for i in range(0, len(tokens), _AT_ONCE)]
+    chunks = [tokens[i : i + rows_of.at_once] for i in range(0, len(tokens), rows_of.at_once)]
 
     @simd.operation(types.int64, *[types.int64] * 7)
     def group(b: Any, table: Any, ahead: Any, begin: Any, end: Any, work: Any, span: Any, out: Any) -> Any:
@@ -170,7 +157,7 @@ def _group(count: int, row: _Row, *, more: bool = False, rounded: bool = False) 
 
         rows = [[entry(j, f) for f in ("kv", "score", "bias")] for j in range(count)]
         held = [b.sub(b.add(work, b.mul(span, number(i))), begin) for i in range(3)]
-        coming = _Coming(b, ahead, begin, end, count, 4 if row is _fp32 else 2)
+        coming = _Coming(b, ahead, begin, end, count, rows_of.size)
         before = b.block
         names = ("vectors", "stored", "on", "after")
         vectors, stored, on, after = (b.append_basic_block(name) for name in names)
@@ -182,20 +169,24 @@ def _group(count: int, row: _Row, *, more: bool = False, rounded: bool = False) 
         at.add_incoming(begin, before)
 
         def score(j: int) -> Any:
-            z = b.fadd(row(b, rows[j][1], at), _fp32(b, rows[j][2], at))
-            return emit_rounded_score(b, z) if rounded else z
+            return rows_of.score(b, rows[j][1], rows[j][2], at)
 
-        m = _fp32(b, held[0], at) if more else score(0)
-        l, o, top = ([], [], m) if more else ([vector(_ONE)], [row(b, rows[0][0], at)], m)
+        m = Fp32.value(b, held[0], at) if more else rows_of.number(b, score(0))
+        l, o = ([], []) if more else ([vector(_ONE)], [rows_of.value(b, rows[0][0], at)])
+        top = vector(_ZERO)
         if not chunks:
             coming.ask(1)
+        if not more:
+            simd.write(b, b.add(held[0], at), m, 4)
         for some in chunks:
-            z = [score(j) for j in some]
-            for one in z:
+            if _FEW_REGISTERS:  # m is read again, so that it takes none meanwhile
+                m = Fp32.value(b, held[0], at)
+            x = [rows_of.above(b, score(j), m) for j in some]
+            for one in x:
                 top = simd.emit_at_least(b, top, one)
             coming.ask(len(chunks))
-            for j, e in zip(some, _exps(b, [b.fsub(one, m) for one in z]), strict=True):
-                k = row(b, rows[j][0], at)
+            for j, e in zip(some, _exps(b, x), strict=True):
+                k = rows_of.value(b, rows[j][0], at)
                 if j < 2:  # two sums each, of even tokens and of odd ones: one would wait for itself
                     l, o = [*l, e], [*o, b.fmul(e, k)]
                 else:
@@ -203,13 +194,16 @@ def _group(count: int, row: _Row, *, more: bool = False, rounded: bool = False) 
             # Else LLVM reads rows of all chunks at once, and what has to wait goes to the stack.
             l, o = ([simd.emit_first(b, one) for one in sums] for sums in (l, o))
             top = simd.emit_first(b, top)
-        near = b.fcmp_ordered("<", b.fsub(top, m), vector(_APART))
+        # NaN unless m is a number: beside m = -inf, an x that is no number is none that top has seen.
+        near = b.fcmp_ordered("<", top, simd.emit_fma(b, m, vector(_ZERO), vector(_APART)))
         b.cbranch(simd.emit_all(b, near), stored, after)
         b.position_at_end(stored)
         total, pooled = _both(l, b.fadd), _both(o, b.fadd)
         if more:
-            total, pooled = (b.fadd(_fp32(b, base, at), new) for base, new in ((held[1], total), (held[2], pooled)))
-        for base, value in list(zip(held, (m, total, pooled), strict=True))[1 if more else 0 :]:
+            total, pooled = (
+                b.fadd(Fp32.value(b, base, at), new) for base, new in ((held[1], total), (held[2], pooled))
+            )
+        for base, value in zip(held[1:], (total, pooled), strict=True):
             simd.write(b, b.add(base, at), value, 4)
         if more:
             b.branch(on)
@@ -232,9 +226,9 @@ def _group(count: int, row: _Row, *, more: bool = False, rounded: bool = False) 
     return group
 
 
-def _groups(row: _Row, *, rounded: bool = False) -> Any:
+def _groups(rows_of: type[Fp32]) -> Any:
     """A function that takes a window's groups: the first and the others."""
-    first, other = (_group(GROUP, row, more=more, rounded=rounded) for more in (False, True))
+    first, other = (_group(GROUP, rows_of, more=more) for more in (False, True))
 
     @inlined
     def take(index, n, table, ahead, begin, end, work, span, out):
@@ -245,17 +239,6 @@ def _groups(row: _Row, *, rounded: bool = False) -> Any:
     return take
 
 
-@inlined
-def _value(kind, row, c):
-    return load(row + c) if kind == params.FP32 else load_bf16(row + c // 2)
-
-
-@inlined
-def _score_of(kind, candidate, c):
-    z = _value(kind, candidate.score, c) + load(candidate.bias + c)
-    return round_bf16(z) if kind == params.BF16_ROUNDED else z
-
-
 @kernel
 def _apart(kind, index, count, table, at, work, span):
     """``group`` for a vector at ``at`` of which some channels have scores far above m: those get a new m, the largest.
@@ -263,16 +246,16 @@ def _apart(kind, index, count, table, at, work, span):
     What came before is weighted anew, by e^(m - m'). Channels that keep their m get the bits that ``group`` gives them:
     the factor is 1 there, and sums have the same order.
     """
-    m = load(work) if index else _score_of(kind, table[0], at)
+    m = load(work) if index else score_of(kind, table[0], at)
     top = m
     for j in range(count):
-        top = simd.at_least(top, _score_of(kind, table[j], at))
+        top = simd.at_least(top, score_of(kind, table[j], at))
     above = simd.at_least(simd.at_least(m, top), splat(_LEAST))
     highest = simd.where_less(top - m, splat(_APART), m, above)
     l, o, l1, o1 = splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
     for j in range(count):
-        e = exp(_score_of(kind, table[j], at) - highest)
-        k = _value(kind, table[j].kv, at)
+        e = exp(score_of(kind, table[j], at) - highest)
+        k = value_of(kind, table[j].kv, at)
         if j == 0:
             l, o = e, e * k
         elif j == 1:
@@ -298,8 +281,8 @@ def finish(acc, begin, end, head_bytes, out):
         store(out + c, load(acc + 2 * head_bytes + c) / load(acc + head_bytes + c))
 
 
-_one, _two, _four = (_group(n, _fp32) for n in (1, 2, 4))
-_of_fp32, _of_bf16, _of_rounded = _groups(_fp32), _groups(_bf16), _groups(_bf16, rounded=True)
+_one, _two, _four = (_group(n, Fp32) for n in (1, 2, 4))
+_of_fp32, _of_bf16, _of_rounded = _groups(Fp32), _groups(Bf16), _groups(Rounded)
 
 
 @inlined
