@@ -94,7 +94,6 @@ def _tile(tokens: int, steps: int) -> Any:
             here = at(offset, BYTES * (half // _GROWN))
             there = at(b.mul(offset, number(_GROWN)), BYTES * half)
 
-
             def token(i: int, here: Any = here, even: int = half % 2) -> Any:
                 return _operand(b, at(here, X_ROW * i), x, even)
 
