@@ -46,6 +46,26 @@ def test_floors_count_every_byte_once():
     assert RATES.floor(cases[2], cold=True) == cases[2].bytes / 1e9
     assert RATES.floor(cases[2], cold=False) == cases[2].bytes / 1e10
     assert RATES.floor(cases[0], cold=False) == cases[0].bytes / 1e9, "it never was in a cache"
+    assert RATES.floor(cases[0], cold=True, read=0.25) == 0.25
+    assert RATES.floor(projection, cold=True, read=0.125) == projection.flops / 1e11
+
+
+def test_many_bytes_are_read_in_turns_with_what_is_compared_with_them(monkeypatch):
+    monkeypatch.setattr(measure.Rates, "now", lambda self: self)
+    works, notes = [measure.Work(lambda: None, lambda _: None)], [{"runner": "nothing"}]
+    for name in ("prefill 8192 in bf16, ratio 128", "decode 16 within a window, ratio 128"):
+        case = CASES[name]
+        found = list(run.timings(case, works, notes, RATES, "cpu"))
+        assert [(r["runner"], r["cache"]) for r in found] == [("nothing", "warm"), ("nothing", "cold")]
+        floors = [1e-6 * r["floor_us"] for r in found]
+        if case.bytes < 1 << 22:
+            assert measure.reading(case.bytes) is None
+            assert floors == pytest.approx([case.bytes / 1e10, case.bytes / 1e9], rel=0.01)
+        else:
+            work = measure.reading(case.bytes)
+            assert work.prepare().numel() * 4 in range(case.bytes - 3, case.bytes + 1)
+            assert work.run(work.prepare()) == work.prepare().numel(), "every byte"
+            assert all(case.bytes / 1e12 < floor < case.bytes / 1e9 / 3 for floor in floors), "not those of RATES"
 
 
 @pytest.mark.parametrize("case", [PREFILL, DECODE, HIDDEN], ids=lambda c: c.name)

@@ -22,6 +22,8 @@ from kvcondense.bench.cases import Case
 _COLD_BYTES = 1 << 28
 """Memory that is written between cold runs: more than a core's share of any cache."""
 _WARM_BYTES = 1 << 23
+_MANY_BYTES = 1 << 22
+"""From there on reading takes longer than to begin to read."""
 _BUDGET_S = 0.6
 _FEWEST, _MOST, _MOST_COLD = 5, 20, 15
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -57,13 +59,14 @@ class Rates:
             cache=_WARM_BYTES / min(clock(small.sum) for _ in range(50)),
         )
 
-    def floor(self, case: Case | Any, cold: bool) -> float:
+    def floor(self, case: Case | Any, cold: bool, read: float | None = None) -> float:
         """Seconds, for what has bytes and flops: the larger of bytes over bandwidth and flops over the GEMM's rate.
 
-        Warm bytes come from the caches only if they are few enough to have been there.
+        Warm bytes come from the caches only if they are few enough to have been there. read: what reading as many bytes
+        took instead, among the timings that are compared with it.
         """
         bandwidth = self.memory if cold or case.bytes > self.cached else self.cache
-        return max(case.bytes / bandwidth, case.flops / self.gemm)
+        return max(case.bytes / bandwidth if read is None else read, case.flops / self.gemm)
 
 
 def keep_memory() -> None:
@@ -95,6 +98,17 @@ class Work:
     prepare: Callable[[], Any]
     run: Callable[[Any], object]
     capturable: bool = False
+
+
+def reading(count: int) -> Work | None:
+    """To read ``count`` bytes in order, with torch's threads; None if they are so few that it would be something else.
+
+    Others use a machine's memory, too, from one moment to the next: only what is timed in turns has the same share.
+    """
+    if count < _MANY_BYTES:
+        return None
+    block = torch.ones(count // 4)
+    return Work(lambda: block, torch.Tensor.sum)
 
 
 def interleaved(works: Sequence[Work], *, cold: bool) -> list[list[float]]:

@@ -121,13 +121,13 @@ def timings(
 ) -> Iterator[dict[str, Any]]:
     """A record of each work, warm and cold, with what ``notes`` say of it; case: its name, bytes and flops.
 
-    A CPU's bandwidths are measured right before.
+    A CPU's bandwidths are measured right before; of many bytes, reading is timed in turns with the works.
     """
     on_gpu = device == gpu.home()
-    rates = rates if on_gpu else rates.now()
+    rates, read = (rates, None) if on_gpu else (rates.now(), measure.reading(case.bytes))
     for cold in (False, True):
-        floor = rates.floor(case, cold)
-        times = (gpu if on_gpu else measure).interleaved(works, cold=cold)
+        times = (gpu if on_gpu else measure).interleaved([*works, read] if read else works, cold=cold)
+        floor = rates.floor(case, cold, measure.median(times.pop()) if read else None)
         for note, seconds in zip(notes, times, strict=True):
             yield {
                 "case": case.name,
