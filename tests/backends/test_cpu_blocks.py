@@ -101,3 +101,11 @@ def test_kernels_know_fields_by_name_alone():
     for path in folder.glob("*.py"):
         assert "8 * params" not in path.read_text(), path
     assert pool.ENTRY == pool.Candidate.size == 24
+
+
+@pytest.mark.parametrize("head_dim", [16, 128, 512])
+@pytest.mark.parametrize("window", [1, 6, 8, 128])
+def test_rooms_are_whole_lines(head_dim, window):
+    """Else vectors of m, l, o and of rows lie across two lines each."""
+    assert params.ROOM % blocks.LINE == 0 <= params.ROOM - params.Room.size < blocks.LINE
+    assert params.Room.bytes(head_dim, window) % blocks.LINE == 0

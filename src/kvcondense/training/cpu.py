@@ -92,7 +92,7 @@ def _run_rows(
     **tensors: torch.Tensor,
 ) -> None:
     threads = 1 if pooled.numel() < SERIAL else torch.get_num_threads()
-    scratch = torch.empty(threads, 3 * spec.head_dim, device="cpu")
+    scratch = torch.empty(threads, 12 * spec.head_dim + params.ROOM, dtype=torch.uint8, device="cpu")
     rule = tables.spec_block(spec)
     gamma = gamma.to(torch.float32).contiguous()
     cos, sin = (gamma, gamma) if rope is None else (t.to(torch.float32).contiguous() for t in (rope.cos, rope.sin))

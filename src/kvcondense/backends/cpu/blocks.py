@@ -15,6 +15,11 @@ LINE = 64
 """Bytes of a cache line."""
 
 
+def whole_lines(size: int) -> int:
+    """``size`` bytes, rounded up: what follows begins a line, and no vector there crosses one."""
+    return -(-size // LINE) * LINE
+
+
 @dataclass(frozen=True)
 class Behind:
     """Stands behind the values, not among them: the host gives nothing for it, a kernel takes its address.

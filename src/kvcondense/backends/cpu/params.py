@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from kvcondense.backends.cpu.blocks import LINE, Behind, Block, Counter, Real, Table
+from kvcondense.backends.cpu.blocks import LINE, Behind, Block, Counter, Real, Table, whole_lines
 
 CHANNELS = 16
 """Rows come in multiples of as many channels, 64 bytes of fp32: one vector of AVX-512, two of AVX2, four of NEON."""
@@ -182,10 +182,16 @@ class Room(Block):
     zeros: int  # fp32 [d]
     nothing: int  # fp32 [d] of minus infinity
     row: int  # fp32 [d]
+    factors: int  # fp32 [d]: of a row's vectors, what they are multiplied with or divided by
+    scales: int  # [3, d]: the same of its blocks, their scales as fp32, their bytes of scales
+    scales_away: int  # from one of the three to the next
     work: int  # fp32 [3, d]: m, l and o
     table: int  # of the window that is pooled; room for whole groups
     following: int  # of the next one
     lines: int  # what memory is asked for meanwhile, if in another order: room for a group
+    later: int  # a table whose scores are asked for while a row is finished
+    later_rows: int  # of its entries; 0 for none
+    later_halved: int  # 1 if they are of 16 bits
     copied: int  # of a group that goes through ``copies``: fp32 [GROUP, 2, STAGED]
     copies: int
 
@@ -193,8 +199,11 @@ class Room(Block):
     def bytes(cls, head_dim: int, window: int) -> int:
         """Of a thread's scratch, for windows of as many tokens: whole lines."""
         entries = -(-window // GROUP) * GROUP
-        return cls.size + 24 * head_dim + 8 * GROUP * STAGED + ENTRY * (2 * entries + 2 * GROUP)
+        return whole_lines(ROOM + 40 * head_dim + 8 * GROUP * STAGED + ENTRY * (2 * entries + 2 * GROUP))
 
+
+ROOM = whole_lines(Room.size)
+"""Bytes of a room before what it lists."""
 
 PANEL = 2048
 """Bytes of a panel's row of bf16. Rows lie a line further apart, lest all of them share the sets of a cache."""

@@ -1,1 +1,1 @@
-"""Numba kernels: project, window, pool, row (norm, RoPE, Hadamard), encode; condense runs them."""
+"""Numba kernels: project, window, pool, row (norm, RoPE, Hadamard), encode (scales, elements); condense runs them."""

@@ -10,15 +10,15 @@ import numpy as np
 
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import fields, functions, pool, row, window
+from kvcondense.backends.cpu.kernels.ahead import ask_rest
 from kvcondense.backends.cpu.kernels.functions import kernel
 from kvcondense.backends.cpu.kernels.integers import fetch_add, invoke, larger, smaller, take
 from kvcondense.backends.cpu.kernels.simd import BYTES, load, splat, store
-from kvcondense.backends.cpu.params import ENTRY, GROUP, STAGED
+from kvcondense.backends.cpu.params import ENTRY, GROUP, ROOM, STAGED
 
 _MINUS_INFINITY = np.float32(-np.inf)
 _ZERO = np.float32(0)
 _call_at, _room_at = fields.view(params.Call), fields.view(params.Room)
-ROOM = params.Room.size
 
 
 @kernel
@@ -26,8 +26,8 @@ def _finish(call, e, index, room):
     """P of window e in its row -> norm, RoPE, Hadamard, in place, and the cache's bytes."""
     spec = call.layer.spec
     d = spec.head_dim
-    out, work = call.rows + 4 * d * e, room.row
-    row.rms_norm(out, call.layer.gamma, spec, work)
+    out = call.rows + 4 * d * e
+    row.rms_norm(out, call.layer.gamma, spec, room)
     latent = call.latent
     if latent:
         for c in range(0, 4 * d, BYTES):
@@ -40,7 +40,9 @@ def _finish(call, e, index, room):
         row.hadamard(out, spec)
     slot = call.plan.window_slot[e]
     if slot >= 0 and call.store and call.layer.format:
-        invoke(call.layer.encode, out, slot, call, work)
+        invoke(call.layer.encode, out, slot, call, room)
+    else:
+        ask_rest(room, 0, 4 * d)
 
 
 @kernel
@@ -97,6 +99,8 @@ def _windows(call, room):
             ahead, coming_stored = following, _look(call, coming, room, following)
             if spec.ratio < spec.window and spec.window <= GROUP and coming_stored == 0:
                 ahead = window.in_order(call, coming // call.blocks, following, room)
+        room.later, room.later_rows = ahead, 0 if coming < 0 or spec.window > GROUP else spec.window
+        room.later_halved = 0 if window.in_fp32(call, coming_stored) else 1
         _window(call, task, stored, table, ahead, room)
         table, following = following, table
         task, stored = coming, coming_stored
@@ -113,12 +117,16 @@ def _room(call):
     room.zeros = base + ROOM
     room.nothing = room.zeros + row_bytes
     room.row = room.nothing + row_bytes
-    room.work = room.row + row_bytes
+    room.factors = room.row + row_bytes
+    room.scales = room.factors + row_bytes
+    room.scales_away = row_bytes
+    room.work = room.scales + 3 * row_bytes
     room.copies = room.work + 3 * row_bytes
     room.table = room.copies + 8 * GROUP * STAGED
     room.following = room.table + entries
     room.lines = room.following + entries
     room.copied = room.lines + GROUP * ENTRY
+    room.later_rows, room.later_halved = 0, 0
     for c in range(0, row_bytes, BYTES):
         store(room.zeros + c, splat(_ZERO))
         store(room.nothing + c, splat(_MINUS_INFINITY))

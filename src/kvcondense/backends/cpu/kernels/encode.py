@@ -10,141 +10,40 @@ import numpy as np
 from numba import int64
 
 from kvcondense.backends.cpu import params
+from kvcondense.backends.cpu.blocks import LINE
 from kvcondense.backends.cpu.kernels import fields, functions, simd
+from kvcondense.backends.cpu.kernels.ahead import ask, ask_rest, wanted
 from kvcondense.backends.cpu.kernels.bf16 import bf16_code, round_bf16
+from kvcondense.backends.cpu.kernels.elements import (
+    INFINITY,
+    MAGNITUDE,
+    NAN,
+    one_nan,
+    plain_small_float,
+    small_float,
+    small_float_value,
+    whole,
+)
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
-from kvcondense.backends.cpu.kernels.integers import larger
-from kvcondense.backends.cpu.kernels.lanes import Lanes, Operand, expression
-from kvcondense.backends.cpu.kernels.simd import BYTES, F32, I32, LANES, load, splat, store
+from kvcondense.backends.cpu.kernels.lanes import expression
+from kvcondense.backends.cpu.kernels.scales import largest, scales_of, store_scale
+from kvcondense.backends.cpu.kernels.simd import BYTES, F32, LANES, load, splat, store
 
-_call_at = fields.view(params.Call)
-_MAGNITUDE, _INFINITY, _MANTISSA = 0x7FFFFFFF, 0x7F800000, 0x7FFFFF
-_NAN = 0x7FC00000
-_E4M3 = (8, 3, 7, 0x7E, 0x7F)
-"""bits, mantissa, bias, max_code, nan_code of scales that are e4m3 bytes."""
-
-
-def _magnitude(x: Lanes) -> Lanes:
-    """Bits of |x|, those of infinity for NaN."""
-    return (x.bits() & _MAGNITUDE).at_most(_INFINITY)
-
-
-def _round_shift(n: Lanes, shift: Lanes, ties_to_even: Operand) -> Lanes:
-    """n / 2^shift to the nearest integer, ties to the even one, or down."""
-    odd = (n >> shift) & 1 & ties_to_even
-    return (n + (1 << (shift - 1)) - 1 + odd) >> shift
-
-
-def _scaled_integer(magnitude: Lanes, exponent: Operand, ties_to_even: Operand) -> Lanes:
-    """round(|x| 2^exponent) from the bits of |x|; from 2^22 on something larger than that."""
-    biased = magnitude >> 23
-    full = (magnitude & _MANTISSA) | biased.if_less(1, 0, 1 << 23)
-    shift = (150 - biased.at_least(1)) - exponent
-    return _round_shift(full, shift.at_least(1).at_most(25), ties_to_even)
-
-
-@expression(I32, F32, *[int64] * 6)
-def small_float(x, size, mantissa, bias, max_code, nan_code, ties_to_even):
-    """Codes of ``formats.elements.SmallFloat``."""
-    magnitude = _magnitude(x)
-    normal = _round_shift(magnitude - ((127 - bias) << 23), 23 - mantissa, ties_to_even)
-    subnormal = _scaled_integer(magnitude, bias + mantissa - 1, ties_to_even)
-    code = magnitude.if_less((128 - bias) << 23, subnormal, normal).at_most(max_code)
-    minus_zero = 1 << (size - 1)
-    sign = (x.bits() >> (32 - size)) & minus_zero
-    sign = nan_code.if_equal(minus_zero, code.if_equal(0, 0, sign), sign)  # NaN stands where -0 would be
-    return magnitude.if_less(_INFINITY, code | sign, nan_code.at_least(0))
-
-
-@expression(I32, F32, *[int64] * 5)
-def plain_small_float(x, size, mantissa, bias, max_code, nan_code):
-    """The same with ties to even and a -0.
-
-    Below the least normal number, a sum with one whose last bit is a code's rounds as a code does.
-    """
-    magnitude = _magnitude(x)
-    normal = _round_shift(magnitude - ((127 - bias) << 23), 23 - mantissa, 1)
-    coarse = (151 - bias - mantissa) << 23
-    subnormal = (magnitude.floats() + coarse.floats()).bits() - coarse
-    code = magnitude.if_less((128 - bias) << 23, subnormal, normal).at_most(max_code)
-    sign = (x.bits() >> (32 - size)) & (1 << (size - 1))
-    return magnitude.if_less(_INFINITY, code | sign, nan_code.at_least(0))
-
-
-@expression(F32, I32, *[int64] * 4)
-def small_float_value(code, size, mantissa, bias, nan_code):
-    """The value of each code."""
-    minus_zero = 1 << (size - 1)
-    magnitude = code & (minus_zero - 1)
-    normal = (magnitude << (23 - mantissa)) + ((127 - bias) << 23)
-    step = ((128 - bias - mantissa) << 23).floats()
-    value = magnitude.if_less(1 << mantissa, (magnitude.numbers() * step).bits(), normal)
-    above = nan_code.if_less(0, value, magnitude.if_less(nan_code, value, _NAN))
-    value = nan_code.if_equal(minus_zero, code.if_equal(nan_code, _NAN, value), above)
-    return (value | ((code >> (size - 1)) << 31)).floats()
-
-
-@expression(I32, F32)
-def _whole(x):
-    """Codes of ``formats.elements.Int8``."""
-    magnitude = _magnitude(x)
-    number = magnitude.if_less(_INFINITY, _scaled_integer(magnitude, 0, 1).at_most(127), 0)
-    return x.bits().if_less(0, 0 - number, number)
-
-
-@expression(I32, F32)
-def _bits(x):
-    """Bits of |x|."""
-    return x.bits() & _MAGNITUDE
-
-
-@expression(I32, F32)
-def _finite_bits(x):
-    """Bits of |x| where it is finite, else 0."""
-    magnitude = x.bits() & _MAGNITUDE
-    return magnitude.if_less(_INFINITY, magnitude, 0)
-
-
-@expression(I32, I32, I32)
-def _larger(x, y):
-    """The larger of both."""
-    return x.at_least(y)
+_call_at, _room_at = fields.view(params.Call), fields.view(params.Room)
 
 
 @expression(F32, F32, int64)
 def _clean(x, clean):
     """x, or 0 where it is NaN and nothing stored may be."""
     b = x.bits()
-    return clean.if_equal(0, b, (b & _MAGNITUDE).if_less(_INFINITY + 1, b, 0)).floats()
+    return clean.if_equal(0, b, (b & MAGNITUDE).if_less(INFINITY + 1, b, 0)).floats()
 
 
 @expression(F32, F32, int64)
 def _finite(x, clean):
     """x, or the largest number of its sign where it is infinite and nothing stored may be."""
     b = x.bits()
-    return clean.if_equal(0, b, (b & _MAGNITUDE).if_less(_INFINITY, b, b - 1)).floats()
-
-
-@expression(F32, F32)
-def _one_nan(x):
-    """x with one NaN for all of them."""
-    b = x.bits()
-    return (b & _MAGNITUDE).if_less(_INFINITY + 1, b, _NAN).floats()
-
-
-@kernel
-def _power_of_two(amax_bits, part):
-    """ceil(log2(amax / largest)), at least -127: it changes where the mantissa of amax passes that of largest."""
-    largest = part.largest
-    above = 1 if (amax_bits & _MANTISSA) > (largest & _MANTISSA) else 0
-    exponent = (amax_bits >> 23) - (largest >> 23) + above
-    return larger(exponent, larger(-127, part.floor_exponent))
-
-
-@inlined
-def _ue8m0(code):
-    """Byte b as fp32: 2^(b - 127)."""
-    return simd.float_of((1 << 22) if code == 0 else code << 23)
+    return clean.if_equal(0, b, (b & MAGNITUDE).if_less(INFINITY, b, b - 1)).floats()
 
 
 @inlined
@@ -161,23 +60,48 @@ def _small_float_codes(x, part):
     )
 
 
+@inlined
+def _plain_code(x, part, size):
+    """``plain_small_float`` as the part has it, of ``size`` bits."""
+    return plain_small_float(x, size, part.mantissa, part.bias, part.max_code, part.nan_code)
+
+
+@inlined
+def _factor(at):
+    """An fp32 in every lane."""
+    return splat(simd.load_scalar(at))
+
+
 @kernel
-def _plain_codes(begin, end, code, part, factor):
-    """Codes of fp32 begin .. end, times or divided by ``factor``, of a part that ``_is_plain``."""
-    size, mantissa, bias, divides = part.bits, part.mantissa, part.bias, part.divides
-    top, nan, times = part.max_code, part.nan_code, splat(factor)
-    i = begin
-    while size == 8 and not divides and i + 4 * BYTES <= end:
-        a = plain_small_float(load(i) * times, 8, mantissa, bias, top, nan)
-        b = plain_small_float(load(i + BYTES) * times, 8, mantissa, bias, top, nan)
-        c = plain_small_float(load(i + 2 * BYTES) * times, 8, mantissa, bias, top, nan)
-        d = plain_small_float(load(i + 3 * BYTES) * times, 8, mantissa, bias, top, nan)
-        simd.store_8s(code, a, b, c, d)
+def _plain_codes(row, part, code, room):
+    """Codes of a part that ``_is_plain``: of its vectors, times or divided by the room's ``factors``."""
+    size, divides, asking = part.bits, part.divides, wanted(room, 6)
+    i, end, factors = row + 4 * part.first, row + 4 * part.last, room.factors
+    while i + 4 * BYTES <= end:
+        if asking:
+            for at in range(i - row, i - row + 4 * BYTES, LINE):
+                ask(room, 6, at)
+        a, b, c, d = load(i), load(i + BYTES), load(i + 2 * BYTES), load(i + 3 * BYTES)
+        s, t, u, v = _factor(factors), _factor(factors + 4), _factor(factors + 8), _factor(factors + 12)
+        if divides:
+            a, b, c, d = a / s, b / t, c / u, d / v
+        else:
+            a, b, c, d = a * s, b * t, c * u, d * v
+        if size == 8:
+            a, b = _plain_code(a, part, 8), _plain_code(b, part, 8)
+            c, d = _plain_code(c, part, 8), _plain_code(d, part, 8)
+            simd.store_8s(code, a, b, c, d)
+            code += 4 * LANES
+        else:
+            a, b = _plain_code(a, part, 4), _plain_code(b, part, 4)
+            c, d = _plain_code(c, part, 4), _plain_code(d, part, 4)
+            simd.store_4s(code, a, b, c, d)
+            code += 2 * LANES
         i += 4 * BYTES
-        code += 4 * LANES
+        factors += 16
     while i < end:
-        x = load(i) / times if divides else load(i) * times
-        value = plain_small_float(x, size, mantissa, bias, top, nan)
+        factor = _factor(factors)
+        value = _plain_code(load(i) / factor if divides else load(i) * factor, part, size)
         if size == 4:
             simd.store_4(code, value)
             code += LANES // 2
@@ -185,6 +109,7 @@ def _plain_codes(begin, end, code, part, factor):
             simd.store_8(code, value)
             code += LANES
         i += BYTES
+        factors += 4
 
 
 @inlined
@@ -207,12 +132,12 @@ def _store_codes(x, part, address):
         simd.store_8(address, code)
         return LANES
     if element == params.WHOLE:
-        simd.store_8(address, _whole(x))
+        simd.store_8(address, whole(x))
         return LANES
     if element == params.PLAIN16:
         simd.store_16(address, bf16_code(x))
         return 2 * LANES
-    store(address, _one_nan(x))
+    store(address, one_nan(x))
     return 4 * LANES
 
 
@@ -225,65 +150,57 @@ def _code_value(x, part):
 
 
 @kernel
-def _scale_of(amax_bits, part):
-    """(stored scale as fp32, multiplier or divisor of the values, byte of the scale) of a block."""
-    rule = part.scale
-    largest = simd.float_of(part.largest)
-    amax = simd.float_of(amax_bits)
-    if rule == params.POW2:
-        exponent = _power_of_two(amax_bits, part)
-        return _ue8m0(exponent + 127), _ue8m0(127 - exponent), exponent + 127
-    if rule == params.PLAIN_FP32:
-        scale = amax / largest
-        return scale, np.float32(1) / scale, 0
-    if rule == params.E4M3_BYTE or rule == params.E4M3_TIMES or rule == params.E4M3_INVERSE:
-        size, mantissa, bias, max_code, nan_code = _E4M3
-        quotient = amax / largest
-        if rule == params.E4M3_TIMES:
-            quotient = amax * (np.float32(1) / largest)
-        code = small_float(splat(quotient), size, mantissa, bias, max_code, nan_code, 1)
-        value = simd.first_lane(small_float_value(code, size, mantissa, bias, nan_code))
-        factor = value
-        if rule == params.E4M3_INVERSE and value > np.float32(0):
-            factor = np.float32(1) / value
-        return value, factor, simd.largest_lane(code)
-    multiplier = largest / amax
-    return np.float32(1) / multiplier, multiplier, 0
-
-
-@inlined
-def _store_scale(address, stored, byte, part):
-    """A scale, as fp32 or as the copies of its byte; returns the bytes written."""
-    if part.scale_copies == 0:
-        simd.store_scalar(address, stored)
-    else:
-        for i in range(part.scale_bytes):
-            simd.store_byte(address + i, byte)
-    return part.scale_bytes
-
-
-@inlined
-def _counted(x, finite):
-    return _finite_bits(x) if finite else _bits(x)
+def _plain_scales(row, part, scales, room):
+    """Store scales of a part that ``_is_plain`` and fill the room's ``factors``; False if a block is not finite."""
+    size, asking = 4 * part.block, wanted(room, 4)
+    at, away, factors = room.scales, room.scales_away, room.factors
+    for begin in range(row + 4 * part.first, row + 4 * part.last, size):
+        if asking:
+            for i in range(begin - row, begin + size - row, LINE):
+                ask(room, 4, i)
+        amax = largest(begin, begin + size, False)
+        if amax >= INFINITY:
+            return False
+        simd.store_scalar(at, simd.float_of(amax))
+        at += 4
+    end = at
+    for at in range(room.scales, end, BYTES):
+        scales_of(at, away, part)
+    for at in range(room.scales, end, 4):
+        scales += store_scale(scales, simd.load_scalar(at + away), simd.load_byte(at + 2 * away), part)
+        factor = simd.load_scalar(at)
+        for _ in range(0, size, BYTES):
+            simd.store_scalar(factors, factor)
+            factors += 4
+    return True
 
 
 @kernel
-def _largest(begin, end, finite):
-    """The largest of the bits of |x| for fp32 begin .. end, infinity's or more if one is; of ``finite`` ones alone."""
-    largest = _counted(load(begin), finite)
-    for i in range(begin + BYTES, end, BYTES):
-        largest = _larger(largest, _counted(load(i), finite))
-    return simd.largest_lane(largest)
+def _plain_part(row, part, code, scales, room):
+    """``_part`` of a part that ``_is_plain``, if all of it is finite; else False, and it has to be done anew.
+
+    Stage by stage for all blocks, so that what each of them waits for is waited for together.
+    """
+    if part.scale == params.TENSOR:
+        for i in range(4 * part.first, 4 * part.last, BYTES):
+            simd.store_scalar(room.factors + (i - 4 * part.first) // LANES, part.tensor_scale)
+    elif not _plain_scales(row, part, scales, room):
+        return False
+    _plain_codes(row, part, code, room)
+    return True
 
 
 @kernel
-def _part(row, part, code, scales, inner):
+def _part(row, part, code, scales, inner, room):
     """Encode the channels of one part: codes to ``code``, scales to ``scales``; ``inner``: bf16(q s) into the row."""
     rule = part.scale
+    if _is_plain(part) and not inner and _plain_part(row, part, code, scales, room):
+        return
+    if not inner:
+        ask_rest(room, 4 * part.first, 4 * part.last)
     first, last = part.first, part.last
     block = part.block if rule >= 0 else last - first
     divides, clean, tile = part.divides, part.clean, part.tile
-    plain = _is_plain(part) and not inner
     for at in range(first, last, block):
         begin, end = row + 4 * at, row + 4 * (at + block)
         stored, factor, byte = np.float32(1), np.float32(1), 0
@@ -291,20 +208,20 @@ def _part(row, part, code, scales, inner):
         if rule == params.TENSOR:
             factor = part.tensor_scale
         elif rule >= 0:
-            amax = _largest(begin, end, False)
-            infinite = amax >= _INFINITY
+            amax = largest(begin, end, False)
+            infinite = amax >= INFINITY
             if infinite:
-                amax = _largest(begin, end, True)
-            amax = larger(amax, part.floor)
-            stored, factor, byte = _scale_of(amax, part)
+                amax = largest(begin, end, True)
+            found, away = room.scales, room.scales_away
+            simd.store_scalar(found, simd.float_of(amax))
+            scales_of(found, away, part)
+            factor, stored = simd.load_scalar(found), simd.load_scalar(found + away)
+            byte = simd.load_byte(found + 2 * away)
             if infinite and part.nan_code < 0 and not clean:
                 poisoned = True
-                stored = simd.float_of(_NAN)
+                stored = simd.float_of(NAN)
                 byte = part.scale_nan
-        if plain and not poisoned:
-            _plain_codes(begin, end, code, part, factor)
-            code += block * part.bits // 8
-        for i in range(end if plain and not poisoned else begin, end, BYTES):
+        for i in range(begin, end, BYTES):
             x = splat(np.float32(0)) if poisoned else _clean(load(i), clean)
             if divides:
                 x = _finite(x / splat(factor), clean)
@@ -319,13 +236,14 @@ def _part(row, part, code, scales, inner):
             else:
                 code += _store_codes(x, part, code)
         if rule >= 0 and rule != params.TENSOR and not inner:
-            scales += _store_scale(scales, stored, byte, part)
+            scales += store_scale(scales, stored, byte, part)
 
 
 @functions.entry
-def entry(row, slot, block, work):
-    """Encode the fp32 row at ``row`` and write it to cache slot ``slot`` of the call; ``work``: fp32 [d]."""
-    call = _call_at(block)
+def entry(row, slot, block, where):
+    """Encode the fp32 row at ``row`` and write it to cache slot ``slot`` of the call; ``where``: a room."""
+    call, room = _call_at(block), _room_at(where)
+    work = room.row
     form = call.layer.format
     page_rows = form.page_rows
     page, at = slot // page_rows, slot % page_rows
@@ -341,7 +259,7 @@ def entry(row, slot, block, work):
             store(work + i, round_bf16(x) if rounding else x)
         row = work
     for k in range(inner):
-        _part(row, form.parts[k], 0, 0, True)
+        _part(row, form.parts[k], 0, 0, True, room)
     for k in range(inner, form.part_count):
         part = form.parts[k]
         code = (call.layer.second + page * call.layer.second_stride) if part.second else base
@@ -352,7 +270,7 @@ def entry(row, slot, block, work):
         scales = base + part.scale_base + part.scale_stride * at
         if outside:
             scales = outside + page * call.layer.scales_stride + 4 * at
-        _part(row, part, code, scales, False)
+        _part(row, part, code, scales, False, room)
     pad = base + form.pad_base + form.pad_stride * at
     for i in range(form.pad_bytes):
         simd.store_byte(pad + i, 0)

@@ -14,16 +14,14 @@ from llvmlite import ir
 from numba import types
 
 from kvcondense.backends.cpu import params
-from kvcondense.backends.cpu.kernels import fields, simd
+from kvcondense.backends.cpu.blocks import LINE
+from kvcondense.backends.cpu.kernels import simd
+from kvcondense.backends.cpu.kernels.ahead import Coming, table_at
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
 from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, fma, load, splat, store
 from kvcondense.backends.cpu.kernels.tokens import Bf16, Fp32, Rounded, score_of, value_of
-from kvcondense.backends.cpu.params import CHANNELS, ENTRY, GROUP, Candidate
+from kvcondense.backends.cpu.params import ENTRY, GROUP, Candidate
 from kvcondense.backends.cpu.target import target
-
-table_at = fields.view(Candidate)
-_LINE = 4 * CHANNELS
-"""Bytes that a prefetch asks for."""
 
 _STEPS = 8
 """Parts of an octave: 2^(j / 8) comes from a table, so that the rest is within 2^(1 / 16): three powers do."""
@@ -81,68 +79,25 @@ def score(candidate, c):
     return load(candidate.score + c) + load(candidate.bias + c)
 
 
-class _Coming:
-    """The rows that a table lists, asked for one after the other: as many bytes for each vector as are read of rows.
-
-    Whole rows, not a column of lines: memory and its own prefetchers read on best where they are.
-    """
-
-    def __init__(self, b: Any, table: Any, begin: Any, end: Any, count: int, size: int) -> None:
-        self.b, self.table, self.size, self.kind = b, table, size, begin.type
-        self.first = self._scaled(begin)
-        self.length = self._scaled(b.sub(end, begin))
-        self.bytes = 2 * count * LANES * size
-
-    def _scaled(self, at: Any) -> Any:
-        return at if self.size == 4 else self.b.lshr(at, self._number(1))
-
-    def _number(self, n: int) -> ir.Constant:
-        return ir.Constant(self.kind, n)
-
-    def begin(self, before: Any) -> None:
-        """Where the loop over vectors begins, whose counters these are."""
-        self.counters = [self.b.phi(self.kind, name) for name in ("row", "offset")]
-        for counter in self.counters:
-            counter.add_incoming(self._number(0), before)
-        self.row, self.offset = self.counters
-
-    def ask(self, parts: int) -> None:
-        """For the next of ``parts`` of a vector's. Rows are kv and score of the first entry, of the second .."""
-        b, many = self.b, self.bytes // parts
-        fields = [self._number(Candidate.offsets[f]) for f in ("kv", "score")]
-        field = b.select(b.trunc(self.row, ir.IntType(1)), fields[1], fields[0])
-        entry = b.add(b.add(self.table, field), b.mul(b.lshr(self.row, self._number(1)), self._number(ENTRY)))
-        address = b.add(b.add(simd.read(b, entry, self.kind, 8), self.first), self.offset)
-        for i in range(0, many, _LINE):
-            simd.emit_prefetch(b, b.add(address, self._number(i)))
-        beyond = b.add(self.offset, self._number(many))
-        done = b.icmp_signed(">=", beyond, self.length)
-        self.offset = b.select(done, self._number(0), beyond)
-        self.row = b.add(self.row, b.zext(done, self.kind))
-
-    def go_on(self, end: Any) -> None:
-        """Where the loop ends."""
-        for counter, value in zip(self.counters, (self.row, self.offset), strict=True):
-            counter.add_incoming(value, end)
-
-
 def _both(values: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
     """The only one, or both combined."""
     return combine(*values) if len(values) == 2 else values[0]
 
 
-def _group(count: int, rows_of: type[Fp32], *, more: bool = False) -> Any:
+def _group(count: int, rows_of: type[Fp32], *, alone: bool = False, more: bool = False) -> Any:
     """A kernel for ``count`` tokens: l' = l + sum e^(z_j - m), o' likewise with K_j, and m stays.
 
     m is the score of the window's first token, whose weight is therefore 1. Where a later score exceeds it by too much
     neither sum is stored: returned is that channel's offset, or ``end``.
 
-    more: there were tokens before, whose m, l and o stand in three rows at ``work``, ``span`` bytes apart; else, if
-    none come behind, P = o / l goes to ``out``, which is 0 if some do. Meanwhile the lines that ``ahead`` lists are
-    asked for.
+    m, l and o stand in three rows at ``work``, ``span`` bytes apart. more: they come from there, as there were tokens
+    before. alone: none come behind either, P = o / l goes to ``out``, and o nowhere else. Meanwhile the rows that
+    ``ahead`` lists are asked for; of a group alone the first half of them, since what finishes its row asks for others.
     """
     tokens = range(0 if more else 1, count)
     chunks = [tokens[i : i + rows_of.at_once] for i in range(0, len(tokens), rows_of.at_once)]
+    asked = count * LANES * rows_of.size * (1 if alone else 2)
+    parts = max(min(len(chunks), asked // LINE), 1)  # of whole lines
 
     @simd.operation(types.int64, *[types.int64] * 7)
     def group(b: Any, table: Any, ahead: Any, begin: Any, end: Any, work: Any, span: Any, out: Any) -> Any:
@@ -157,11 +112,10 @@ def _group(count: int, rows_of: type[Fp32], *, more: bool = False) -> Any:
 
         rows = [[entry(j, f) for f in ("kv", "score", "bias")] for j in range(count)]
         held = [b.sub(b.add(work, b.mul(span, number(i))), begin) for i in range(3)]
-        coming = _Coming(b, ahead, begin, end, count, rows_of.size)
+        coming = Coming(b, ahead, begin, end, asked, rows_of.size, half=alone)
         before = b.block
         names = ("vectors", "stored", "on", "after")
         vectors, stored, on, after = (b.append_basic_block(name) for name in names)
-        divided = on if more else b.append_basic_block("divided")
         b.branch(vectors)
         b.position_at_end(vectors)
         coming.begin(before)
@@ -178,13 +132,14 @@ def _group(count: int, rows_of: type[Fp32], *, more: bool = False) -> Any:
             coming.ask(1)
         if not more:
             simd.write(b, b.add(held[0], at), m, 4)
-        for some in chunks:
+        for i, some in enumerate(chunks):
             if _FEW_REGISTERS:  # m is read again, so that it takes none meanwhile
                 m = Fp32.value(b, held[0], at)
             x = [rows_of.above(b, score(j), m) for j in some]
+            if i < parts:
+                coming.ask(parts)
             for one in x:
                 top = simd.emit_at_least(b, top, one)
-            coming.ask(len(chunks))
             for j, e in zip(some, _exps(b, x), strict=True):
                 k = rows_of.value(b, rows[j][0], at)
                 if j < 2:  # two sums each, of even tokens and of odd ones: one would wait for itself
@@ -203,15 +158,12 @@ def _group(count: int, rows_of: type[Fp32], *, more: bool = False) -> Any:
             total, pooled = (
                 b.fadd(Fp32.value(b, base, at), new) for base, new in ((held[1], total), (held[2], pooled))
             )
-        for base, value in zip(held[1:], (total, pooled), strict=True):
-            simd.write(b, b.add(base, at), value, 4)
-        if more:
-            b.branch(on)
-        else:
-            b.cbranch(b.icmp_signed("==", out, number(0)), on, divided)
-            b.position_at_end(divided)
+        simd.write(b, b.add(held[1], at), total, 4)
+        if alone:
             simd.write(b, b.add(out, at), b.fdiv(pooled, total), 4)
-            b.branch(on)
+        else:
+            simd.write(b, b.add(held[2], at), pooled, 4)
+        b.branch(on)
         b.position_at_end(on)
         beyond = b.add(at, number(BYTES))
         at.add_incoming(beyond, on)
@@ -227,13 +179,15 @@ def _group(count: int, rows_of: type[Fp32], *, more: bool = False) -> Any:
 
 
 def _groups(rows_of: type[Fp32]) -> Any:
-    """A function that takes a window's groups: the first and the others."""
-    first, other = (_group(GROUP, rows_of, more=more) for more in (False, True))
+    """A function that takes a window's groups: the only one, or the first and the others."""
+    only, first, other = _group(GROUP, rows_of, alone=True), _group(GROUP, rows_of), _group(GROUP, rows_of, more=True)
 
     @inlined
     def take(index, n, table, ahead, begin, end, work, span, out):
+        if n <= GROUP:
+            return only(table, ahead, begin, end, work, span, out)
         if index == 0:
-            return first(table, ahead, begin, end, work, span, out if n <= GROUP else 0)
+            return first(table, ahead, begin, end, work, span, 0)
         return other(table, ahead, begin, end, work, span, 0)
 
     return take
@@ -281,7 +235,7 @@ def finish(acc, begin, end, head_bytes, out):
         store(out + c, load(acc + 2 * head_bytes + c) / load(acc + head_bytes + c))
 
 
-_one, _two, _four = (_group(n, Fp32) for n in (1, 2, 4))
+_one, _two, _four = (_group(n, Fp32, alone=True) for n in (1, 2, 4))
 _of_fp32, _of_bf16, _of_rounded = _groups(Fp32), _groups(Bf16), _groups(Rounded)
 
 

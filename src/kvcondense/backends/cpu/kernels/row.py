@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from kvcondense.backends.cpu.kernels import simd
+from kvcondense.backends.cpu.kernels.ahead import ask, wanted
 from kvcondense.backends.cpu.kernels.bf16 import round_bf16
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
 from kvcondense.backends.cpu.kernels.simd import BYTES, LANES, load, splat, store
@@ -48,10 +49,16 @@ def tree_sum(x, n):
 
 
 @kernel
-def rms_norm(row, gamma, spec, work):
-    """n = gamma * (u * rsqrt(mean(u^2) + eps)); u and n are rounded as the profile has it."""
-    d = spec.head_dim
+def rms_norm(row, gamma, spec, room):
+    """n = gamma * (u * rsqrt(mean(u^2) + eps)); u and n are rounded as the profile has it.
+
+    Each loop asks for two of the rows that the room lists.
+    """
+    d, work = spec.head_dim, room.row
+    asking = wanted(room, 0)
     for i in range(0, 4 * d, BYTES):
+        if asking:
+            ask(room, 0, i)
         u = load(row + i)
         if spec.round_pooled:
             u = round_bf16(u)
@@ -59,7 +66,10 @@ def rms_norm(row, gamma, spec, work):
         store(work + i, u * u)
     mean = tree_sum(work, d) / np.float32(d)
     scale = splat(np.float32(1) / np.float32(math.sqrt(mean + spec.eps)))
+    asking = wanted(room, 2)
     for i in range(0, 4 * d, BYTES):
+        if asking:
+            ask(room, 2, i)
         n = load(gamma + i) * (load(row + i) * scale)
         store(row + i, round_bf16(n) if spec.round_latent else n)
 

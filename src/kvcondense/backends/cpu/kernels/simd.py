@@ -146,28 +146,51 @@ def store_8(b: Any, address: Any, x: Any) -> None:
     write(b, address, b.trunc(x, ir.VectorType(_I8, LANES)), 1)
 
 
+def _bytes(b: Any, *vectors: Any) -> Any:
+    """The low 8 bits of each lane of vectors, as many as a power of two, side by side."""
+    parts = list(vectors)
+    while len(parts) > 1:
+        both = _lanes(*range(2 * parts[0].type.count))
+        parts = [b.shuffle_vector(*parts[k : k + 2], both) for k in range(0, len(parts), 2)]
+    return b.trunc(parts[0], ir.VectorType(_I8, parts[0].type.count))
+
+
+def _nibbles(b: Any, *vectors: Any) -> Any:
+    """The low 4 bits of each lane, of which no more may be set, an even lane in the low nibble."""
+    pairs = _bytes(b, *vectors)
+    kind = ir.VectorType(_I16, pairs.type.count // 2)
+    pairs = b.bitcast(pairs, kind)
+    return b.trunc(b.or_(pairs, b.lshr(pairs, constant(4, kind))), ir.VectorType(_I8, kind.count))
+
+
 @operation(types.void, types.int64, I32, I32, I32, I32)
 def store_8s(b: Any, address: Any, *four: Any) -> None:
     """``store_8`` of four vectors, side by side."""
-    low, high = (b.shuffle_vector(*four[k : k + 2], _lanes(*range(2 * LANES))) for k in (0, 2))
-    all_of = b.shuffle_vector(low, high, _lanes(*range(4 * LANES)))
-    write(b, address, b.trunc(all_of, ir.VectorType(_I8, 4 * LANES)), 1)
+    write(b, address, _bytes(b, *four), 1)
 
 
 @operation(types.void, types.int64, I32)
 def store_4(b: Any, address: Any, x: Any) -> None:
-    """The low 4 bits of each lane, the even lane in the low nibble."""
-    half = ir.VectorType(_I32, LANES // 2)
-    even = b.shuffle_vector(x, x, _lanes(*range(0, LANES, 2)))
-    odd = b.shuffle_vector(x, x, _lanes(*range(1, LANES, 2)))
-    packed = b.or_(even, b.shl(odd, ir.Constant(half, [4] * (LANES // 2))))
-    write(b, address, b.trunc(packed, ir.VectorType(_I8, LANES // 2)), 1)
+    """Each lane's 4 bits, beyond which none may be set, the even lane in the low nibble."""
+    write(b, address, _nibbles(b, x), 1)
+
+
+@operation(types.void, types.int64, I32, I32, I32, I32)
+def store_4s(b: Any, address: Any, *four: Any) -> None:
+    """``store_4`` of four vectors, side by side."""
+    write(b, address, _nibbles(b, *four), 1)
 
 
 @operation(types.float32, types.int64)
 def load_scalar(b: Any, address: Any) -> Any:
     """One fp32."""
     return read(b, address, ir.FloatType(), 4)
+
+
+@operation(types.int64, types.int64)
+def load_byte(b: Any, address: Any) -> Any:
+    """8 bits, none of them a sign."""
+    return b.zext(read(b, address, _I8, 1), _I64)
 
 
 @operation(types.void, types.int64, types.float32)

@@ -9,11 +9,14 @@ import math
 
 import numpy as np
 
-from kvcondense.backends.cpu.kernels import row
+from kvcondense.backends.cpu.kernels import fields, row
 from kvcondense.backends.cpu.kernels.bf16 import round_bf16
 from kvcondense.backends.cpu.kernels.functions import kernel
 from kvcondense.backends.cpu.kernels.integers import fetch_add, smaller
 from kvcondense.backends.cpu.kernels.simd import BYTES, load, splat, store
+from kvcondense.backends.cpu.params import ROOM, Room
+
+_room_at = fields.view(Room)
 
 
 @kernel
@@ -24,12 +27,12 @@ def _tables(call, e, spec):
 
 
 @kernel
-def _forward(call, e, spec, work):
+def _forward(call, e, spec, room):
     d = spec.head_dim
     out, pooled = call.out + 4 * d * e, call.pooled + 4 * d * e
     for c in range(0, 4 * d, BYTES):
         store(out + c, load(pooled + c))
-    row.rms_norm(out, call.gamma, spec, work)
+    row.rms_norm(out, call.gamma, spec, room)
     if spec.rope_dim:
         cos, sin = _tables(call, e, spec)
         row.rope(out, cos, sin, spec)
@@ -73,7 +76,9 @@ def work(call):
     """Take strips of rows until there are none."""
     spec, count = call.spec, call.count
     d, strip = spec.head_dim, call.strip
-    scratch = call.scratch + 12 * d * fetch_add(call.threads, 1)
+    scratch = call.scratch + (12 * d + ROOM) * fetch_add(call.threads, 1)
+    room = _room_at(scratch + 12 * d)
+    room.row, room.later_rows, room.later_halved = scratch, 0, 0
     back = call.given != 0
     while True:
         at = fetch_add(call.next, 1)
@@ -84,4 +89,4 @@ def work(call):
             if back:
                 _backward(call, e, spec, scratch, sums)
             else:
-                _forward(call, e, spec, scratch)
+                _forward(call, e, spec, room)

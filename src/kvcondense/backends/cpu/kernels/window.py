@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.kernels import pool, simd
+from kvcondense.backends.cpu.kernels.ahead import table_at
 from kvcondense.backends.cpu.kernels.bf16 import bf16_code, load_bf16, round_bf16
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
 from kvcondense.backends.cpu.kernels.integers import larger, smaller
-from kvcondense.backends.cpu.kernels.pool import table_at
 from kvcondense.backends.cpu.kernels.simd import LANES, load, store
 from kvcondense.backends.cpu.params import CHANNELS, ENTRY, GROUP, STAGED
 
@@ -25,6 +25,12 @@ def load_as(kind, base, channel):
 @inlined
 def _size(kind):
     return 4 if kind == params.FP32 else 2
+
+
+@inlined
+def in_fp32(call, stored):
+    """Whether rows, of which the first ``stored`` come from the state, are of fp32."""
+    return (call.layer.state_kind if stored > 0 else call.kv_kind) == params.FP32
 
 
 @inlined
@@ -96,21 +102,22 @@ def in_order(call, e, address, room):
     """List what window e, whose candidates are tokens at ``address``, adds to the rows that the window before reads.
 
     Of an overlapping window that is its own tokens, both halves of their channels: the first half is what the next
-    window reads. So memory is asked for in the order in which it lies, not by half rows from two places.
+    window reads. So memory is asked for in the order in which it lies, not by half rows from two places: the first half
+    of it stands as kv, for the pool to ask for, the second as scores, for what finishes a row.
     """
     spec = call.layer.spec
     ratio = spec.ratio
     half = _size(call.kv_kind) * (spec.width - spec.head_dim)
     own = address + ENTRY * (smaller(spec.window, (call.plan.window_index[e] + 1) * ratio) - ratio)
     table, lines = table_at(own), table_at(room.lines)
-    for j in range(ratio):
-        kv, score = table[j].kv, table[j].score
-        halves = lines[2 * j]
-        halves.kv = kv - half
-        halves.score = kv
-        halves = lines[2 * j + 1]
-        halves.kv = score - half
-        halves.score = score
+    for k in range(ratio):  # rows of kv and of scores by turns
+        row = table[k // 2].score if k % 2 else table[k // 2].kv
+        lines[2 * k].kv = row - half
+        lines[2 * k + 1].kv = row
+    for k in range(ratio):
+        row = table[(ratio + k) // 2].score if (ratio + k) % 2 else table[(ratio + k) // 2].kv
+        lines[2 * k].score = row - half
+        lines[2 * k + 1].score = row
     pool.pad(room.lines, 2 * ratio, room.zeros, room.nothing)
     return room.lines
 
