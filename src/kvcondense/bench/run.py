@@ -174,18 +174,23 @@ def stream_series(backend: str, say: Callable[[str], None]) -> Iterator[dict[str
     """
     for kind in ("hca", "csa"):
         inputs = make_inputs(Case("chunk", kind, _CHUNK, 1, 0))
-        for tokens in _STREAMS:
-            runner = _Streaming(inputs, backend, tokens)
-            state = runner.primed()
+        runners = [_Streaming(inputs, backend, tokens) for tokens in _STREAMS]
+        states = [runner.primed() for runner in runners]
+        for runner, state in zip(runners, states, strict=True):
             runner.stream(state, _CHUNK)
-            before, seconds = measure.resident(), []
-            turns = max(_FEWEST_STREAMS, _STREAMS[1] // tokens)
-            for _ in range(turns):
-                seconds.append(measure.clock(lambda r=runner, s=state, n=tokens: r.stream(s, n)))
-            us, grown = 1e6 * measure.median(seconds) / tokens, measure.resident() - before
-            ratio = inputs.case.spec.ratio
-            say(f"ratio {ratio:>3}, {tokens:>8} tokens: {us:7.3f} us a token, {grown / 1e6:.1f} MB more")
-            yield {"streamed": tokens, "ratio": ratio, "runner": backend, "us": round(us, 4), "grown_bytes": grown}
+        seconds: list[list[float]] = [[] for _ in _STREAMS]
+        grown = [0 for _ in _STREAMS]
+        for _ in range(_FEWEST_STREAMS):  # by turns, since a machine's speed changes
+            for i, (tokens, runner, state) in enumerate(zip(_STREAMS, runners, states, strict=True)):
+                before = measure.resident()
+                for _ in range(max(1, _STREAMS[1] // tokens)):
+                    seconds[i].append(measure.clock(lambda r=runner, s=state, n=tokens: r.stream(s, n)))
+                grown[i] += measure.resident() - before
+        ratio = inputs.case.spec.ratio
+        for tokens, all_seconds, more in zip(_STREAMS, seconds, grown, strict=True):
+            us = 1e6 * measure.median(all_seconds) / tokens
+            say(f"ratio {ratio:>3}, {tokens:>8} tokens: {us:7.3f} us a token, {more / 1e6:.1f} MB more")
+            yield {"streamed": tokens, "ratio": ratio, "runner": backend, "us": round(us, 4), "grown_bytes": more}
 
 
 class _Streaming(Kvcondense):
