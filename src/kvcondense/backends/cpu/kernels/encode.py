@@ -12,7 +12,7 @@ from numba import int64
 from kvcondense.backends.cpu import params
 from kvcondense.backends.cpu.blocks import LINE
 from kvcondense.backends.cpu.kernels import fields, functions, simd
-from kvcondense.backends.cpu.kernels.ahead import ask, ask_rest, wanted
+from kvcondense.backends.cpu.kernels.ahead import ask, wanted
 from kvcondense.backends.cpu.kernels.bf16 import bf16_code, round_bf16
 from kvcondense.backends.cpu.kernels.elements import (
     INFINITY,
@@ -150,79 +150,75 @@ def _code_value(x, part):
 
 
 @kernel
-def _plain_scales(row, part, scales, room):
-    """Store scales of a part that ``_is_plain`` and fill the room's ``factors``; False if a block is not finite."""
-    size, asking = 4 * part.block, wanted(room, 4)
-    at, away, factors = room.scales, room.scales_away, room.factors
-    for begin in range(row + 4 * part.first, row + 4 * part.last, size):
+def _constant(part, room, inner):
+    """The room's ``factors`` of a part without scales of blocks."""
+    asking = wanted(room, 4) and not inner
+    for i in range(4 * part.first, 4 * part.last, BYTES):
         if asking:
-            for i in range(begin - row, begin + size - row, LINE):
+            ask(room, 4, i)
+        simd.store_scalar(room.factors + (i - 4 * part.first) // LANES, part.tensor_scale)
+
+
+@kernel
+def _scales(row, part, scales, room, inner):
+    """Scales of a part's blocks: to the room, and to ``scales`` if not ``inner``. Returns how many blocks have none.
+
+    Those are what is not finite, of elements that have no NaN. Stage by stage for all blocks, so that what each of them
+    waits for is waited for together: its largest magnitude, its scale in a vector with others', what is stored.
+    """
+    size, begin, end = 4 * part.block, row + 4 * part.first, row + 4 * part.last
+    at, away, factors = room.scales, room.scales_away, room.factors
+    asking = wanted(room, 4) and not inner
+    infinite = 0
+    for block in range(begin, end, size):
+        if asking:
+            for i in range(block - row, block + size - row, LINE):
                 ask(room, 4, i)
-        amax = largest(begin, begin + size, False)
+        amax = largest(block, block + size, False)
         if amax >= INFINITY:
-            return False
+            infinite += 1
+            amax = largest(block, block + size, True)
         simd.store_scalar(at, simd.float_of(amax))
         at += 4
-    end = at
-    for at in range(room.scales, end, BYTES):
+    beyond = at
+    for at in range(room.scales, beyond, BYTES):
         scales_of(at, away, part)
-    for at in range(room.scales, end, 4):
-        scales += store_scale(scales, simd.load_scalar(at + away), simd.load_byte(at + 2 * away), part)
+    if part.nan_code >= 0 or part.clean:
+        infinite = 0
+    at = room.scales
+    for block in range(begin, end, size):
+        if infinite and largest(block, block + size, False) >= INFINITY:
+            simd.store_scalar(at + away, simd.float_of(NAN))
+            simd.store_byte(at + 2 * away, part.scale_nan)
+        if not inner:
+            scales += store_scale(scales, simd.load_scalar(at + away), simd.load_byte(at + 2 * away), part)
         factor = simd.load_scalar(at)
         for _ in range(0, size, BYTES):
             simd.store_scalar(factors, factor)
             factors += 4
-    return True
+        at += 4
+    return infinite
 
 
 @kernel
-def _plain_part(row, part, code, scales, room):
-    """``_part`` of a part that ``_is_plain``, if all of it is finite; else False, and it has to be done anew.
-
-    Stage by stage for all blocks, so that what each of them waits for is waited for together.
-    """
-    if part.scale == params.TENSOR:
-        for i in range(4 * part.first, 4 * part.last, BYTES):
-            simd.store_scalar(room.factors + (i - 4 * part.first) // LANES, part.tensor_scale)
-    elif not _plain_scales(row, part, scales, room):
-        return False
-    _plain_codes(row, part, code, room)
-    return True
-
-
-@kernel
-def _part(row, part, code, scales, inner, room):
-    """Encode the channels of one part: codes to ``code``, scales to ``scales``; ``inner``: bf16(q s) into the row."""
-    rule = part.scale
-    if _is_plain(part) and not inner and _plain_part(row, part, code, scales, room):
-        return
-    if not inner:
-        ask_rest(room, 4 * part.first, 4 * part.last)
-    first, last = part.first, part.last
-    block = part.block if rule >= 0 else last - first
+def _codes(row, part, code, room, inner):
+    """``_plain_codes`` of any part; ``inner``: bf16(q s) into the row instead."""
+    first, last, rule = part.first, part.last, part.scale
+    of_blocks = rule >= 0 and rule != params.TENSOR
+    block = part.block if of_blocks else last - first
     divides, clean, tile = part.divides, part.clean, part.tile
+    asking = wanted(room, 6) and not inner
     for at in range(first, last, block):
         begin, end = row + 4 * at, row + 4 * (at + block)
-        stored, factor, byte = np.float32(1), np.float32(1), 0
-        poisoned = False
-        if rule == params.TENSOR:
-            factor = part.tensor_scale
-        elif rule >= 0:
-            amax = largest(begin, end, False)
-            infinite = amax >= INFINITY
-            if infinite:
-                amax = largest(begin, end, True)
-            found, away = room.scales, room.scales_away
-            simd.store_scalar(found, simd.float_of(amax))
-            scales_of(found, away, part)
-            factor, stored = simd.load_scalar(found), simd.load_scalar(found + away)
-            byte = simd.load_byte(found + 2 * away)
-            if infinite and part.nan_code < 0 and not clean:
-                poisoned = True
-                stored = simd.float_of(NAN)
-                byte = part.scale_nan
+        k = 4 * ((at - first) // block)
+        factor = part.tensor_scale
+        stored = np.float32(1)
+        if of_blocks:
+            factor, stored = simd.load_scalar(room.scales + k), simd.load_scalar(room.scales + room.scales_away + k)
         for i in range(begin, end, BYTES):
-            x = splat(np.float32(0)) if poisoned else _clean(load(i), clean)
+            if asking:
+                ask(room, 6, i - row)
+            x = _clean(load(i), clean) if stored == stored else splat(np.float32(0))
             if divides:
                 x = _finite(x / splat(factor), clean)
             elif rule >= 0:
@@ -235,8 +231,20 @@ def _part(row, part, code, scales, inner, room):
                 _store_codes(x, part, code + channel // tile * tile * tile + channel % tile)
             else:
                 code += _store_codes(x, part, code)
-        if rule >= 0 and rule != params.TENSOR and not inner:
-            scales += store_scale(scales, stored, byte, part)
+
+
+@kernel
+def _part(row, part, code, scales, inner, room):
+    """Encode the channels of one part: codes to ``code``, scales to ``scales``; ``inner``: bf16(q s) into the row."""
+    none = 0
+    if part.scale >= 0 and part.scale != params.TENSOR:
+        none = _scales(row, part, scales, room, inner)
+    else:
+        _constant(part, room, inner)
+    if none == 0 and not inner and _is_plain(part):
+        _plain_codes(row, part, code, room)
+    else:
+        _codes(row, part, code, room, inner)
 
 
 @functions.entry
