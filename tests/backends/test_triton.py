@@ -16,6 +16,7 @@ from kvcondense.formats import FORMATS
 from kvcondense.golden import calibrated
 from kvcondense.layout.plan import Plan
 from machine import SPECS, rope, tokens, weights
+from unusual import UNUSUAL
 
 STATES = ("none", "ring", "paged", "online")
 PAIRS = [(n, s) for n, spec in SPECS.items() for s in STATES if not (s == "online" and spec.overlap)]
@@ -123,6 +124,19 @@ def test_every_byte_of_every_format(kind, name):
     assert [t.untyped_storage().tolist() for t in cache.memory] == [
         t.untyped_storage().tolist() for t in expected.memory
     ]
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_bytes_of_formats_that_nobody_has_listed(name):
+    form, spec = UNUSUAL[name], wide("indexer")
+    x = hostile(spec)
+    x[40:44] = 0
+    scale = 0.05 if form.tensor_scale else None
+    cache, expected = (PagedCache.allocate(spec.head_dim, 3, 8, format=form, tensor_scale=scale) for _ in range(2))
+    batch = RaggedBatch.build([0, x.shape[0]], start_positions=[0], block_table=[[2, 0]])
+    rows = condense(spec, x, weights(spec), rope(spec, 4096), batch, cache=cache, impl="triton")
+    expected.put(rows.slot, expected.encode(rows.values))
+    assert torch.equal(cache.data, expected.data)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("hca", "fp8_model1"), ("csa", "bf16"), ("indexer", "mxfp4_indexer")])

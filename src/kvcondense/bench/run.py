@@ -30,7 +30,7 @@ CONTEXTS = "token by context, ratio 4"
 """The series that is no case."""
 STREAMS = "long prefill in chunks"
 _STREAMS = (8192, 65536, 1 << 20)
-_CHUNK, _FEWEST_STREAMS = 8192, 3
+_CHUNK, _STREAM_TURNS = 8192, 3
 _CONTEXTS = (1024, 4096, 16384)
 _STEPS = 8
 
@@ -180,7 +180,7 @@ def stream_series(backend: str, say: Callable[[str], None]) -> Iterator[dict[str
             runner.stream(state, _CHUNK)
         seconds: list[list[float]] = [[] for _ in _STREAMS]
         grown = [0 for _ in _STREAMS]
-        for _ in range(_FEWEST_STREAMS):  # by turns, since a machine's speed changes
+        for _ in range(_STREAM_TURNS):  # by turns, since a machine's speed changes
             for i, (tokens, runner, state) in enumerate(zip(_STREAMS, runners, states, strict=True)):
                 before = measure.resident()
                 for _ in range(max(1, _STREAMS[1] // tokens)):

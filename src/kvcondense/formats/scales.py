@@ -71,7 +71,8 @@ class ScaleRule:
         """
         if self.kind is Scale.TENSOR:
             assert tensor_scale is not None
-            return element.encode(x / tensor_scale), None
+            scaled = x / tensor_scale
+            return element.encode(scaled.nan_to_num(0.0) if clean else scaled), None
         assert self.block is not None
         blocks = x.unflatten(-1, (-1, self.block))  # [E, blocks, block]
         finite = torch.isfinite(blocks)

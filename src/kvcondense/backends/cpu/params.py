@@ -286,6 +286,6 @@ class TrainingRows(Block):
     gamma_gradient: int  # fp32 [strips, d], zeros
     count: int
     strip: int
-    scratch: int  # 3 d floats of each thread
+    scratch: int  # of each thread, 3 d floats and a Room
     threads: Counter
     next: Counter

@@ -20,9 +20,9 @@ table_at = fields.view(Candidate)
 
 
 class Coming:
-    """The rows that a table lists, asked for one after the other: as many bytes for each vector as are read of rows.
+    """The rows that a table lists, asked for one after the other, ``bytes_of`` of them for each vector; half: kv alone.
 
-    Whole rows, not a column of lines: memory and its own prefetchers read on best where they are. half: kv alone.
+    Whole rows, not a column of lines: memory and its own prefetchers read on best where they are.
     """
 
     def __init__(self, b: Any, table: Any, begin: Any, end: Any, bytes_of: int, size: int, *, half: bool) -> None:
@@ -85,8 +85,8 @@ def ask(room, first, at):
 
 
 @kernel
-def ask_rest(room, begin, end):
-    """For bytes begin .. end - 1 of fp32 of all that ``rms_norm`` has not asked for."""
+def ask_rest(room, size):
+    """For rows of ``size`` bytes of fp32: those that the encoder asks for where there is one."""
     for entry in range(4, room.later_rows, 2):
-        for at in range(begin, end, LINE):
+        for at in range(0, size, LINE):
             ask(room, entry, at)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvcondense.backends.cpu import params
-from kvcondense.backends.cpu.kernels import fields, functions, pool, row, window
+from kvcondense.backends.cpu.kernels import fields, functions, row, window
 from kvcondense.backends.cpu.kernels.ahead import ask_rest
 from kvcondense.backends.cpu.kernels.functions import kernel
 from kvcondense.backends.cpu.kernels.integers import fetch_add, invoke, larger, smaller, take
@@ -42,7 +42,7 @@ def _finish(call, e, index, room):
     if slot >= 0 and call.store and call.layer.format:
         invoke(call.layer.encode, out, slot, call, room)
     else:
-        ask_rest(room, 0, 4 * d)
+        ask_rest(room, 4 * d)
 
 
 @kernel
@@ -51,7 +51,6 @@ def _look(call, task, room, table):
     e = task // call.blocks
     q, spec = call.plan.window_request[e], call.layer.spec
     if q < 0 or call.layer.acc:
-        pool.pad(table, 0, room.zeros, room.nothing)
         return -1
     ratio = spec.ratio
     begin = call.plan.window_index[e] * ratio
@@ -94,12 +93,13 @@ def _windows(call, room):
         if coming >= end:
             coming = take(call.next_window, total, chunk)
             end = smaller(coming + chunk, total)
-        ahead, coming_stored = table, 0
-        if coming >= 0:
-            ahead, coming_stored = following, _look(call, coming, room, following)
+        ahead = table
+        coming_stored = _look(call, coming, room, following) if coming >= 0 else -1
+        if coming_stored >= 0:
+            ahead = following
             if spec.ratio < spec.window and spec.window <= GROUP and coming_stored == 0:
                 ahead = window.in_order(call, coming // call.blocks, following, room)
-        room.later, room.later_rows = ahead, 0 if coming < 0 or spec.window > GROUP else spec.window
+        room.later, room.later_rows = ahead, spec.window if coming_stored >= 0 and spec.window <= GROUP else 0
         room.later_halved = 0 if window.in_fp32(call, coming_stored) else 1
         _window(call, task, stored, table, ahead, room)
         table, following = following, table

@@ -83,6 +83,12 @@ def whole(x):
     return x.bits().if_less(0, 0 - number, number)
 
 
+@expression(F32, I32)
+def whole_value(code):
+    """The value of each code of int8."""
+    return code.numbers()
+
+
 @expression(F32, F32)
 def one_nan(x):
     """x with one NaN for all of them."""

@@ -23,6 +23,7 @@ from kvcondense.backends.cpu.kernels.elements import (
     small_float,
     small_float_value,
     whole,
+    whole_value,
 )
 from kvcondense.backends.cpu.kernels.functions import inlined, kernel
 from kvcondense.backends.cpu.kernels.lanes import expression
@@ -41,9 +42,12 @@ def _clean(x, clean):
 
 @expression(F32, F32, int64)
 def _finite(x, clean):
-    """x, or the largest number of its sign where it is infinite and nothing stored may be."""
+    """x; if nothing stored may be NaN or infinite 0 for a NaN, which a scale of 0 makes of 0, too, and else the
+    largest number of its sign.
+    """
     b = x.bits()
-    return clean.if_equal(0, b, (b & MAGNITUDE).if_less(INFINITY, b, b - 1)).floats()
+    largest = (b & MAGNITUDE).if_less(INFINITY, b, b - 1)
+    return clean.if_equal(0, b, (b & MAGNITUDE).if_less(INFINITY + 1, largest, 0)).floats()
 
 
 @inlined
@@ -114,9 +118,10 @@ def _plain_codes(row, part, code, room):
 
 @inlined
 def _is_plain(part):
-    """Whether ``_plain_codes`` takes the part: whose codes lie side by side, and whose values need no more care."""
+    """Whether ``_plain_codes`` takes the part: bytes or nibbles side by side, of values that need no more care."""
     minus_zero = 1 << (part.bits - 1)
-    usual = part.element == params.SMALL_FLOAT and part.ties_to_even and part.nan_code != minus_zero
+    small = part.element == params.SMALL_FLOAT and (part.bits == 8 or part.bits == 4)
+    usual = small and part.ties_to_even and part.nan_code != minus_zero
     return usual and not part.clean and part.tile == 1 and part.scale >= 0
 
 
@@ -143,7 +148,9 @@ def _store_codes(x, part, address):
 
 @inlined
 def _code_value(x, part):
-    """What a small float of the part gives back for x."""
+    """What the part's element gives back for x."""
+    if part.element == params.WHOLE:
+        return whole_value(whole(x))
     size, mantissa = part.bits, part.mantissa
     bias, nan_code = part.bias, part.nan_code
     return small_float_value(_small_float_codes(x, part), size, mantissa, bias, nan_code)
@@ -218,6 +225,7 @@ def _codes(row, part, code, room, inner):
         for i in range(begin, end, BYTES):
             if asking:
                 ask(room, 6, i - row)
+            # A scale that is NaN is that of a block without one.
             x = _clean(load(i), clean) if stored == stored else splat(np.float32(0))
             if divides:
                 x = _finite(x / splat(factor), clean)

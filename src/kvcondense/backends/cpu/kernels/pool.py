@@ -258,8 +258,8 @@ def _near(kind, index, n, table, ahead, begin, end, work, span, out):
 def group(kind, index, n, table, ahead, begin, end, work, span, out):
     """Group ``index`` of the n candidates at ``table``, whose first entry it is; kind: FP32, BF16 or BF16_ROUNDED.
 
-    For channel bytes begin .. end - 1 of fp32: m, l and o to ``work``, three rows ``span`` bytes apart, and of the last
-    group P to out + begin ... ``ahead``: as many entries, whose lines will be read next.
+    For channel bytes begin .. end - 1 of fp32: m, l and o to ``work``, three rows ``span`` bytes apart (no o of a group
+    alone), and of the last group P to out + begin ... ``ahead``: as many entries, whose rows will be read next.
     """
     at = begin
     while at < end:

@@ -40,10 +40,10 @@ def _larger(x, y):
 
 
 @expression(I32, F32, int64, int64)
-def _power_of_two(amax, largest, lowest):
-    """ceil(log2(amax / largest)), at least ``lowest``: it changes where the mantissa of amax passes that of largest."""
-    above = (largest & MANTISSA).if_less(amax.bits() & MANTISSA, 1, 0)
-    return ((amax.bits() >> 23) - (largest >> 23) + above).at_least(lowest)
+def _power_of_two(amax, top, lowest):
+    """ceil(log2(amax / top)), at least ``lowest``: it changes where the mantissa of amax passes that of top."""
+    above = (top & MANTISSA).if_less(amax.bits() & MANTISSA, 1, 0)
+    return ((amax.bits() >> 23) - (top >> 23) + above).at_least(lowest)
 
 
 @expression(I32, I32, int64)
@@ -78,7 +78,7 @@ def scales_of(at, away, part):
     its byte.
     """
     rule = part.scale
-    largest = splat(simd.float_of(part.largest))
+    top = splat(simd.float_of(part.largest))
     one = splat(np.float32(1))
     amax = _at_least(load(at), part.floor)
     if rule == params.POW2:
@@ -88,12 +88,12 @@ def scales_of(at, away, part):
         store(at + away, _ue8m0_value(code))
         store(at + 2 * away, _held(code))
     elif rule == params.PLAIN_FP32:
-        scale = amax / largest
+        scale = amax / top
         store(at, one / scale)
         store(at + away, scale)
     elif rule == params.E4M3_BYTE or rule == params.E4M3_TIMES or rule == params.E4M3_INVERSE:
         size, mantissa, bias, max_code, nan_code = _E4M3
-        quotient = amax * (one / largest) if rule == params.E4M3_TIMES else amax / largest
+        quotient = amax * (one / top) if rule == params.E4M3_TIMES else amax / top
         code = small_float(quotient, size, mantissa, bias, max_code, nan_code, 1)
         value = small_float_value(code, size, mantissa, bias, nan_code)
         inverse = simd.where_less(splat(np.float32(0)), value, one / value, value)
@@ -101,7 +101,7 @@ def scales_of(at, away, part):
         store(at + away, value)
         store(at + 2 * away, _held(code))
     else:
-        multiplier = largest / amax
+        multiplier = top / amax
         store(at, multiplier)
         store(at + away, one / multiplier)
 

@@ -227,12 +227,26 @@ def through_part(row, c: tl.constexpr, K: tl.constexpr):
     SCALE: tl.constexpr = part.value.scale
     FIRST: tl.constexpr = part.value.first
     LAST: tl.constexpr = part.value.last
+    ELEMENT: tl.constexpr = part.value.element
     if SCALE != "":
         code, stored, value = codes_and_scales(row, c, part)
-        back = small_float_value(tl.reshape(code, (D // BLOCK, BLOCK)), part) * value[:, None]
+        code = tl.reshape(code, (D // BLOCK, BLOCK))
+        if ELEMENT == "whole":
+            back = code.to(tl.float32)
+        else:
+            back = small_float_value(code, part)
+        back = back * value[:, None]
         channel = tl.arange(0, D)
         row = tl.where((channel >= FIRST) & (channel < LAST), round_bf16(tl.reshape(back, (D,)), c), row)
     return row
+
+
+@triton.jit
+def numbers_of(x):
+    """x; 0 for a NaN, which a scale of 0 makes of 0, too; the largest number of its sign for an infinity."""
+    b = to_bits(x)
+    b = tl.where((b & 0x7FFFFFFF) == 0x7F800000, b - 1, b)
+    return tl.where(x == x, from_bits(b), 0.0)
 
 
 @triton.jit
@@ -256,8 +270,7 @@ def codes_and_scales(row, c: tl.constexpr, part: tl.constexpr):
     else:
         x = x * factor[:, None]
     if CLEAN:
-        b = to_bits(x)
-        x = from_bits(tl.where((b & 0x7FFFFFFF) == 0x7F800000, b - 1, b))  # infinity: the largest number of its sign
+        x = numbers_of(x)
     elif NAN_CODE < 0:  # elements without a NaN: the scale says so
         poisoned = tl.max(magnitude, axis=1) >= 0x7F800000
         x = tl.where(poisoned[:, None], 0.0, x)
@@ -289,7 +302,10 @@ def put_part(row, page, at, page_base, scales, scales_stride, c: tl.constexpr, K
     if SCALE == "":
         code = codes_of(row, c, part)
     elif SCALE == "TENSOR":
-        code = codes_of(tl.div_rn(row, tl.zeros_like(row) + tl.load(scales)), c, part)
+        scaled = tl.div_rn(row, tl.zeros_like(row) + tl.load(scales))
+        if CLEAN:
+            scaled = numbers_of(scaled)
+        code = codes_of(scaled, c, part)
     else:
         code, stored, value = codes_and_scales(row, c, part)
         put_scales(stored, page, at, page_base, scales, scales_stride, c, part)
