@@ -9,9 +9,10 @@ import threading
 import time
 
 import pytest
+import torch
 
 from kvcondense.errors import CheckpointError
-from kvcondense.files import replacing, why_not_written, write
+from kvcondense.files import replacing, sealed, whole, why_not_written, write
 
 ENDLESS = """
 import sys
@@ -110,3 +111,20 @@ def test_a_full_disk_keeps_the_old_file_and_nothing_else(call, tmp_path, monkeyp
     assert caught.value.filename == str(target)
     assert target.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.skipif(whole.fcntl is None, reason="locks of POSIX")
+def test_a_sealed_file_is_the_locked_one_until_it_takes_its_place(tmp_path, monkeypatch):
+    """safetensors.save_file puts a file of its own there, which nobody has locked, and a killed process leaves."""
+    seen, replace = [], os.replace
+
+    def watched(made, target):
+        seen.append((whole.locked(made), names(tmp_path)))
+        replace(made, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    sealed.save(tmp_path / "out", {"kind": "test"}, {"x": torch.arange(4)})
+    ((lock, inside),) = seen
+    assert lock is None
+    assert len(inside) == 1
+    assert names(tmp_path) == ["out"]
