@@ -30,7 +30,7 @@ MAX_HEADER_BYTES = 1 << 20
 
 def save(path: Path, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Write a sealed file; ``path`` keeps its old content until the new one is complete."""
-    # safetensors' own files are others that take the place of the one that is locked here; killed, it leaves them.
+    # safetensors' save_file writes another file, which takes the locked one's place, and which a killed process leaves.
     with replacing(path) as made, told(str(path), "room for the file"):
         made.write_bytes(pack(header, tensors))
 

@@ -126,7 +126,6 @@ def _room(call):
     room.following = room.table + entries
     room.lines = room.following + entries
     room.copied = room.lines + GROUP * ENTRY
-    room.later_rows, room.later_halved = 0, 0
     for c in range(0, row_bytes, BYTES):
         store(room.zeros + c, splat(_ZERO))
         store(room.nothing + c, splat(_MINUS_INFINITY))

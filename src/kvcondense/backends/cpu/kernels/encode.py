@@ -214,23 +214,23 @@ def _codes(row, part, code, room, inner):
     of_blocks = rule >= 0 and rule != params.TENSOR
     block = part.block if of_blocks else last - first
     divides, clean, tile = part.divides, part.clean, part.tile
+    factors, stored = room.factors, np.float32(1)
     asking = wanted(room, 6) and not inner
     for at in range(first, last, block):
         begin, end = row + 4 * at, row + 4 * (at + block)
-        k = 4 * ((at - first) // block)
-        factor = part.tensor_scale
-        stored = np.float32(1)
-        if of_blocks:
-            factor, stored = simd.load_scalar(room.scales + k), simd.load_scalar(room.scales + room.scales_away + k)
+        if of_blocks:  # NaN: the block has none
+            stored = simd.load_scalar(room.scales + room.scales_away + 4 * ((at - first) // block))
         for i in range(begin, end, BYTES):
             if asking:
                 ask(room, 6, i - row)
-            # A scale that is NaN is that of a block without one.
-            x = _clean(load(i), clean) if stored == stored else splat(np.float32(0))
+            x = load(i) if stored == stored else splat(np.float32(0))
             if divides:
-                x = _finite(x / splat(factor), clean)
+                x = _finite(x / _factor(factors), clean)
             elif rule >= 0:
-                x = _finite(x * splat(factor), clean)
+                x = _finite(x * _factor(factors), clean)
+            else:
+                x = _clean(x, clean)
+            factors += 4
             if inner:
                 if rule >= 0:
                     store(i, round_bf16(_code_value(x, part) * splat(stored)))

@@ -40,10 +40,6 @@ class Lanes:
     def __mul__(self, other: Operand) -> Lanes:
         return self._do("fmul", other)
 
-    def times(self, other: Operand) -> Lanes:
-        """The product of integers."""
-        return self._do("mul", other)
-
     def __and__(self, other: Operand) -> Lanes:
         return self._do("and_", other)
 

@@ -40,16 +40,16 @@ def _larger(x, y):
 
 
 @expression(I32, F32, int64, int64)
-def _power_of_two(amax, top, lowest):
-    """ceil(log2(amax / top)), at least ``lowest``: it changes where the mantissa of amax passes that of top."""
+def _ue8m0(amax, top, lowest):
+    """Byte of the least power of two from amax / top and from 2^lowest on: the next one if amax has more mantissa."""
     above = (top & MANTISSA).if_less(amax.bits() & MANTISSA, 1, 0)
-    return ((amax.bits() >> 23) - (top >> 23) + above).at_least(lowest)
+    return ((amax.bits() >> 23) - (top >> 23) + above).at_least(lowest) + 127
 
 
-@expression(I32, I32, int64)
-def _ue8m0(exponent, sign):
-    """Byte of 2^exponent, or with a sign of -1 of its inverse."""
-    return exponent.times(sign) + 127
+@expression(I32, I32)
+def _inverse(code):
+    """Byte of the inverse of a power of two."""
+    return 254 - code
 
 
 @expression(F32, I32)
@@ -82,9 +82,8 @@ def scales_of(at, away, part):
     one = splat(np.float32(1))
     amax = _at_least(load(at), part.floor)
     if rule == params.POW2:
-        exponent = _power_of_two(amax, part.largest, larger(-127, part.floor_exponent))
-        code = _ue8m0(exponent, 1)
-        store(at, _ue8m0_value(_ue8m0(exponent, -1)))
+        code = _ue8m0(amax, part.largest, larger(-127, part.floor_exponent))
+        store(at, _ue8m0_value(_inverse(code)))
         store(at + away, _ue8m0_value(code))
         store(at + 2 * away, _held(code))
     elif rule == params.PLAIN_FP32:

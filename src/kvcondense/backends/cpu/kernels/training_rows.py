@@ -78,7 +78,7 @@ def work(call):
     d, strip = spec.head_dim, call.strip
     scratch = call.scratch + (12 * d + ROOM) * fetch_add(call.threads, 1)
     room = _room_at(scratch + 12 * d)
-    room.row, room.later_rows, room.later_halved = scratch, 0, 0
+    room.row, room.later_rows = scratch, 0
     back = call.given != 0
     while True:
         at = fetch_add(call.next, 1)

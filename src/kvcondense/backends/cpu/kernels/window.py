@@ -110,14 +110,15 @@ def in_order(call, e, address, room):
     half = _size(call.kv_kind) * (spec.width - spec.head_dim)
     own = address + ENTRY * (smaller(spec.window, (call.plan.window_index[e] + 1) * ratio) - ratio)
     table, lines = table_at(own), table_at(room.lines)
-    for k in range(ratio):  # rows of kv and of scores by turns
+    for k in range(2 * ratio):  # rows of kv and of scores by turns
         row = table[k // 2].score if k % 2 else table[k // 2].kv
-        lines[2 * k].kv = row - half
-        lines[2 * k + 1].kv = row
-    for k in range(ratio):
-        row = table[(ratio + k) // 2].score if (ratio + k) % 2 else table[(ratio + k) // 2].kv
-        lines[2 * k].score = row - half
-        lines[2 * k + 1].score = row
+        early, late = lines[2 * (k % ratio)], lines[2 * (k % ratio) + 1]
+        if k < ratio:
+            early.kv = row - half
+            late.kv = row
+        else:
+            early.score = row - half
+            late.score = row
     pool.pad(room.lines, 2 * ratio, room.zeros, room.nothing)
     return room.lines
 
