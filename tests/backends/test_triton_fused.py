@@ -5,11 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from projected import HIDDEN, NAMES, bf16_weights, check_against_two_steps, play
 
 from kvcondense import KvCondenseError, PagedCache, RaggedBatch, StatePool, compress, explain, project
 from kvcondense.backends import Step
 from kvcondense.backends.triton import TritonBackend, fused, tuning
+from kvcondense.backends.triton.kernels.products import reach
 from kvcondense.errors import UnsupportedError
 from kvcondense.layout.plan import Plan
 from machine import SPECS, rope
@@ -36,9 +39,12 @@ def test_chunks_do_not_change_a_bit(name, dtype):
     assert torch.equal(whole[1], parts[1])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["csa", "r2-overlap", "r8-overlap", "gateless"])
-def test_windows_at_the_edges_of_tiles(name):
+def test_windows_at_the_edges_of_tiles(name, compiled, monkeypatch):
     """With overlap a tile's first window reads tokens of the one that the tile before finished."""
+    if compiled:
+        as_compiled(monkeypatch)
     many = fused.TILE + 3 * SPECS[name].ratio
     chunks = [(many, 1), (SPECS[name].ratio + 1, many + 40), (200, 150)]
     tiles, steps = play(name, "ring", chunks, "tiles"), play(name, "ring", chunks, None, product="triton")
@@ -47,27 +53,59 @@ def test_windows_at_the_edges_of_tiles(name):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["r8", "hca", "r1"])
-def test_two_blocks_of_channels_from_one_reading_of_x(name, monkeypatch):
-    spec = replace(SPECS[name], head_dim=32)
-    monkeypatch.setitem(SPECS, "wide", spec)
-    monkeypatch.setattr(fused, "_BLOCK", 16)
-    assert fused.choice(spec, "sm_90")[1] == 2
-    ratio = spec.ratio
-    for kind in ("none", "ring", "paged"):
-        chunks = [(2 * ratio + 1, 11)] if kind == "none" else [(ratio + 3, 9), (1, 7), (2 * ratio, 0), (5, ratio + 2)]
-        check_against_two_steps("wide", kind, chunks, "tiles")
-    two = play("wide", "ring", [(2 * ratio + 5, ratio + 2)], "tiles")
-    monkeypatch.setattr(tuning, "tile_columns", lambda arch, overlap: 32)
-    assert fused.choice(spec, "sm_90")[1] == 1
-    one = play("wide", "ring", [(2 * ratio + 5, ratio + 2)], "tiles")
-    for a, b in zip(two[0], one[0], strict=True):
+def as_compiled(monkeypatch):
+    """What chips get that copy by descriptor and whose products end in registers; the interpreter does not by itself."""
+    monkeypatch.setattr(tuning, "boxes", lambda arch: True)
+    monkeypatch.setattr(tuning, "pins", lambda arch: True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["none", "ring", "paged", "two tensors"])
+@pytest.mark.parametrize("name", ["csa", "hca", "r2", "r8-overlap", "r1", "gateless"])
+def test_copies_by_descriptor_change_no_bit(name, kind, dtype, monkeypatch):
+    """Tokens side by side or not, stored ones or none, more channels than are looked up at once."""
+    if (kind == "two tensors" and not SPECS[name].has_gate) or (kind == "none" and dtype is torch.bfloat16):
+        pytest.skip("no scores are stored, or nothing is")
+    monkeypatch.setitem(SPECS, "wide", replace(SPECS[name], head_dim=128))
+    ratio = SPECS[name].ratio
+    chunks = [(2 * ratio + 1, 11)] if kind == "none" else [(ratio + 3, 9), (1, 7), (2 * ratio, 0), (5, ratio + 2)]
+    asked = []
+    real = fused.boxes_of
+    monkeypatch.setattr(fused, "boxes_of", lambda *a: (asked.append(a), real(*a))[1])
+    rows, held, state = play("wide", kind, chunks, "tiles", dtype)
+    assert not asked
+    as_compiled(monkeypatch)
+    found = play("wide", kind, chunks, "tiles", dtype)
+    assert asked
+    for a, b in zip([*found[0], found[1]], [*rows, held], strict=True):
         assert torch.equal(a, b)
+    assert (state is None and found[2] is None) or torch.equal(state, found[2])
 
 
+@triton.jit
+def how_tokens_lie(token, live, out, base, M: tl.constexpr):
+    m = tl.arange(0, M)
+    tl.store(out, reach(tl.load(token + m), tl.load(live + m) != 0, base, M))
+
+
+@pytest.mark.parametrize(
+    ("token", "live", "base", "expected"),
+    [([3, 4, 5, 6], [0, 0, 0, 0], 3, 0), ([3, 4, 5, 6], [1, 1, 1, 1], 3, 1), ([9, 4, 5, 9], [0, 1, 1, 0], 3, 1),
+     ([9, 4, 5, 9], [0, 1, 1, 1], 3, 2), ([3, 4, 6, 7], [1, 1, 1, 1], 3, 2), ([-1, 0, 1, 2], [0, 1, 1, 1], -1, 1)],
+)  # fmt: skip
+def test_descriptors_serve_tokens_side_by_side_alone(token, live, base, expected):
+    out = torch.zeros((), dtype=torch.int32)
+    token, live = (torch.tensor(t, dtype=torch.int32) for t in (token, live))
+    how_tokens_lie[(1,)](token, live, out, base, M=4)
+    assert int(out) == expected
+
+
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["csa", "hca", "r8-overlap", "r1-overlap"])
-def test_what_a_neighbour_holds_reaches_nobody(name):
+def test_what_a_neighbour_holds_reaches_nobody(name, compiled, monkeypatch):
     """NaN in one request of a tile: the other's rows are those of a clean neighbour."""
+    if compiled:
+        as_compiled(monkeypatch)
     spec = SPECS[name]
     w, n = bf16_weights(spec), 2 * spec.ratio + 1
     x = torch.randn(3 * n, HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16()

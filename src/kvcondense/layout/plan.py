@@ -344,8 +344,8 @@ def _overwrites(
         return False
     if isinstance(layout, RingLayout):
         # The oldest row that is read and the newest that is kept share a ring row if they lie that far apart.
-        end = batch.start_positions + batch.lengths
-        far = end - live_starts(spec, batch.start_positions) > layout.ring_rows
+        start, oldest = batch.start_positions, live_starts(spec, batch.start_positions)
+        far = (oldest < start) & (start + batch.lengths - oldest > layout.ring_rows)
         return bool((far & (windows > 0)).any())
     reads = Reads.of(spec, batch, layout).row
     return reads is not None and bool(torch.isin(row, reads).any())

@@ -33,6 +33,8 @@ TILE = 128
 DEPTH = 64
 """Hidden channels of one step of the products."""
 _BLOCK, _LEAST, _WARPS = 64, 16, 8
+_ALIGNED = 16
+"""Bytes, of which a descriptor wants a tensor's begin and its rows to be multiples."""
 _LEAD = 8
 """Windows of a tile at least where they overlap: one of them is there for its tokens alone."""
 
@@ -103,35 +105,47 @@ def project(x: torch.Tensor, w: torch.Tensor, library: bool) -> torch.Tensor:
     out = torch.empty(x.shape[0], w.shape[0], dtype=torch.float32, device=x.device)
     if x.shape[0] == 0:
         return out
-    x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (x, w))
     # The kernel's constants are a step's: all channels as those of one product.
     spec = CompressorSpec(ratio=1, head_dim=w.shape[0], eps=1.0, rope_dim=0, has_ape=False, has_gate=False)
     block = next(b for b in (_BLOCK, 32, _LEAST) if w.shape[0] % b == 0)
     c = constants(spec, state_key(None), None, 0, False, Choice(block, _WARPS, counters=False))
-    launch: dict[str, Any] = {"M": TILE, **_products(x, c)}
+    x, x_box, w, w_stride, options = _operands(x, w, c)
     with on_device(x.device), proxy_fence():
         fused.project_kernel[(-(-x.shape[0] // TILE) * c.blocks,)](
-            x, w, out, x.shape[0], x.shape[1], x.stride(0), w.stride(0), out.stride(0), **launch,
+            x, x_box, w, out, x.shape[0], x.shape[1], x.stride(0), w_stride, out.stride(0), M=TILE, **options,
         )  # fmt: skip
     return out
 
 
-def _products(x: torch.Tensor, c: Constants) -> dict[str, Any]:
-    options = {**tuning.product_options(tuning.architecture(x.device)), **tuning.launch_options(x.device)}
-    return {"c": c, "K": DEPTH, "WIDE": interpreted(), "num_warps": _WARPS, **options}
+def _operands(x: torch.Tensor, w: torch.Tensor, c: Constants) -> tuple[Any, Any, Any, int, dict[str, Any]]:
+    """x, its descriptor or None, w or its descriptor, w's stride, and options of a launch that multiplies."""
+    arch = tuning.architecture(x.device)
+    options = {**tuning.product_options(arch), **tuning.launch_options(x.device)}
+    options |= {"c": c, "K": DEPTH, "WIDE": interpreted(), "num_warps": _WARPS}
+    by_box = tuning.boxes(arch)
+    x, w = (t if t.stride(1) == 1 and (not by_box or _aligned(t)) else t.clone(memory_format=torch.contiguous_format)
+            for t in (x, w))  # fmt: skip
+    if by_box:
+        return x, boxes_of(x, TILE), boxes_of(w, c.block), w.stride(0), options
+    return x, None, w, w.stride(0), options
 
 
-def choice(spec: CompressorSpec, arch: str) -> tuple[Choice, int]:
-    """Channels and warps of a program, and how many such blocks it has: kv and score of each are accumulated side by
-    side, with overlap of both halves.
-    """
-    columns = tuning.tile_columns(arch, spec.overlap)
-    if spec.overlap:
-        block, parts = min(spec.head_dim, columns // 4), 1
-    else:
-        block = min(spec.head_dim, _BLOCK)
-        parts = 2 if columns > 2 * _BLOCK and spec.head_dim % (2 * block) == 0 else 1
-    return Choice(block, _WARPS, tuning.casts(arch), counters=False), parts
+def _aligned(t: torch.Tensor) -> bool:
+    """Whether t [n, hidden] bf16 begins, and its rows do, where a descriptor wants them to."""
+    return t.data_ptr() % _ALIGNED == 0 and t.stride(0) % (_ALIGNED // 2) == 0
+
+
+def boxes_of(t: torch.Tensor, rows: int) -> Any:
+    """A descriptor of t [n, hidden], for boxes of ``rows`` rows and ``DEPTH`` hidden channels; beyond t they are 0."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, DEPTH])
+
+
+def choice(spec: CompressorSpec, arch: str) -> Choice:
+    """Channels and warps of a program: kv and score of each are accumulated side by side, with overlap of both halves."""
+    block = min(spec.head_dim, tuning.tile_columns(arch, spec.overlap) // (4 if spec.overlap else 2))
+    return Choice(block, _WARPS, tuning.casts(arch), counters=False)
 
 
 def windows_of(spec: CompressorSpec) -> int:
@@ -140,37 +154,37 @@ def windows_of(spec: CompressorSpec) -> int:
 
 
 def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
-    """Windows, then what is kept (the state is read before it is written), then norm to store of every row."""
+    """Windows and what is kept, then norm to store of every row.
+
+    Two launches for the first two where a kept row takes the place of one that a window of this step still reads.
+    """
     from kvcondense.backends.triton.kernels import fused
     from kvcondense.backends.triton.kernels.condense import finish_kernel
 
     spec, plan, state, cache, batch = step.spec, step.plan, step.state, step.cache, step.plan.batch
     assert not isinstance(state, OnlineState)
     form, page_rows = (None, 0) if cache is None else (cache.format, cache.page_rows)
-    tiling, parts = choice(spec, tuning.architecture(x.device))
-    c = constants(spec, state_key(state), form, page_rows, False, tiling)
-    products = _products(x, c)
-    options = {"c": c, "num_warps": _WARPS, "enable_fp_fusion": False, **tuning.launch_options(x.device)}
-    x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (x, w))
+    c = constants(spec, state_key(state), form, page_rows, False, choice(spec, tuning.architecture(x.device)))
+    x, x_box, w, w_stride, options = _operands(x, w, c)
+    pin = tuning.pins(tuning.architecture(x.device))
     ape, data = None if step.ape is None else fp32(step.ape), state_rows(state)
-    hidden, windows, keeps = x.shape[1], plan.num_windows, plan.keep_token.shape[0]
+    windows, keeps = plan.num_windows, 0 if data is None else plan.keep_token.shape[0]
+    pooling, keeping = (-(-n // each) * c.blocks for n, each in ((windows, windows_of(spec)), (keeps, TILE)))
+    table, stride = state_table(batch, state)
     with on_device(x.device), proxy_fence():
-        if windows:
-            table, stride = state_table(batch, state)
-            fused.project_pool_kernel[(-(-windows // windows_of(spec)) * (c.blocks // parts),)](
-                x, w, ape, batch.query_start_loc, batch.start_positions, table, data,
-                plan.window_request, plan.window_index, step.rows, windows, hidden,
-                x.stride(0), w.stride(0), stride, **{"G": TILE // spec.ratio, "PARTS": parts, **products},
-            )  # fmt: skip
-        if data is not None and keeps:
-            fused.project_keep_kernel[(-(-keeps // TILE) * (spec.width // c.block),)](
-                x, w, ape, plan.keep_token, plan.keep_position, plan.keep_row, data, keeps, hidden,
-                x.stride(0), w.stride(0), **{"M": TILE, **products},
-            )  # fmt: skip
+        for pool, keep in ((pooling, 0), (0, keeping)) if plan.overwrites else ((pooling, keeping),):
+            if pool + keep:
+                fused.tiles_kernel[(pool + keep,)](
+                    x, x_box, w, ape, batch.query_start_loc, batch.start_positions, table, data,
+                    plan.window_request, plan.window_index, step.rows,
+                    plan.keep_token, plan.keep_position, plan.keep_row, windows, keeps, pool, x.shape[1],
+                    x.stride(0), w_stride, stride, G=TILE // spec.ratio, PIN=pin, **options,
+                )  # fmt: skip
         if windows:
             bytes_, scales, page_stride, scales_stride = cache_operands(cache)
             finish_kernel[(windows,)](
                 fp32(step.gamma), *rope_operands(step), step.rows, None,
                 plan.window_request, plan.window_index, plan.window_slot,
-                bytes_, scales, page_stride, scales_stride, **options,
+                bytes_, scales, page_stride, scales_stride,
+                c=c, num_warps=_WARPS, enable_fp_fusion=False, **tuning.launch_options(x.device),
             )  # fmt: skip

@@ -199,6 +199,16 @@ def tile_columns(arch: str, overlap: bool) -> int:
     return 256 if wide or (overlap and arch.startswith("gfx")) else 128
 
 
+def boxes(arch: str) -> bool:
+    """True where tiles of tokens that lie side by side, and of weights, are copied by descriptor (TMA)."""
+    return arch.startswith(("sm_9", "sm_10"))
+
+
+def pins(arch: str) -> bool:
+    """True where products end in registers, whose layout the epilogue of a tile should keep. sm_100's end elsewhere."""
+    return arch != ANY and not arch.startswith("sm_10")
+
+
 def pooled_channels(arch: str) -> int:
     """Channels that a decode step from x pools at once at least: 256 bytes of a row, since a program waits for each.
 

@@ -25,7 +25,7 @@ _kept: dict[tuple[Variant, str, str], tuple[aot.Compiled, Flow]] = {}
 class Launched:
     """What a program of a launch is: warps, 32-bit registers of a lane, bytes of shared memory, and its counts.
 
-    chain: cycles that the slowest program takes alone.
+    chain: cycles that the slowest program takes alone; once: with one turn of each loop.
     """
 
     warps: int
@@ -33,6 +33,7 @@ class Launched:
     shared: int
     counts: Counts
     chain: float
+    once: float
 
 
 def of(kernel: Kernel, arch: str, machine: Machine) -> Launched | None:
@@ -47,8 +48,8 @@ def of(kernel: Kernel, arch: str, machine: Machine) -> Launched | None:
             raise UnsupportedError("predict", "kernels that compile", f"{kernel.launch.name}: {built.error}")
         _kept[key] = built, Flow(read(built.listing, arch))
     built, flow = _kept[key]
-    chain = max(alone(flow, way, machine, built.num_warps) for way in kernel.ways)
-    return Launched(built.num_warps, built.registers or 0, built.shared or 0, flow.count(kernel.runs), chain)
+    chain, once = (max(alone(flow, way, machine, built.num_warps, most) for way in kernel.ways) for most in (None, 1))
+    return Launched(built.num_warps, built.registers or 0, built.shared or 0, flow.count(kernel.runs), chain, once)
 
 
 @contextlib.contextmanager

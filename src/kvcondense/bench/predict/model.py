@@ -13,11 +13,12 @@ instructions, for the mean program of W warps, the bounds in seconds are
     product     b (flops of a program) / (product rate / processors): its tile's, or those of its instructions if they
                 are more, as where two warps multiply the same
 
-and a program alone on the chip takes its chain (``warp``): loads that wait for loads, barriers, arithmetic in order. So
+and a program alone on the chip takes its chain (``warp``): loads that wait for loads, barriers, arithmetic in order. Of
+that, one turn of each loop comes before what a bound counts or after it ("once"); the other turns go on beside it. So
 
-    predicted = launch + max(chain + longest bound, w chain)
+    predicted = launch + max(once + longest bound, w chain)
 
-What decides is the longest bound; or "latency", where launch + chain are longer than it, or w chains than both. A step
+What decides is the longest bound; or "latency", where launch + once are longer than it, or w chains than both. A step
 takes the sum of its launches.
 The vendor's library has no chain: its product is launch + max(memory, product).
 
@@ -56,6 +57,7 @@ class Predicted:
     bound: str
     bounds: dict[str, float]
     chain_us: float = 0.0
+    once_us: float = 0.0
     launch_us: float = 0.0
     programs: int = 0
     resident: int = 0
@@ -109,7 +111,8 @@ def of_kernel(kernel: Kernel, launched: Launched | None, machine: Machine) -> Pr
     resident = residents(launched, machine)
     waves = whole(kernel.programs / (resident * machine.processors))
     about = Predicted(
-        kernel.name, 0.0, "", {}, 1e6 * launched.chain / machine.clock, 0.0, kernel.programs, resident, waves,
+        kernel.name, 0.0, "", {}, 1e6 * launched.chain / machine.clock, 1e6 * launched.once / machine.clock, 0.0,
+        kernel.programs, resident, waves,
         warps=launched.warps, registers=launched.registers, shared_bytes=launched.shared,
         instructions=launched.counts.instructions,
         code_flops=kernel.programs * launched.warps * launched.counts.flops,
@@ -158,10 +161,10 @@ def bounds_of(kernel: Kernel, launched: Launched, machine: Machine) -> dict[str,
 
 
 def _predicted(kernel: Kernel, bounds: Mapping[str, float], machine: Machine, about: Predicted) -> Predicted:
-    chain = about.chain_us / 1e6
+    chain, once = about.chain_us / 1e6, about.once_us / 1e6
     decides = max(bounds, key=lambda name: bounds[name])
-    us = 1e6 * (machine.launch + max(chain + bounds[decides], about.waves * chain))
-    if chain + machine.launch > bounds[decides] or about.waves * chain > chain + bounds[decides]:
+    us = 1e6 * (machine.launch + max(once + bounds[decides], about.waves * chain))
+    if once + machine.launch > bounds[decides] or about.waves * chain > once + bounds[decides]:
         decides = LATENCY
     return Predicted(**{
         **vars(about), "us": us, "bound": decides, "bounds": {name: 1e6 * s for name, s in bounds.items()},

@@ -43,14 +43,14 @@ class _State:
         return _State(self.time + cycles, ready, copies, self.open + cycles, self.stored + cycles)
 
 
-def alone(flow: Flow, runs: Runs, machine: Machine, warps: int) -> float:
-    """Cycles of a program of so many warps."""
-    return _Walk(flow, runs, machine, warps).cycles()
+def alone(flow: Flow, runs: Runs, machine: Machine, warps: int, most: int | None = None) -> float:
+    """Cycles of a program of so many warps; of a loop at ``most`` so many turns."""
+    return _Walk(flow, runs, machine, warps, most).cycles()
 
 
 class _Walk:
-    def __init__(self, flow: Flow, runs: Runs, machine: Machine, warps: int) -> None:
-        self.flow, self.runs, self.machine, self.warps = flow, runs, machine, warps
+    def __init__(self, flow: Flow, runs: Runs, machine: Machine, warps: int, most: int | None) -> None:
+        self.flow, self.runs, self.machine, self.warps, self.most = flow, runs, machine, warps, most
         self.times = flow.times(runs)
 
     def cycles(self) -> float:
@@ -79,6 +79,7 @@ class _Walk:
 
     def _loop(self, loop: Loop, state: _State) -> dict[int, _State]:
         turns = whole(self.flow.turns(loop, self.runs))
+        turns = turns if self.most is None else min(turns, self.most)
         if turns == 0:
             exits = {f for number in loop.body for f in self.flow.blocks[number].follow if f not in loop.body}
             return dict.fromkeys(exits, state)

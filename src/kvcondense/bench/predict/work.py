@@ -7,9 +7,10 @@ programs ask for together: each reads anew what others have read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from kvcondense.planning import Planner
 ONE_LAUNCH, TILES, LIBRARY, OWN, STEP = "one launch", "tiles", "library, step", "product, step", "step"
 PRODUCT = "library product"
 _BF16, _FP32 = 2, 4
+NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -205,40 +207,50 @@ def _product(part: Part, arch: str) -> Kernel:
     programs = tiles * (columns // c.block)
     memory = _BF16 * hidden * (part.tokens + columns) + _FP32 * part.tokens * columns
     asked = programs * _BF16 * hidden * (fused.TILE + c.block) + _FP32 * part.tokens * columns
-    runs = Runs({}, {"project_tile": hidden / fused.DEPTH})
+    runs = _loop(hidden, arch, near=True)
     flops = 2.0 * programs * fused.TILE * hidden * c.block
     return Kernel("product", variant, launch, programs, memory, asked, flops, runs, (runs,))
 
 
+def _loop(hidden: int, arch: str, *, near: bool, times: Mapping[str, float] = NOTHING) -> Runs:
+    """Of a program that multiplies. near: its tokens lie side by side, so that it copies them by descriptor if any."""
+    ways = ("accumulate#1", "accumulate#2")  # by descriptor, by pointers
+    way = {ways[near]: 0.0} if tuning.boxes(arch) else {}
+    return Runs({**way, **times}, {"accumulate": hidden / fused.DEPTH})
+
+
 def _tiles(part: Part, arch: str) -> Iterator[Kernel]:
-    """Windows in tiles that multiply, kept rows in such tiles, and the launch that finishes rows."""
+    """Windows and kept rows in tiles that multiply, in a launch or one for each, and the launch that finishes rows."""
     variant = _variant(part, "tiles")
-    pool, keep, finish = launches(variant, arch)
-    c: Constants = pool.constants
+    tiles, finish = launches(variant, arch)
+    c: Constants = tiles.constants
     case, hidden = part.case, part.case.config.hidden_size
-    runs = Runs({}, {"project_tile": hidden / fused.DEPTH})
-
-    def read(columns: int) -> float:
-        return _BF16 * hidden * (fused.TILE + columns)
-
-    def work(columns: int) -> float:
-        return 2.0 * fused.TILE * hidden * columns
-
-    parts = _argument(pool, "PARTS")
-    programs = -(-part.windows // fused.windows_of(case.spec)) * (c.blocks // parts)
-    if programs:
-        columns = (4 if c.window > c.ratio else 2 * parts) * c.block
-        memory = case.bytes - case.kept_bytes - case.cache_bytes + part.row_bytes
-        asked = programs * read(columns) + part.row_bytes
-        yield Kernel("tiles", variant, pool, programs, memory, asked, programs * work(columns), runs, (runs,))
-    if part.kept:
-        tiles = -(-part.kept // fused.TILE) * (c.width // c.block)
-        memory = part.kept * (_BF16 * hidden + case.row_bytes) + case.weight_bytes
-        asked = tiles * read(2 * c.block) + part.kept * case.row_bytes
-        yield Kernel("kept rows", variant, keep, tiles, memory, asked, tiles * work(2 * c.block), runs, (runs,))
+    columns = (4 if c.window > c.ratio else 2) * c.block
+    pooling, keeping = (-(-n // each) * c.blocks for n, each in
+                        ((part.windows, fused.windows_of(case.spec)), (part.kept, fused.TILE)))  # fmt: skip
+    states = 1.0 if case.start else 0.0
+    pool = _loop(hidden, arch, near=True, times={"keep_tile": 0.0, "tokens_of>with_state": states})
+    keep = _loop(hidden, arch, near=case.batch == 1, times={"tokens_of": 0.0, "pooled_alone": 0.0, "pooled_with": 0.0, "moved": 0.0})
+    ways = [(name, number, runs, written) for name, number, runs, written in
+            (("tiles", pooling, pool, part.row_bytes), ("kept rows", keeping, keep, case.kept_bytes + part.drafts_bytes))
+            if number]  # fmt: skip
+    x_and_w = case.bytes - case.kept_bytes - case.cache_bytes
+    ask, flops = _BF16 * hidden * (fused.TILE + columns), 2.0 * fused.TILE * hidden * columns
+    for launch in ([way] for way in ways) if part.plan.overwrites else ([ways] if ways else []):
+        programs, written = (sum(way[at] for way in launch) for at in (1, 3))
+        mean = _mean([(number / programs, runs) for _, number, runs, _ in launch])
+        yield Kernel(launch[0][0], variant, tiles, programs, x_and_w + written, programs * ask + written,
+                     programs * flops, mean, tuple(runs for _, _, runs, _ in launch))  # fmt: skip
     if part.windows:
         memory = 2 * part.row_bytes + case.cache_bytes
         yield Kernel("finish", variant, finish, part.windows, memory, memory, 0.0, Runs(), (Runs(),))
+
+
+def _mean(runs: Sequence[tuple[float, Runs]]) -> Runs:
+    """Of programs of several kinds, with their shares; loops of all turn alike."""
+    names = {name for _, one in runs for name in one.times}
+    times = {name: sum(share * one.times.get(name, 1.0) for share, one in runs) for name in names}
+    return Runs(times, runs[0][1].trips)
 
 
 def _decode(parts: Sequence[Part], arch: str) -> Kernel:

@@ -285,7 +285,8 @@ def _keeps(step, job):
             if slot < 0 or slot >= job.blocks or _seen(step, slot, True):
                 return False
             row = slot * rows + low % larger(rows, 1)
-            overwrites = overwrites or (kind == jobs.RING and last > first and end - oldest > rows)
+            far = oldest < start and end - oldest > rows  # nothing is read of a request that begins with a window
+            overwrites = overwrites or (kind == jobs.RING and last > first and far)
         for position in range(low, end):
             if paged:
                 row = _page_row(step, job, q, position)

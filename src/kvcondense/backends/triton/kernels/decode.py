@@ -14,7 +14,7 @@ import triton.language as tl
 from kvcondense.backends.triton.kernels.arrive import grid_barrier, last_of
 from kvcondense.backends.triton.kernels.condense import keep, window_task
 from kvcondense.backends.triton.kernels.dependent import earlier_done, let_next_start, prefetch
-from kvcondense.backends.triton.kernels.fused import product
+from kvcondense.backends.triton.kernels.products import product
 from kvcondense.layout.plan import BARRIERS as _BARRIERS
 
 BARRIERS: tl.constexpr = tl.constexpr(_BARRIERS)
