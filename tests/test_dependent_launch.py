@@ -40,7 +40,7 @@ NAMES = (
     "csa-together-ring-fp32-fp8_model1", "plan",
 )  # fmt: skip
 KERNELS = {
-    "condense_kernel": 1, "online_kernel": 1, "project_pool_kernel": 1, "project_keep_kernel": 1, "finish_kernel": 1,
+    "condense_kernel": 1, "online_kernel": 1, "tiles_kernel": 1, "finish_kernel": 1,
     "project_kernel": 1, "decode_kernel": 2, "plan_kernel": 1,
 }  # fmt: skip
 

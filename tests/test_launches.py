@@ -99,7 +99,7 @@ def test_mixed_steps_compile_each_form_once_or_twice():
     found = json.loads(run(STEPS, "10000"))
     assert found["steps"] == 10_000
     assert min(found["ways"].values()) > 2000
-    kernels = ["condense_kernel", "decode_kernel", "finish_kernel", "project_keep_kernel", "project_pool_kernel"]
+    kernels = ["condense_kernel", "decode_kernel", "finish_kernel", "tiles_kernel"]
     assert found["kernels"] == kernels
     assert found["worst"] <= 2, found
     assert found["forms"] >= 20
@@ -186,14 +186,7 @@ def test_what_is_warm_is_not_compiled_again(tmp_path):
     report = json.loads(run("from kvcondense.cli import main; main()", *words, **cache))
     assert report["failed"] == 0
     kernels = {k["kernel"] for k in report["kernels"]}
-    assert kernels >= {
-        "condense_kernel",
-        "decode_kernel",
-        "project_pool_kernel",
-        "project_keep_kernel",
-        "finish_kernel",
-        "plan_kernel",
-    }
+    assert kernels >= {"condense_kernel", "decode_kernel", "tiles_kernel", "finish_kernel", "plan_kernel"}
     made, before, new = map(int, run(COMPILES, str(tmp_path), **cache).split())
     assert made >= 8
     assert before >= 8

@@ -54,9 +54,10 @@ def test_windows_at_the_edges_of_tiles(name, compiled, monkeypatch):
 
 
 def as_compiled(monkeypatch):
-    """What chips get that copy by descriptor and whose products end in registers; the interpreter does not by itself."""
+    """What chips get that copy by descriptor and whose products end in registers: not what the interpreter gets."""
     monkeypatch.setattr(tuning, "boxes", lambda arch: True)
-    monkeypatch.setattr(tuning, "pins", lambda arch: True)
+    real = tuning.epilogue_options
+    monkeypatch.setattr(tuning, "epilogue_options", lambda arch, *more: real("sm_90", *more))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -83,9 +84,9 @@ def test_copies_by_descriptor_change_no_bit(name, kind, dtype, monkeypatch):
 
 
 @triton.jit
-def how_tokens_lie(token, live, out, base, M: tl.constexpr):
-    m = tl.arange(0, M)
-    tl.store(out, reach(tl.load(token + m), tl.load(live + m) != 0, base, M))
+def how_tokens_lie(token, live, out, base, count: tl.constexpr):
+    m = tl.arange(0, count)
+    tl.store(out, reach(tl.load(token + m), tl.load(live + m) != 0, base, count))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def how_tokens_lie(token, live, out, base, M: tl.constexpr):
 def test_descriptors_serve_tokens_side_by_side_alone(token, live, base, expected):
     out = torch.zeros((), dtype=torch.int32)
     token, live = (torch.tensor(t, dtype=torch.int32) for t in (token, live))
-    how_tokens_lie[(1,)](token, live, out, base, M=4)
+    how_tokens_lie[(1,)](token, live, out, base, count=4)
     assert int(out) == expected
 
 

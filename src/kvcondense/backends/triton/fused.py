@@ -110,9 +110,10 @@ def project(x: torch.Tensor, w: torch.Tensor, library: bool) -> torch.Tensor:
     block = next(b for b in (_BLOCK, 32, _LEAST) if w.shape[0] % b == 0)
     c = constants(spec, state_key(None), None, 0, False, Choice(block, _WARPS, counters=False))
     x, x_box, w, w_stride, options = _operands(x, w, c)
+    options["M"] = TILE
     with on_device(x.device), proxy_fence():
         fused.project_kernel[(-(-x.shape[0] // TILE) * c.blocks,)](
-            x, x_box, w, out, x.shape[0], x.shape[1], x.stride(0), w_stride, out.stride(0), M=TILE, **options,
+            x, x_box, w, out, x.shape[0], x.shape[1], x.stride(0), w_stride, out.stride(0), **options,
         )  # fmt: skip
     return out
 
@@ -143,8 +144,8 @@ def boxes_of(t: torch.Tensor, rows: int) -> Any:
 
 
 def choice(spec: CompressorSpec, arch: str) -> Choice:
-    """Channels and warps of a program: kv and score of each are accumulated side by side, with overlap of both halves."""
-    block = min(spec.head_dim, tuning.tile_columns(arch, spec.overlap) // (4 if spec.overlap else 2))
+    """Channels and warps of a program: kv and score of each are accumulated, with overlap of both halves."""
+    block = min(spec.head_dim, tuning.tile_columns(arch) // (4 if spec.overlap else 2))
     return Choice(block, _WARPS, tuning.casts(arch), counters=False)
 
 
@@ -164,9 +165,10 @@ def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
     spec, plan, state, cache, batch = step.spec, step.plan, step.state, step.cache, step.plan.batch
     assert not isinstance(state, OnlineState)
     form, page_rows = (None, 0) if cache is None else (cache.format, cache.page_rows)
-    c = constants(spec, state_key(state), form, page_rows, False, choice(spec, tuning.architecture(x.device)))
+    arch = tuning.architecture(x.device)
+    c = constants(spec, state_key(state), form, page_rows, False, choice(spec, arch))
     x, x_box, w, w_stride, options = _operands(x, w, c)
-    pin = tuning.pins(tuning.architecture(x.device))
+    options |= {"G": TILE // spec.ratio, **tuning.epilogue_options(arch, c.block, spec.has_gate)}
     ape, data = None if step.ape is None else fp32(step.ape), state_rows(state)
     windows, keeps = plan.num_windows, 0 if data is None else plan.keep_token.shape[0]
     pooling, keeping = (-(-n // each) * c.blocks for n, each in ((windows, windows_of(spec)), (keeps, TILE)))
@@ -178,13 +180,13 @@ def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
                     x, x_box, w, ape, batch.query_start_loc, batch.start_positions, table, data,
                     plan.window_request, plan.window_index, step.rows,
                     plan.keep_token, plan.keep_position, plan.keep_row, windows, keeps, pool, x.shape[1],
-                    x.stride(0), w_stride, stride, G=TILE // spec.ratio, PIN=pin, **options,
+                    x.stride(0), w_stride, stride, **options,
                 )  # fmt: skip
         if windows:
             bytes_, scales, page_stride, scales_stride = cache_operands(cache)
+            ending = {"c": c, "num_warps": _WARPS, "enable_fp_fusion": False, **tuning.launch_options(x.device)}
             finish_kernel[(windows,)](
                 fp32(step.gamma), *rope_operands(step), step.rows, None,
                 plan.window_request, plan.window_index, plan.window_slot,
-                bytes_, scales, page_stride, scales_stride,
-                c=c, num_warps=_WARPS, enable_fp_fusion=False, **tuning.launch_options(x.device),
+                bytes_, scales, page_stride, scales_stride, **ending,
             )  # fmt: skip

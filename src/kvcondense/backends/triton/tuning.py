@@ -188,15 +188,13 @@ def online_options(arch: str, num_warps: int) -> dict[str, Any]:
     return {"maxnreg": 96} if arch.startswith("sm_12") and num_warps == 8 else {}
 
 
-def tile_columns(arch: str, overlap: bool) -> int:
+def tile_columns(arch: str) -> int:
     """Projected channels that a tile of a long step accumulates at once, reading x once for them.
 
-    Sums of 256 take half the registers of eight warps; pooling and loads that run ahead fit beside them on sm_90 and
-    sm_100 alone. AMD's waves would multiply the same for 128 of overlapping windows, but for others, of which one tile
-    at a time would be left on a processor, 128 are faster (``kvcondense bench --predict gfx942``).
+    Sums of 256 take half the registers of eight warps. Where matrix units take operands from registers, too, pooling
+    does not fit beside them (sm_80, sm_89, sm_120).
     """
-    wide = arch == ANY or arch.startswith(("sm_9", "sm_10"))
-    return 256 if wide or (overlap and arch.startswith("gfx")) else 128
+    return 256 if arch == ANY or arch.startswith(("sm_9", "sm_10", "gfx")) else 128
 
 
 def boxes(arch: str) -> bool:
@@ -204,9 +202,14 @@ def boxes(arch: str) -> bool:
     return arch.startswith(("sm_9", "sm_10"))
 
 
-def pins(arch: str) -> bool:
-    """True where products end in registers, whose layout the epilogue of a tile should keep. sm_100's end elsewhere."""
-    return arch != ANY and not arch.startswith("sm_10")
+def epilogue_options(arch: str, block: int, has_gate: bool) -> dict[str, bool]:
+    """PIN: products end in registers, whose layout the epilogue of a tile should keep (sm_100's end elsewhere).
+
+    HALVES: stored tokens of many channels are looked up in two halves, or registers would spill (``kvcondense aot``;
+    without scores they spill on AMD if it is done).
+    """
+    pin = arch != ANY and not arch.startswith("sm_10")
+    return {"PIN": pin, "HALVES": pin and block > 64 and (has_gate or not arch.startswith("gfx"))}
 
 
 def pooled_channels(arch: str) -> int:

@@ -240,7 +240,9 @@ def _loops(blocks: Sequence[Block], order: Sequence[int]) -> list[Loop]:
                     stack += before[at]
     found: list[Loop] = []
     for head, body in sorted(bodies.items(), key=lambda item: len(item[1])):
-        found.append(_loop(head, frozenset(body), blocks, [loop.chain for loop in found if loop.body <= body and not loop.polls]))
+        found.append(
+            _loop(head, frozenset(body), blocks, [loop.chain for loop in found if loop.body <= body and not loop.polls])
+        )
     return found
 
 

@@ -7,6 +7,7 @@ programs ask for together: each reads anew what others have read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -207,13 +208,13 @@ def _product(part: Part, arch: str) -> Kernel:
     programs = tiles * (columns // c.block)
     memory = _BF16 * hidden * (part.tokens + columns) + _FP32 * part.tokens * columns
     asked = programs * _BF16 * hidden * (fused.TILE + c.block) + _FP32 * part.tokens * columns
-    runs = _loop(hidden, arch, near=True)
+    runs = _loop(hidden, arch)
     flops = 2.0 * programs * fused.TILE * hidden * c.block
     return Kernel("product", variant, launch, programs, memory, asked, flops, runs, (runs,))
 
 
-def _loop(hidden: int, arch: str, *, near: bool, times: Mapping[str, float] = NOTHING) -> Runs:
-    """Of a program that multiplies. near: its tokens lie side by side, so that it copies them by descriptor if any."""
+def _loop(hidden: int, arch: str, near: bool = True, times: Mapping[str, float] = NOTHING) -> Runs:
+    """Of a program that multiplies. near: its tokens lie side by side, and a descriptor copies them if there is any."""
     ways = ("accumulate#1", "accumulate#2")  # by descriptor, by pointers
     way = {ways[near]: 0.0} if tuning.boxes(arch) else {}
     return Runs({**way, **times}, {"accumulate": hidden / fused.DEPTH})
@@ -222,35 +223,37 @@ def _loop(hidden: int, arch: str, *, near: bool, times: Mapping[str, float] = NO
 def _tiles(part: Part, arch: str) -> Iterator[Kernel]:
     """Windows and kept rows in tiles that multiply, in a launch or one for each, and the launch that finishes rows."""
     variant = _variant(part, "tiles")
-    tiles, finish = launches(variant, arch)
-    c: Constants = tiles.constants
+    kernel, finish = launches(variant, arch)
+    c: Constants = kernel.constants
     case, hidden = part.case, part.case.config.hidden_size
     columns = (4 if c.window > c.ratio else 2) * c.block
-    pooling, keeping = (-(-n // each) * c.blocks for n, each in
-                        ((part.windows, fused.windows_of(case.spec)), (part.kept, fused.TILE)))  # fmt: skip
-    states = 1.0 if case.start else 0.0
-    pool = _loop(hidden, arch, near=True, times={"keep_tile": 0.0, "tokens_of>with_state": states})
-    keep = _loop(hidden, arch, near=case.batch == 1, times={"tokens_of": 0.0, "pooled_alone": 0.0, "pooled_with": 0.0, "moved": 0.0})
-    ways = [(name, number, runs, written) for name, number, runs, written in
-            (("tiles", pooling, pool, part.row_bytes), ("kept rows", keeping, keep, case.kept_bytes + part.drafts_bytes))
-            if number]  # fmt: skip
-    x_and_w = case.bytes - case.kept_bytes - case.cache_bytes
-    ask, flops = _BF16 * hidden * (fused.TILE + columns), 2.0 * fused.TILE * hidden * columns
-    for launch in ([way] for way in ways) if part.plan.overwrites else ([ways] if ways else []):
-        programs, written = (sum(way[at] for way in launch) for at in (1, 3))
-        mean = _mean([(number / programs, runs) for _, number, runs, _ in launch])
-        yield Kernel(launch[0][0], variant, tiles, programs, x_and_w + written, programs * ask + written,
-                     programs * flops, mean, tuple(runs for _, _, runs, _ in launch))  # fmt: skip
+    pool = _loop(hidden, arch, True, {"keep_tile": 0.0, "tokens_of>with_state": float(case.start > 0)})
+    nothing = {"tokens_of": 0.0, "pooled_alone": 0.0, "pooled_with": 0.0, "moved": 0.0}
+    keep = _loop(hidden, arch, case.batch == 1, nothing)
+    ways = [
+        ("tiles", part.windows / fused.windows_of(case.spec), part.row_bytes, pool),
+        ("kept rows", part.kept / fused.TILE, part.kept * case.row_bytes, keep),
+    ]
+    ways = [way for way in ways if way[1]]
+    asked, flops = _BF16 * hidden * (fused.TILE + columns), 2.0 * fused.TILE * hidden * columns
+    for launch in [[way] for way in ways] if part.plan.overwrites else [ways] if ways else []:
+        counts = [math.ceil(tiles) * c.blocks for _, tiles, _, _ in launch]
+        programs, written = sum(counts), sum(bytes_ for _, _, bytes_, _ in launch)
+        runs = [runs for _, _, _, runs in launch]
+        memory = case.bytes - case.kept_bytes - case.cache_bytes + written
+        yield Kernel(launch[0][0], variant, kernel, programs, memory, programs * asked + written,
+                     programs * flops, _mean(counts, runs), tuple(runs))  # fmt: skip
     if part.windows:
         memory = 2 * part.row_bytes + case.cache_bytes
         yield Kernel("finish", variant, finish, part.windows, memory, memory, 0.0, Runs(), (Runs(),))
 
 
-def _mean(runs: Sequence[tuple[float, Runs]]) -> Runs:
-    """Of programs of several kinds, with their shares; loops of all turn alike."""
-    names = {name for _, one in runs for name in one.times}
-    times = {name: sum(share * one.times.get(name, 1.0) for share, one in runs) for name in names}
-    return Runs(times, runs[0][1].trips)
+def _mean(counts: Sequence[int], runs: Sequence[Runs]) -> Runs:
+    """Of programs of several kinds, so many of each; loops of all turn alike."""
+    shares = [count / sum(counts) for count in counts]
+    names = {name for one in runs for name in one.times}
+    times = {name: sum(s * one.times.get(name, 1.0) for s, one in zip(shares, runs, strict=True)) for name in names}
+    return Runs(times, runs[0].trips)
 
 
 def _decode(parts: Sequence[Part], arch: str) -> Kernel:

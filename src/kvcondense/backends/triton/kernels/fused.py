@@ -17,6 +17,7 @@ from kvcondense.backends.triton.kernels.products import project_tile
 
 NOWHERE: tl.constexpr = tl.constexpr(-(2**31))
 
+
 @triton.jit
 def biases(ape, position, half, channel, c: tl.constexpr):
     """ape [block, n] of each position."""
@@ -74,7 +75,7 @@ def where_stored(t, source, stored, c: tl.constexpr):
 
 @triton.jit
 def with_state(t, pointer, first, end, back, part, plan, state_table, table_stride,
-               c: tl.constexpr, G: tl.constexpr, PIN: tl.constexpr):  # fmt: skip
+               c: tl.constexpr, G: tl.constexpr, PIN: tl.constexpr, HALVES: tl.constexpr):  # fmt: skip
     """t [block, G R] of channels from ``part`` on, with the state's values of tokens before their request's start."""
     R: tl.constexpr = c.value.ratio
     BLOCK: tl.constexpr = c.value.block
@@ -86,7 +87,7 @@ def with_state(t, pointer, first, end, back, part, plan, state_table, table_stri
     stored = (position >= 0) & (each(begin - start, G, R) < 0)
     row = state_row(position, stored, each(q, G, R) - each(q * 0, G, R), state_table, table_stride, c)
     t = pinned(t, M, c, PIN)
-    if PIN and BLOCK > 64:  # one half after the other, in half the registers: of 16 rows of products, 8 and 8
+    if HALVES:  # one after the other, in half the registers: of 16 rows of products 8 and 8
         i = tl.arange(0, HALF)
         source = pointer + row[None, :] + (part + i // 8 * 16 + i % 8)[:, None]
         low, high = tl.split(tl.permute(tl.reshape(t, (EIGHTS, 2, 8, M)), (0, 2, 3, 1)))
@@ -101,9 +102,9 @@ def with_state(t, pointer, first, end, back, part, plan, state_table, table_stri
 
 @triton.jit
 def tokens_of(kv, z, first, end, back, half, part, plan, ape, state_table, state, table_stride,
-              c: tl.constexpr, G: tl.constexpr, PIN: tl.constexpr):  # fmt: skip
-    """kv and z [block, G R] as windows pool them, of the tokens ``back`` before those of windows ``first`` ..: projected
-    ones with their bias, stored ones before the start; z is -inf where there is none.
+              c: tl.constexpr, G: tl.constexpr, PIN: tl.constexpr, HALVES: tl.constexpr):  # fmt: skip
+    """kv and z [block, G R] as windows pool them, of the tokens ``back`` before those of windows ``first`` ..:
+    projected ones with their bias, stored ones before the start; z is -inf where there is none.
     """
     R: tl.constexpr = c.value.ratio
     BLOCK: tl.constexpr = c.value.block
@@ -116,10 +117,10 @@ def tokens_of(kv, z, first, end, back, half, part, plan, ape, state_table, state
     if STATE:
         if tl.max(((begin >= 0) & (begin < start)).to(tl.int32), axis=0) > 0:  # in few tiles
             kv = with_state(kv, values_of(state, c) + half, first, end, back, part, plan, state_table, table_stride,
-                            c, G, PIN)  # fmt: skip
+                            c, G, PIN, HALVES)  # fmt: skip
             if GATE:
                 z = with_state(z, scores_of(state, c) + half, first, end, back, part, plan, state_table, table_stride,
-                               c, G, PIN)  # fmt: skip
+                               c, G, PIN, HALVES)  # fmt: skip
     valid = each(begin, G, R) >= 0
     kv = tl.where(valid[None, :], as_stored(kv, c), 0.0)
     if APE:
@@ -201,7 +202,8 @@ def keep_tile(kv, z, position, row, kept, at, channel, ape, state, c: tl.constex
 def tiles_kernel(
     x, x_box, w, ape, query_start_loc, start_positions, state_table, state, window_request, window_index, rows,
     keep_token, keep_position, keep_row, windows, keeps, window_programs, hidden, x_stride, w_stride, table_stride,
-    c: tl.constexpr, G: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, PIN: tl.constexpr, PDL: tl.constexpr = False,
+    c: tl.constexpr, G: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+    PIN: tl.constexpr, HALVES: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The first ``window_programs`` programs pool windows to ``rows``, which ``finish_kernel`` ends; the others store
     kept rows, and skip padding (-1). Each does a block of channels of a tile.
@@ -244,11 +246,11 @@ def tiles_kernel(
                                               hidden, x_stride, w_stride, c, M, K, WIDE)  # fmt: skip
     if pooling:
         kv, z = tokens_of(kv, z, first, end, 0, own, part, plan, ape, state_table, state, table_stride,
-                          c, G, PIN)  # fmt: skip
+                          c, G, PIN, HALVES)  # fmt: skip
         if OVERLAP:  # tokens of a window as the next one pools them; of the tile's last, the next is another tile's
             last = tl.minimum(first + G, end)
             kv_before, z_before = tokens_of(kv_before, z_before, first + 1, last, R, 0, part, plan, ape,
-                                            state_table, state, table_stride, c, G, PIN)  # fmt: skip
+                                            state_table, state, table_stride, c, G, PIN, HALVES)  # fmt: skip
             pooled = pooled_with(kv, z, moved(kv_before, M, c), moved(z_before, M, c), G, R, BLOCK, LEVELS)
         else:
             pooled = pooled_alone(kv, z, G, R, BLOCK, LEVELS)
