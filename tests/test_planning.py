@@ -365,6 +365,21 @@ def test_a_page_that_is_read_and_kept_is_noticed():
         assert plan.overwrites == overwrites
 
 
+@pytest.mark.parametrize(
+    ("name", "start", "length", "overwrites"),
+    [("csa", 0, 40, False), ("csa", 4, 40, True), ("csa", 4, 4, False), ("csa", 5, 2, False), ("r8", 16, 40, False),
+     ("r8", 17, 40, True), ("r8", 17, 3, False)],
+)  # fmt: skip
+def test_a_ring_is_overwritten_only_where_something_is_read(name, start, length, overwrites):
+    """A request that begins with a window, and without one before it, reads no row that its last tokens could take."""
+    spec = SPECS[name]
+    layout = RingLayout(2, spec.required_ring_rows(0))
+    metadata = {"query_start_loc": [0, length], "start_positions": [start], "state_slots": [1]}
+    (plan,) = Planner([(spec, layout, None)]).step(**metadata)[1]
+    same(plan, by_torch([(spec, layout, None)], metadata)[1][0])
+    assert plan.overwrites == overwrites
+
+
 def test_steps_are_planned_by_compiled_code(monkeypatch):
     """``condense`` without a plan, ``Planner.plans`` and positions in the place of start positions."""
     spec = SPECS["csa"]

@@ -138,8 +138,7 @@ def one_launch_tokens(arch: str) -> int | None:
     """Most tokens of a step from x that is one launch, where the vendor's product, then the step, is possible, too.
 
     None: any number. Where memory is fast, that way is predicted to win at 64 tokens by more than the model leaves out
-    of the product, its chain of loads (``kvcondense bench --predict sm_90 --fused``). Not so on sm_89 and sm_120 for
-    two compressors, which take three launches more.
+    of the product, its chain of loads (``kvcondense bench --predict sm_90 --fused``). Not so on sm_89 and sm_120.
     """
     return None if arch in ("sm_89", "sm_120") else 16
 

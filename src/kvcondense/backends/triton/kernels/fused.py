@@ -13,7 +13,7 @@ import triton.language as tl
 from kvcondense.backends.triton.kernels.bits import exp, round_bf16
 from kvcondense.backends.triton.kernels.dependent import in_turn
 from kvcondense.backends.triton.kernels.pool import as_stored, row_offset, scores_of, state_row, values_of
-from kvcondense.backends.triton.kernels.products import project_tile
+from kvcondense.backends.triton.kernels.products import accumulate, project_tile
 
 NOWHERE: tl.constexpr = tl.constexpr(-(2**31))
 
@@ -275,12 +275,16 @@ def project_kernel(
     N: tl.constexpr = c.value.width
     BLOCK: tl.constexpr = c.value.block
     BLOCKS: tl.constexpr = N // BLOCK
+    BOXES: tl.constexpr = x_box is not None
     in_turn(PDL)
     program = tl.program_id(0)
     part = (program % BLOCKS) * BLOCK
     base = (program // BLOCKS) * M
     token = base + tl.arange(0, M)
     live = token < tokens
-    of_tokens = project_tile(x, x_box, w, token, live, base, part, None, hidden, x_stride, w_stride, c, M, K, WIDE)
+    if BOXES:
+        x = x_box
+    kv, z, kv_2, z_2 = accumulate(x, w, token, live, base, part, None, hidden, x_stride, w_stride,
+                                  c, M, K, WIDE, BOXES, BOXES)  # fmt: skip
     target = kv_score + token[None, :].to(tl.int64) * out_stride + (part + tl.arange(0, BLOCK))[:, None]
-    tl.store(target, of_tokens[0], mask=live[None, :])
+    tl.store(target, kv, mask=live[None, :])

@@ -46,7 +46,10 @@ def weights(w, first, i, w_stride, BLOCK: tl.constexpr, K: tl.constexpr, BOXES: 
 def accumulate(x, w, token, live, base, first, other, hidden, x_stride, w_stride,
                c: tl.constexpr, M: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
                BOXES: tl.constexpr, NEAR: tl.constexpr):  # fmt: skip
-    """The loop of ``project_tile``. NEAR: x is a descriptor, and token m is base + m."""
+    """kv, z of the channels from ``first`` on, then of those from ``other`` on (None: 0); see ``project_tile``.
+
+    NEAR: x is a descriptor, and token m is base + m. BOXES: w is one.
+    """
     N: tl.constexpr = c.value.width
     BLOCK: tl.constexpr = c.value.block
     GATE: tl.constexpr = c.value.has_gate
