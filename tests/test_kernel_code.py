@@ -1,4 +1,4 @@
-"""What compiled tiles are: copies by descriptor, windows within a warp, x read once for 256 columns, no spills."""
+"""What compiled kernels are: tiles that wait little and read x once for 256 columns; few instructions and rounds."""
 
 import json
 import os
@@ -35,17 +35,43 @@ for name in sys.argv[2:]:
     found[name] = {"programs": tiles.programs, "cache": tiles.cache, "spills": built.spills, "ways": ways}
 print(json.dumps(found))
 """
+ROUNDS = """
+import json, sys
+from dataclasses import replace
+from kvcondense.bench.fused import LAYERS
+from kvcondense.bench.predict import code, work
+from kvcondense.bench.predict.flow import Runs
+from kvcondense.bench.predict.machines import MACHINES
+from kvcondense.bench.predict.warp import alone
+
+found = {}
+for name in sys.argv[1:]:
+    kernel = work.work_of(LAYERS[name], "sm_90", work.ONE_LAUNCH)[0]
+    machine = MACHINES["sm_90"]
+    code.of(kernel, "sm_90", machine)
+    _, flow = code._kept[kernel.variant, kernel.launch.name, "sm_90"]
+    loads = dict.fromkeys(machine.latencies, 0.0) | {"cache": 1.0, "memory": 1.0}
+    none = dict.fromkeys(("stream", "stream_all", "add_spans", "product", "grid_barrier"), 0.0)
+    once = [Runs({**way.times, **none}, dict.fromkeys(way.trips, 1.0) | none | {
+            name: min(turns, 1.0) for name, turns in way.trips.items() if "stream" not in name}) for way in kernel.ways]
+    found[name] = max(alone(flow, way, replace(machine, latencies=loads, issue=0.0), 0) for way in once)
+print(json.dumps(found))
+"""
 NAMES = ("HCA, prefill 8192", "CSA, prefill 8192")
 HIDDEN, BF16, TILE, COLUMNS = 4096, 2, 128, 256
 
 
-def counted(arch):
-    """By layer: programs, bytes, spills, and by kind of program instructions by where they are: this one interprets."""
+def compiling(*words):
+    """What a process prints that compiles: this one interprets."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    words = [sys.executable, "-c", COUNTED, arch, *NAMES]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
+
+
+def counted(arch):
+    """By layer: programs, bytes, spills, and by kind of program instructions by where they are."""
+    return json.loads(compiling("-c", COUNTED, arch, *NAMES))
 
 
 def test_tiles_of_sm_90():
@@ -71,3 +97,20 @@ def test_tiles_of_sm_90():
 def test_tiles_of_amd_read_x_once_for_256_columns():
     found = counted("gfx942")
     assert [tiles["programs"] for tiles in found.values()] == [64 * 1024 // COLUMNS, 67 * 2048 // COLUMNS + 8]
+
+
+def test_a_window_of_ratio_4_takes_few_instructions(tmp_path):
+    case = "prefill 1 x 65536, ratio 4"
+    compiling("-m", "kvcondense", "bench", "--predict", "sm_90", "--case", case, "--json", str(tmp_path / "j"))
+    _, record = map(json.loads, (tmp_path / "j").read_text().splitlines())
+    (step,) = record["kernels"]
+    assert 700 < sum(step["instructions"].values()) <= 900, "of a warp; four do a window"
+
+
+def test_loads_behind_the_barrier_of_a_decode_step_wait_for_few_others():
+    """Plan, start and slot, rows, what other programs stored, the row, the norm's weights: a wait for each round."""
+    names = ("HCA, decode 16 on a boundary", "CSA, decode 16 on a boundary")
+    rounds = json.loads(compiling("-c", ROUNDS, *names))
+    assert tuple(rounds) == names
+    assert 4 <= rounds[names[0]] <= 10
+    assert 4 <= rounds[names[1]] <= 9
