@@ -160,6 +160,34 @@ def test_graphs_are_replayed_with_new_plans(kinds, count):
 
 
 @pytest.mark.parametrize("kinds", [("hca",), ("csa", "indexer")], ids="+".join)
+def test_tiles_are_replayed(kinds):
+    """Descriptors of x and the weights are part of a captured graph."""
+    backend, x = TritonBackend(batch_invariant=True), tokens()
+    jobs, eager = ([job_of(k) for k in kinds] for _ in range(2))
+    for side in (jobs, eager):
+        compress_many(x[:, :PROMPT].flatten(0, 1), [at(j, 0, PROMPT) for j in side], impl=backend)
+    memory = [t for j in jobs for t in (*j.state.memory, j.cache.data)]
+    held = [t.clone() for t in memory]
+    part = x[:, PROMPT:].flatten(0, 1).clone()
+    plans = [Plan.build(j.spec, j.batch, state_layout=j.state.layout, page_rows=64)
+             for j in (at(j, PROMPT, STEPS) for j in jobs)]  # fmt: skip
+    ready = [replace(j, batch=p.batch, plan=p) for j, p in zip(jobs, plans, strict=True)]
+    compress_many(part, ready, impl=backend)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rows = [r.values for r in compress_many(part, ready, impl=backend)]
+    for _ in range(2):
+        for t, old in zip(memory, held, strict=True):
+            t.copy_(old)
+        graph.replay()
+    expected = compress_many(part.clone(), [at(j, PROMPT, STEPS) for j in eager], impl=backend)
+    for job, other, row, right in zip(jobs, eager, rows, expected, strict=True):
+        assert torch.equal(row, right.values)
+        assert torch.equal(job.cache.data, other.cache.data)
+        assert all(torch.equal(a, b) for a, b in zip(job.state.memory, other.state.memory, strict=True))
+
+
+@pytest.mark.parametrize("kinds", [("hca",), ("csa", "indexer")], ids="+".join)
 def test_kernels_that_start_early_read_what_those_before_have_kept(kinds):
     """Steps side by side in one graph, each of which reads rows of the one before, as eager ones in full order."""
     count = 32
