@@ -90,6 +90,7 @@ def test_tiles_of_sm_90():
             assert way["HGMMA loop"] == 4 * sums, "16 of 64 hidden channels at a time"
             assert not any(key.startswith("LDGSTS") for key in way), "tokens lie side by side"
             assert 0 < way["BAR else"] <= 16, "barriers of a tile beside those of its product"
+        assert pooling["BAR else"] <= (12 if name.startswith("HCA") else 16)
         # Of 128 rows that wait in eight warps, none is another warp's: what shuffles is a row's own four lanes.
         assert pooling["SHFL else"] <= (24 if name.startswith("HCA") else 180)
 

@@ -380,6 +380,22 @@ def test_a_ring_is_overwritten_only_where_something_is_read(name, start, length,
     assert plan.overwrites == overwrites
 
 
+def test_plans_of_later_chunks_are_copied_into_a_padded_one():
+    """A graph may be captured with a request's first chunk, which reads nothing that a kept row could replace."""
+    spec = SPECS["csa"]
+    layout = RingLayout(1, spec.required_ring_rows(0))
+
+    def planned(start, count, size):
+        batch = RaggedBatch.build([0, count], start_positions=[start], state_slots=[0])
+        return Plan.build(spec, batch, state_layout=layout).padded(*size)
+
+    first, later = planned(0, 40, (12, 8)), planned(40, 40, (12, 8))
+    first.copy_(later)
+    assert int(first.batch.start_positions) == 40
+    assert first.overwrites
+    assert not planned(0, 1, (1, 8)).overwrites, "one token's window finds its rows"
+
+
 def test_steps_are_planned_by_compiled_code(monkeypatch):
     """``condense`` without a plan, ``Planner.plans`` and positions in the place of start positions."""
     spec = SPECS["csa"]

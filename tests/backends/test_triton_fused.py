@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from projected import HIDDEN, NAMES, bf16_weights, check_against_two_steps, play
 
+from guarded import guarded
 from kvcondense import KvCondenseError, PagedCache, RaggedBatch, StatePool, compress, explain, project
 from kvcondense.backends import Step
 from kvcondense.backends.triton import TritonBackend, fused, tuning
@@ -48,7 +49,7 @@ def test_windows_at_the_edges_of_tiles(name, compiled, monkeypatch):
     many = fused.TILE + 3 * SPECS[name].ratio
     chunks = [(many, 1), (SPECS[name].ratio + 1, many + 40), (200, 150)]
     tiles, steps = play(name, "ring", chunks, "tiles"), play(name, "ring", chunks, None, product="triton")
-    assert sum(len(rows) for rows in tiles[0]) > 2 * fused.windows_of(SPECS[name])
+    assert sum(len(rows) for rows in tiles[0]) > 2 * fused.windows_per_tile(SPECS[name])
     for a, b in zip([*tiles[0], *tiles[1:]], [*steps[0], *steps[1:]], strict=True):
         assert torch.equal(a, b)
 
@@ -126,6 +127,81 @@ def test_what_a_neighbour_holds_reaches_nobody(name, compiled, monkeypatch):
     assert found[0][0].isfinite().all()
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
+
+
+def test_padding_is_looked_up_nowhere():
+    """Biases of a kept row that is none: memory before ape's first row is not to be touched."""
+    spec = SPECS["csa"]
+    w, batch = bf16_weights(spec), RaggedBatch.build([0, 6], start_positions=[0], state_slots=[0])
+    state = StatePool.ring(spec, 1)
+    plan = Plan.build(spec, batch, state_layout=state.layout)
+    plan = plan.padded(plan.num_windows, plan.keep_token.shape[0] + 1)
+    x, out = torch.randn(6, HIDDEN).bfloat16(), torch.zeros(plan.num_windows, spec.head_dim)
+    ape = guarded(w.ape, front=True)
+    fused.run(Step(spec, plan, x[:0].float(), ape, w.norm, rope(spec, 64), state, None, out, None), x, w.w)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_static_plan_may_have_no_requests(compiled, monkeypatch):
+    if compiled:
+        as_compiled(monkeypatch)
+    spec = SPECS["csa"]
+    w, state = bf16_weights(spec), StatePool.ring(spec, 1)
+    batch = RaggedBatch.build([0], start_positions=[], state_slots=[])
+    plan = Plan.build_static(spec, batch, max_tokens=128, state_layout=state.layout)
+    x = torch.randn(128, HIDDEN).bfloat16()
+    backend = TritonBackend(batch_invariant=True)
+    rows = compress(spec, x, w, rope(spec, 64), batch, plan=plan, state=state, impl=backend).values
+    assert rows.shape == (plan.num_windows, spec.head_dim)
+    assert plan.num_windows == 32
+
+
+def test_tokens_before_a_start_without_a_state_are_nobodys(monkeypatch):
+    """Doors refuse such a step; a plan that is refilled may come to it."""
+    spec = replace(SPECS["csa"], rope_dim=0)
+    w, batch = bf16_weights(spec), RaggedBatch.build([0, 3, 10], start_positions=[0, 1])
+    plan, found = Plan.build(spec, batch), []
+    x = torch.randn(15, HIDDEN, generator=torch.Generator().manual_seed(4)).bfloat16()
+    x[:3] = float("nan")
+    for way in ("unfused", "rows", "boxes"):
+        out = torch.zeros(plan.num_windows, spec.head_dim)
+        step = Step(spec, plan, fused.project(x, w.w, False), w.ape, w.norm, None, None, None, out, None)
+        if way == "unfused":
+            TritonBackend().run(step)
+        else:
+            if way == "boxes":
+                as_compiled(monkeypatch)
+            fused.run(step, x, w.w)
+        found.append(out)
+    assert found[0].isfinite().all()
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_rows_that_a_descriptor_cannot_take_are_copied():
+    held = torch.zeros(4, 3 * HIDDEN, dtype=torch.bfloat16)
+    taken = (held, held[:, HIDDEN : 2 * HIDDEN])
+    others = (
+        held[:, 4 : 4 + HIDDEN],
+        held.as_strided((4, HIDDEN), (HIDDEN + 4, 1)),
+        held[:1, :HIDDEN].expand(4, -1),
+        held.flatten()[: 2 * HIDDEN].unfold(0, HIDDEN, 8),
+    )
+    assert [fused._aligned(t) for t in (*taken, *others)] == [True] * len(taken) + [False] * len(others)
+
+
+def test_tiles_of_few_channels_are_left_to_the_unfused_step():
+    """Their products would be of another instruction than ``project``'s where one takes 64 rows."""
+    spec = replace(SPECS["csa"], head_dim=32)
+    x, w = torch.zeros(4, 64, dtype=torch.bfloat16), torch.zeros(spec.projected, 64, dtype=torch.bfloat16)
+    plan = Plan.build(spec, RaggedBatch.build([0, 4], start_positions=[0]))
+    step = Step(spec, plan, x[:0], None, torch.ones(32), None, None, None, torch.zeros(1, 32), None)
+    for arch, refused in (("sm_90", True), ("sm_100", True), ("sm_80", False), ("any", False)):
+        with tuning.stand_in(arch):
+            reason = fused.why_not(step, x, w)
+        assert (reason is not None) == refused, (arch, reason)
+        assert not refused or "32 channels" in reason
 
 
 def test_compress_fuses_where_the_table_says_so(monkeypatch):

@@ -61,6 +61,10 @@ def why_not(step: Step, x: torch.Tensor, w: torch.Tensor) -> str | None:
         return reason
     if spec.ratio & (spec.ratio - 1) or spec.ratio > TILE:
         return f"ratio {spec.ratio} does not divide a tile of {TILE} tokens"
+    arch = tuning.architecture(x.device)
+    block, least = choice(spec, arch).block, tuning.product_rows(arch)
+    if block < least:
+        return f"{block} channels of a tile; {arch} multiplies fewer than {least} otherwise than ``project`` does"
     if spec.overlap and TILE // spec.ratio < _LEAD:
         return f"windows of ratio {spec.ratio} that overlap are too few in a tile of {TILE} tokens"
     if isinstance(step.state, OnlineState):
@@ -123,7 +127,7 @@ def _operands(x: torch.Tensor, w: torch.Tensor, c: Constants) -> tuple[Any, Any,
     arch = tuning.architecture(x.device)
     options = {**tuning.product_options(arch), **tuning.launch_options(x.device)}
     options |= {"c": c, "K": DEPTH, "WIDE": interpreted(), "num_warps": _WARPS}
-    by_box = tuning.boxes(arch)
+    by_box = tuning.boxes(arch) and x.shape[0] > 0
     x, w = (t if t.stride(1) == 1 and (not by_box or _aligned(t)) else t.clone(memory_format=torch.contiguous_format)
             for t in (x, w))  # fmt: skip
     if by_box:
@@ -132,8 +136,8 @@ def _operands(x: torch.Tensor, w: torch.Tensor, c: Constants) -> tuple[Any, Any,
 
 
 def _aligned(t: torch.Tensor) -> bool:
-    """Whether t [n, hidden] bf16 begins, and its rows do, where a descriptor wants them to."""
-    return t.data_ptr() % _ALIGNED == 0 and t.stride(0) % (_ALIGNED // 2) == 0
+    """Whether t [n, hidden] bf16 begins, and its rows do, where a descriptor wants them to, each apart from others."""
+    return t.data_ptr() % _ALIGNED == 0 and t.stride(0) % (_ALIGNED // 2) == 0 and t.stride(0) >= t.shape[1]
 
 
 def boxes_of(t: torch.Tensor, rows: int) -> Any:
@@ -149,8 +153,8 @@ def choice(spec: CompressorSpec, arch: str) -> Choice:
     return Choice(block, _WARPS, tuning.casts(arch), counters=False)
 
 
-def windows_of(spec: CompressorSpec) -> int:
-    """That a tile finishes."""
+def windows_per_tile(spec: CompressorSpec) -> int:
+    """That it finishes."""
     return TILE // spec.ratio - spec.overlap
 
 
@@ -171,7 +175,7 @@ def run(step: Step, x: torch.Tensor, w: torch.Tensor) -> None:
     options |= {"G": TILE // spec.ratio, **tuning.epilogue_options(arch, c.block, spec.has_gate)}
     ape, data = None if step.ape is None else fp32(step.ape), state_rows(state)
     windows, keeps = plan.num_windows, 0 if data is None else plan.keep_token.shape[0]
-    pooling, keeping = (-(-n // each) * c.blocks for n, each in ((windows, windows_of(spec)), (keeps, TILE)))
+    pooling, keeping = (-(-n // each) * c.blocks for n, each in ((windows, windows_per_tile(spec)), (keeps, TILE)))
     table, stride = state_table(batch, state)
     with on_device(x.device), proxy_fence():
         for pool, keep in ((pooling, 0), (0, keeping)) if plan.overwrites else ((pooling, keeping),):

@@ -201,13 +201,19 @@ def boxes(arch: str) -> bool:
     return arch.startswith(("sm_9", "sm_10"))
 
 
+def product_rows(arch: str) -> int:
+    """Least channels of a product that all its kernels form by the same instruction: one that takes 64, where there is
+    such."""
+    return 64 if arch.startswith(("sm_9", "sm_10")) else 16
+
+
 def epilogue_options(arch: str, block: int, has_gate: bool) -> dict[str, bool]:
     """PIN: products end in registers, whose layout the epilogue of a tile should keep (sm_100's end elsewhere).
 
     HALVES: stored tokens of many channels are looked up in two halves, or registers would spill (``kvcondense aot``;
     without scores they spill on AMD if it is done).
     """
-    pin = arch != ANY and not arch.startswith("sm_10")
+    pin = arch.startswith(("sm_", "gfx")) and not arch.startswith("sm_10")
     return {"PIN": pin, "HALVES": pin and block > 64 and (has_gate or not arch.startswith("gfx"))}
 
 

@@ -231,7 +231,7 @@ def _tiles(part: Part, arch: str) -> Iterator[Kernel]:
     nothing = {"tokens_of": 0.0, "pooled_alone": 0.0, "pooled_with": 0.0, "moved": 0.0}
     keep = _loop(hidden, arch, case.batch == 1, nothing)
     ways = [
-        ("tiles", part.windows / fused.windows_of(case.spec), part.row_bytes, pool),
+        ("tiles", part.windows / fused.windows_per_tile(case.spec), part.row_bytes, pool),
         ("kept rows", part.kept / fused.TILE, part.kept * case.row_bytes, keep),
     ]
     ways = [way for way in ways if way[1]]

@@ -285,7 +285,7 @@ def _keeps(step, job):
             if slot < 0 or slot >= job.blocks or _seen(step, slot, True):
                 return False
             row = slot * rows + low % larger(rows, 1)
-            far = oldest < start and end - oldest > rows  # nothing is read of a request that begins with a window
+            far = oldest < start and end - oldest > rows  # else no stored row is read
             overwrites = overwrites or (kind == jobs.RING and last > first and far)
         for position in range(low, end):
             if paged:

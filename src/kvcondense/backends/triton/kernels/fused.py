@@ -46,7 +46,8 @@ def windows_of(first, end, back, plan, c: tl.constexpr, G: tl.constexpr):
     request = tl.load(plan[0] + entry, mask=here, other=-1).to(tl.int32)
     index = tl.load(plan[1] + entry, mask=here, other=0).to(tl.int32)  # positions and tokens are below 2^31
     q = tl.maximum(request, 0)
-    start = tl.where(request >= 0, tl.load(plan[2] + q).to(tl.int32), NOWHERE)
+    start = tl.load(plan[2] + q, mask=request >= 0, other=0).to(tl.int32)
+    start = tl.where(request >= 0, start, NOWHERE)
     return q, start, tl.where(request >= 0, index * R - back, NOWHERE)
 
 
@@ -85,7 +86,8 @@ def with_state(t, pointer, first, end, back, part, plan, state_table, table_stri
     q, start, begin = windows_of(first, end, back, plan, c, G)
     position = each(begin, G, R)
     stored = (position >= 0) & (each(begin - start, G, R) < 0)
-    row = state_row(position, stored, each(q, G, R) - each(q * 0, G, R), state_table, table_stride, c)
+    request = tl.reshape(tl.broadcast_to(q[:, None], (G, R)), (M,)).to(tl.int64)
+    row = state_row(position, stored, request, state_table, table_stride, c)
     t = pinned(t, M, c, PIN)
     if HALVES:  # one after the other, in half the registers: of 16 rows of products 8 and 8
         i = tl.arange(0, HALF)
@@ -122,6 +124,10 @@ def tokens_of(kv, z, first, end, back, half, part, plan, ape, state_table, state
                 z = with_state(z, scores_of(state, c) + half, first, end, back, part, plan, state_table, table_stride,
                                c, G, PIN, HALVES)  # fmt: skip
     valid = each(begin, G, R) >= 0
+    fresh = each(begin - start, G, R) >= 0
+    if not STATE:  # a neighbour's would be there
+        kv = tl.where(fresh[None, :], kv, 0.0)
+        z = tl.where(fresh[None, :], z, 0.0)
     kv = tl.where(valid[None, :], as_stored(kv, c), 0.0)
     if APE:
         # A window begins at a multiple of the ratio: a token's place says its phase.
@@ -131,7 +137,7 @@ def tokens_of(kv, z, first, end, back, half, part, plan, ape, state_table, state
         elif RAW:
             z = as_stored(z, c) + bias
         else:
-            z = as_stored(tl.where((each(begin - start, G, R) >= 0)[None, :], z + bias, z), c)
+            z = as_stored(tl.where(fresh[None, :], z + bias, z), c)
     else:
         z = as_stored(z, c)
     z = tl.where(valid[None, :], z, float("-inf"))
@@ -233,7 +239,7 @@ def tiles_kernel(
     plan = (window_request, window_index, start_positions)
     q, start, begin = windows_of(first, end, 0, plan, c, G)
     m = tl.arange(0, M)
-    token = each(tl.load(query_start_loc + q).to(tl.int32) - start + begin, G, R)
+    token = each(tl.load(query_start_loc + q, mask=begin >= 0, other=0).to(tl.int32) - start + begin, G, R)
     live = each(tl.where(begin >= 0, begin - start, NOWHERE), G, R) >= 0
     if STATE:
         k = ((program - window_programs) // BLOCKS) * M + m
@@ -260,7 +266,7 @@ def tiles_kernel(
         tl.store(target, pooled, mask=((begin >= 0) & (g >= LEAD))[None, :])
     elif STATE:
         row = tl.where(live, tl.load(keep_row + entry), 0)
-        position = tl.load(keep_position + entry)
+        position = tl.where(live, tl.load(keep_position + entry), 0)
         keep_tile(kv, z, position, row, live, own, channel, ape, state, c)
         if OVERLAP:
             keep_tile(kv_before, z_before, position, row, live, 0, channel, ape, state, c)
