@@ -125,9 +125,10 @@ def tokens_of(kv, z, first, end, back, half, part, plan, ape, state_table, state
                                c, G, PIN, HALVES)  # fmt: skip
     valid = each(begin, G, R) >= 0
     fresh = each(begin - start, G, R) >= 0
-    if not STATE:  # a neighbour's would be there
+    if not STATE and R > 1:  # what is not this step's would be a neighbour's
         kv = tl.where(fresh[None, :], kv, 0.0)
-        z = tl.where(fresh[None, :], z, 0.0)
+        if GATE:
+            z = tl.where(fresh[None, :], z, 0.0)
     kv = tl.where(valid[None, :], as_stored(kv, c), 0.0)
     if APE:
         # A window begins at a multiple of the ratio: a token's place says its phase.
