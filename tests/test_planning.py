@@ -382,8 +382,7 @@ def test_a_ring_is_overwritten_only_where_something_is_read(name, start, length,
 
 def test_plans_of_later_chunks_are_copied_into_a_padded_one():
     """A graph may be captured with a request's first chunk, which reads nothing that a kept row could replace."""
-    spec = SPECS["csa"]
-    layout = RingLayout(1, spec.required_ring_rows(0))
+    spec, layout = SPECS["csa"], RingLayout(1, SPECS["csa"].required_ring_rows(0))
 
     def planned(start, count, size):
         batch = RaggedBatch.build([0, count], start_positions=[start], state_slots=[0])

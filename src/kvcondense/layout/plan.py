@@ -314,11 +314,10 @@ class Plan:
         sizes = dict.fromkeys(WINDOW_FIELDS, windows) | dict.fromkeys(KEEP_FIELDS, keeps)
         filled = {name: fill(name, size) for name, size in sizes.items()}
         extremes = replace(self.extremes, dense=self.extremes.dense and sizes == self._sizes())
-        # Those that are copied in may begin elsewhere, and read what this one does not.
         may = self.overwrites
-        if isinstance(self.state_layout, RingLayout):
-            longest = max([0, *self.batch.lengths.tolist()])
-            may = may or _ring_may_overwrite(self.ratio * (1 + self.overlap), self.state_layout, longest)
+        if isinstance(self.state_layout, RingLayout):  # those that are copied in may read what this one does not
+            apart = max([0, *self.batch.lengths.tolist()]) + self.ratio * (1 + self.overlap) - 1
+            may = may or apart > self.state_layout.ring_rows
         return replace(self, **filled, counters=_counters(filled["window_index"]), extremes=extremes, overwrites=may)
 
     def _sizes(self) -> dict[str, int]:
@@ -356,14 +355,10 @@ def _overwrites(
     return reads is not None and bool(torch.isin(row, reads).any())
 
 
-def _ring_may_overwrite(window: int, layout: RingLayout, max_query_len: int) -> bool:
-    return max_query_len + window - 1 > layout.ring_rows
-
-
 def may_overwrite(spec: CompressorSpec, layout: Layout | None, max_query_len: int) -> bool:
     """Whether ``_overwrites`` may be true of a batch whose requests have at most ``max_query_len`` tokens."""
     if isinstance(layout, RingLayout):
-        return _ring_may_overwrite(spec.window, layout, max_query_len)
+        return max_query_len + spec.window - 1 > layout.ring_rows
     # A page that is read and kept at once was handed out twice; a single token finds its window's pages intact.
     return isinstance(layout, PagedLayout) and max_query_len > 1
 
