@@ -1,7 +1,7 @@
 """Launches that project: to kv_score, or, fused, to finished rows without kv_score in memory.
 
-The kernels sum a product over the hidden channels in the same steps and tiles, so a token has the same bits in any
-batch, fused or not. The vendor's library, which stands in for the first of them, promises none.
+The kernels sum a product over the hidden channels in the same steps, by the same instruction, so a token has the same
+bits in any batch, fused or not. The vendor's library, which stands in for the first of them, promises none.
 """
 
 from __future__ import annotations
