@@ -1,11 +1,10 @@
 """What compiled kernels are: tiles that wait little and read x once for 256 columns; few instructions and rounds."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+
+from compiling import compiling
 
 pytest.importorskip("triton")
 from kvcondense.bench.fused import LAYERS
@@ -15,13 +14,11 @@ import json, sys
 from collections import Counter
 from kvcondense.bench.fused import LAYERS
 from kvcondense.bench.predict import code, work
-from kvcondense.bench.predict.machines import MACHINES
 
 arch, found = sys.argv[1], {}
 for name in sys.argv[2:]:
     tiles = work.work_of(LAYERS[name], arch, work.TILES)[0]
-    code.of(tiles, arch, MACHINES[arch])
-    built, flow = code._kept[tiles.variant, tiles.launch.name, arch]
+    built, flow = code.compiled(tiles, arch)
     looping = frozenset().union(*(loop.body for loop in flow.loops if not loop.polls))
     ways = []
     for way in tiles.ways:
@@ -48,8 +45,7 @@ found = {}
 for name in sys.argv[1:]:
     kernel = work.work_of(LAYERS[name], "sm_90", work.ONE_LAUNCH)[0]
     machine = MACHINES["sm_90"]
-    code.of(kernel, "sm_90", machine)
-    _, flow = code._kept[kernel.variant, kernel.launch.name, "sm_90"]
+    _, flow = code.compiled(kernel, "sm_90")
     loads = dict.fromkeys(machine.latencies, 0.0) | {"cache": 1.0, "memory": 1.0}
     none = dict.fromkeys(("stream", "stream_all", "add_spans", "product", "grid_barrier"), 0.0)
     once = [Runs({**way.times, **none}, dict.fromkeys(way.trips, 1.0) | none | {
@@ -59,14 +55,6 @@ print(json.dumps(found))
 """
 NAMES = ("HCA, prefill 8192", "CSA, prefill 8192")
 HIDDEN, BF16, TILE, COLUMNS = 4096, 2, 128, 256
-
-
-def compiling(*words):
-    """What a process prints that compiles: this one interprets."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def counted(arch):
@@ -102,7 +90,7 @@ def test_tiles_of_amd_read_x_once_for_256_columns():
 
 def test_a_window_of_ratio_4_takes_few_instructions(tmp_path):
     case = "prefill 1 x 65536, ratio 4"
-    compiling("-m", "kvcondense", "bench", "--predict", "sm_90", "--case", case, "--json", str(tmp_path / "j"))
+    compiling("-m", "kvcondense", "bench", "--predict", "sm_90", "--case", case, "--json", tmp_path / "j")
     _, record = map(json.loads, (tmp_path / "j").read_text().splitlines())
     (step,) = record["kernels"]
     assert 700 < sum(step["instructions"].values()) <= 900, "of a warp; four do a window"

@@ -1,10 +1,7 @@
 """The model of kernels' times: counts that are known by construction, bounds that must decide, and nobody's fudge."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from compiling import compiling
 from kvcondense.backends import get_backend
 from kvcondense.backends.triton.aot import ARCHITECTURES
 from kvcondense.bench.cases import DEVICE_CASES, Case, make_inputs
@@ -39,14 +37,6 @@ STEPS = [
 ]  # fmt: skip
 LAYER = "HCA, decode 16 on a boundary"
 PREFILL = "HCA, prefill 8192"
-
-
-def compiling(*words):
-    """A process that compiles: this one interprets."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, *map(str, words)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +156,6 @@ def test_flops_of_the_code_are_those_of_the_tiles(predicted):
 
 
 KNOWN = """
-import sys
 import triton
 import triton.language as tl
 from triton.compiler import ASTSource

@@ -189,7 +189,7 @@ class Plan:
             page_rows=page_rows,
             **{n: torch.where(live, t, -1) for n, t in zip(WINDOW_FIELDS, (request, window, slot), strict=True)},
             **{n: torch.where(kept, t, -1) for n, t in zip(KEEP_FIELDS, (token, owner, position, row), strict=True)},
-            overwrites=may_overwrite(spec, state_layout, longest),
+            overwrites=may_overwrite(spec.window, state_layout, longest),
             counters=_counters(window),
             extremes=Extremes.of_static(max_tokens, max_positions, cache_rows),
             given=given,
@@ -316,8 +316,8 @@ class Plan:
         extremes = replace(self.extremes, dense=self.extremes.dense and sizes == self._sizes())
         may = self.overwrites
         if isinstance(self.state_layout, RingLayout):  # those that are copied in may read what this one does not
-            apart = max([0, *self.batch.lengths.tolist()]) + self.ratio * (1 + self.overlap) - 1
-            may = may or apart > self.state_layout.ring_rows
+            longest = max([0, *self.batch.lengths.tolist()])
+            may = may or may_overwrite(self.ratio * (1 + self.overlap), self.state_layout, longest)
         return replace(self, **filled, counters=_counters(filled["window_index"]), extremes=extremes, overwrites=may)
 
     def _sizes(self) -> dict[str, int]:
@@ -355,10 +355,10 @@ def _overwrites(
     return reads is not None and bool(torch.isin(row, reads).any())
 
 
-def may_overwrite(spec: CompressorSpec, layout: Layout | None, max_query_len: int) -> bool:
+def may_overwrite(window: int, layout: Layout | None, max_query_len: int) -> bool:
     """Whether ``_overwrites`` may be true of a batch whose requests have at most ``max_query_len`` tokens."""
     if isinstance(layout, RingLayout):
-        return max_query_len + spec.window - 1 > layout.ring_rows
+        return max_query_len + window - 1 > layout.ring_rows
     # A page that is read and kept at once was handed out twice; a single token finds its window's pages intact.
     return isinstance(layout, PagedLayout) and max_query_len > 1
 

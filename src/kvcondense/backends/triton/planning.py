@@ -151,7 +151,7 @@ class _Place:
             page_rows=page_rows,
             **{name: part(windows + i * per_window, self.windows) for i, name in enumerate(WINDOW_FIELDS)},
             **{name: part(keeps + i * per_keep, self.keeps) for i, name in enumerate(KEEP_FIELDS)},
-            overwrites=may_overwrite(spec, layout, bounds.query_len),
+            overwrites=may_overwrite(spec.window, layout, bounds.query_len),
             counters=part(windows + 3 * per_window, self.windows + COUNTERS),
             extremes=Extremes.of_static(bounds.tokens, bounds.positions, cache_rows),
             given=batch,

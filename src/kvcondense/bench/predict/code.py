@@ -38,8 +38,17 @@ class Launched:
 
 def of(kernel: Kernel, arch: str, machine: Machine) -> Launched | None:
     """A launch's program; None of the vendor's. Raises UnsupportedError if the kernel does not compile."""
-    if kernel.launch is None or kernel.variant is None:
+    if kernel.launch is None:
         return None
+    built, flow = compiled(kernel, arch)
+    chain, once = (max(alone(flow, way, machine, built.num_warps, most) for way in kernel.ways) for most in (None, 1))
+    return Launched(built.num_warps, built.registers or 0, built.shared or 0, flow.count(kernel.runs), chain, once)
+
+
+def compiled(kernel: Kernel, arch: str) -> tuple[aot.Compiled, Flow]:
+    """What comes of a launch, not of the vendor's. Raises UnsupportedError if the kernel does not compile."""
+    assert kernel.launch is not None
+    assert kernel.variant is not None
     key = (kernel.variant, kernel.launch.name, arch)
     if key not in _kept:
         with _own_cache():
@@ -47,9 +56,7 @@ def of(kernel: Kernel, arch: str, machine: Machine) -> Launched | None:
         if built.error is not None:
             raise UnsupportedError("predict", "kernels that compile", f"{kernel.launch.name}: {built.error}")
         _kept[key] = built, Flow(read(built.listing, arch))
-    built, flow = _kept[key]
-    chain, once = (max(alone(flow, way, machine, built.num_warps, most) for way in kernel.ways) for most in (None, 1))
-    return Launched(built.num_warps, built.registers or 0, built.shared or 0, flow.count(kernel.runs), chain, once)
+    return _kept[key]
 
 
 @contextlib.contextmanager

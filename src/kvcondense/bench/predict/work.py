@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +30,6 @@ from kvcondense.planning import Planner
 ONE_LAUNCH, TILES, LIBRARY, OWN, STEP = "one launch", "tiles", "library, step", "product, step", "step"
 PRODUCT = "library product"
 _BF16, _FP32 = 2, 4
-NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -208,12 +206,12 @@ def _product(part: Part, arch: str) -> Kernel:
     programs = tiles * (columns // c.block)
     memory = _BF16 * hidden * (part.tokens + columns) + _FP32 * part.tokens * columns
     asked = programs * _BF16 * hidden * (fused.TILE + c.block) + _FP32 * part.tokens * columns
-    runs = _loop(hidden, arch)
+    runs = _loop(hidden, arch, True, {})
     flops = 2.0 * programs * fused.TILE * hidden * c.block
     return Kernel("product", variant, launch, programs, memory, asked, flops, runs, (runs,))
 
 
-def _loop(hidden: int, arch: str, near: bool = True, times: Mapping[str, float] = NOTHING) -> Runs:
+def _loop(hidden: int, arch: str, near: bool, times: Mapping[str, float]) -> Runs:
     """Of a program that multiplies. near: its tokens lie side by side, and a descriptor copies them if there is any."""
     ways = ("accumulate#1", "accumulate#2")  # by descriptor, by pointers
     way = {ways[near]: 0.0} if tuning.boxes(arch) else {}
