@@ -34,16 +34,16 @@ def barrier_kernel(counters, launch, seen, late, ROUNDS: tl.constexpr, PDL: tl.c
     missing = 0
     for i in range(ROUNDS):
         tl.store(seen + program, i + 1)
-        clean = grid_barrier(counters + 4 * i, launch)
+        clean = grid_barrier(counters + 2 * i, launch)
         missing += (clean == 0).to(tl.int32) + (tl.load(seen + neighbour, cache_modifier=".cg") != i + 1).to(tl.int32)
-        clean = grid_barrier(counters + 4 * i + 2, launch)
+        clean = grid_barrier(counters + 2 * i + 1, launch)
         missing += (clean == 0).to(tl.int32)
     tl.atomic_add(late, missing)
 
 
 def counters_for(rounds: int, device: str) -> torch.Tensor:
-    """What the barriers of ``rounds`` count with; a launch leaves it as it found it."""
-    return torch.zeros(4 * rounds, dtype=torch.int64, device=device)
+    """What the barriers of ``rounds`` count with; a launch turns the signs."""
+    return torch.zeros(2 * rounds, dtype=torch.int64, device=device)
 
 
 def launcher(programs: int, rounds: int, device: str) -> tuple[Any, torch.Tensor]:

@@ -15,7 +15,7 @@ from kvcondense.layout.state import Reads
 from kvcondense.spec import CompressorSpec
 
 WINDOW_FIELDS = ("window_request", "window_index", "window_slot")
-BARRIERS, COLUMNS, _MOST = 4, 256, torch.iinfo(torch.int64).max
+BARRIERS, COLUMNS, _MOST = 2, 256, torch.iinfo(torch.int64).max
 COUNTERS = BARRIERS + COLUMNS
 """Of a plan, behind those of its windows."""
 KEEP_FIELDS = ("keep_token", "keep_request", "keep_position", "keep_row")
@@ -43,10 +43,10 @@ class Plan:
     keep_token, keep_request, keep_position, keep_row [K]: token t at position p of request q goes to a state row.
     Entries of -1 in window_request or keep_token are padding and stand at the end. overwrites: a kept row may take the
     place of a stored row that a window of this step reads, so that rows must be kept after all windows were read.
-    counters [E + 260] int64, zero: scratch of backends, which leave it zero: windows, barriers, blocks of projected
-    channels. One stream at a time may use a plan; rows of steps that meet on one are NaN. extremes: what a step reaches
-    at most. given: the batch that the plan was built for; ``batch`` is another one where a static plan made requests
-    inert.
+    counters [E + 258] int64, zero: scratch of backends: windows and blocks of projected channels, which they leave
+    zero, and barriers between them, whose sign they turn. One stream at a time may use a plan; rows of steps that meet
+    on one are NaN. extremes: what a step reaches at most. given: the batch that the plan was built for; ``batch`` is
+    another one where a static plan made requests inert.
     """
 
     ratio: int

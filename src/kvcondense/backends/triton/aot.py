@@ -100,7 +100,7 @@ def _reason(error: BaseException) -> str:
 def global_loads(ptx: str) -> dict[str, int]:
     """Instructions that load from global memory, by the bits that a thread gets from each."""
     found: Counter[str] = Counter()
-    for vector, bits in re.findall(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)\b", ptx):
+    for vector, bits in re.findall(r"\bld\.(?:volatile\.)?global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)\b", ptx):
         found[str(int(vector or 1) * int(bits))] += 1
     return dict(found)
 

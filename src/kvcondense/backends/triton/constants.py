@@ -41,6 +41,7 @@ class Constants:
     """Compile-time arguments; equal ones are one object (``constants``), so that looking a kernel up is quick.
 
     block: channels of a program, blocks: programs per window, counters: whether the last of them finishes it.
+    holds: loads ahead are volatile.
     state_rows: rows of a ring, a page or a draft log; page_tokens: positions that share a page; state_apart: kv and
     scores are two tensors; strides in elements, state_multiple: a power of two that divides them, so that rows begin
     where 16 bytes do, if the tensors do. alike: both are fp32, so that one load may take a row from either
@@ -71,6 +72,7 @@ class Constants:
     block: int
     blocks: int
     counters: bool
+    holds: bool
     has_state: bool
     paged: bool
     online: bool
@@ -100,6 +102,11 @@ class Constants:
     def whole(self) -> bool:
         """Whether windows may be read as they lie: kv_score is given, and their tokens are a power of two."""
         return self.splits == 0 and self.window == self.window_padded and not self.stored
+
+    @property
+    def early(self) -> bool:
+        """Whether each program asks for what ends a row before it knows if it is the last of its window."""
+        return self.holds and self.counters and self.blocks > 1 and not self.online
 
     @property
     def value(self) -> Constants:
@@ -161,6 +168,7 @@ def constants(
         block=block,
         blocks=spec.head_dim // block,
         counters=choice.counters,
+        holds=choice.holds,
         has_state=state.kind != "",
         paged=state.kind == "paged",
         online=state.kind == "online",

@@ -39,6 +39,8 @@ WARPS = 4
 _SPLITS = 8
 _TILE = 1024
 """Elements of a pooled tile, [window, channels]; of long windows it has more."""
+_LINE = 32
+"""Channels that are pooled at once at least: 128 bytes of a row, a line of the cache."""
 _Job = tuple[Step, tuple[Any, ...], Constants]
 """A step, what the kernel takes for it, and its constants."""
 _NONE = (None,) * 4, (None,) * 6, (None,) * 4, (None,) * 3, (None,) * 8, 0, 0, 0
@@ -81,8 +83,8 @@ def _blocks(projected: Sequence[int]) -> int:
 def choice(device: torch.device, window: int, head_dim: int) -> Choice:
     """How the windows of such a step are cut; programs have WARPS warps whatever they do."""
     arch = tuning.architecture(device)
-    block = max(_TILE // (1 << (window - 1).bit_length()), tuning.pooled_channels(arch))
-    return Choice(min(head_dim, block), WARPS, tuning.casts(arch))
+    block = max(_TILE // (1 << (window - 1).bit_length()), _LINE)
+    return Choice(min(head_dim, block), WARPS, tuning.casts(arch), holds=tuning.holds_loads(arch))
 
 
 def run(steps: Sequence[Step], x: torch.Tensor, ws: Sequence[torch.Tensor]) -> None:

@@ -37,13 +37,14 @@ _TILE = 4096
 class Choice:
     """block: channels of a program; num_warps: its warps; casts: of ``CASTS``, those that the chip does by itself;
     counters: a program is threads, and atomics tell the last of a window's programs that it is (else a program is one
-    thread, and a second launch finishes windows).
+    thread, and a second launch finishes windows); holds: ``holds_loads``.
     """
 
     block: int
     num_warps: int
     casts: tuple[str, ...] = ()
     counters: bool = True
+    holds: bool = False
 
 
 @functools.cache
@@ -117,6 +118,14 @@ def choose(device: torch.device, spec: CompressorSpec, rows: int) -> Choice:
 def casts(arch: str) -> tuple[str, ...]:
     """Of ``CASTS``, those that the table lets an architecture's chips do by themselves."""
     return tuple(_part(arch)["hardware_casts"])
+
+
+def holds_loads(arch: str) -> bool:
+    """True if loads that are asked for ahead have to be volatile, or the assembler moves them to where they are used.
+
+    AMD's leaves them where they are, and waits for each one that is volatile.
+    """
+    return arch.startswith("sm_")
 
 
 def threads(device: torch.device) -> bool:
@@ -217,14 +226,6 @@ def epilogue_options(arch: str, block: int, has_gate: bool) -> dict[str, bool]:
     return {"PIN": pin, "HALVES": pin and block > 64 and (has_gate or not arch.startswith("gfx"))}
 
 
-def pooled_channels(arch: str) -> int:
-    """Channels that a decode step from x pools at once at least: 256 bytes of a row, since a program waits for each.
-
-    On sm_89 as many of 128 rows in pages take a few registers too many (``kvcondense aot``).
-    """
-    return 32 if arch == "sm_89" else 64
-
-
 def decode_programs(device: torch.device, window: int, compressors: int = 1, products: int | None = None) -> int | None:
     """Programs of a processor in launches whose programs wait for one another; None: there are none such.
 
@@ -242,7 +243,7 @@ def choose_for(arch: str, ratio: int, window: int, head_dim: int, rows: int) -> 
     part = _part(arch)
     for r, d, most, block, num_warps in part["entries"]:
         if (r, d) == (ratio, head_dim) and (most is None or rows <= most):
-            return Choice(block, num_warps, casts(arch), part["counters"])
+            return Choice(block, num_warps, casts(arch), part["counters"], holds_loads(arch))
     padded = 1 << (window - 1).bit_length()
     block = max(min(head_dim, _TILE // padded), min(head_dim, 16))
-    return Choice(block, max(1, min(8, block * padded // 512)), casts(arch), part["counters"])
+    return Choice(block, max(1, min(8, block * padded // 512)), casts(arch), part["counters"], holds_loads(arch))

@@ -180,11 +180,24 @@ def _kind(name: str, kinds: tuple[tuple[str, str], ...]) -> str:
 def _chain(places: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
     """Functions of places (file, line), the innermost first; where a caller calls one twice, the second is name#2."""
     names = [_function(*place) for place in places]
+    for at in reversed(range(len(places) - 1)):  # callers first
+        called = _called(names[at + 1], int(places[at + 1][1])) & {f[2] for f in _functions_of(places[at][0])}
+        if len(called) == 1:  # the line may be off: Triton says too much of augmented sums in loops that it unrolls
+            names[at] = next(iter(called))
     for at, (path, line) in enumerate(places[1:]):
         calls = [span for span in _calls().get((names[at + 1], names[at]), ()) if span[0] <= int(line)]
-        if len(calls) > 1 and Path(path).name in _functions():
+        if len(calls) > 1 and _functions_of(path):
             names[at] += f"#{len(calls)}"
     return tuple(reversed(names))
+
+
+def _called(caller: str, line: int) -> set[str]:
+    """Functions that one of the kernels' functions calls in a line."""
+    return {
+        called
+        for (function, called), spans in _calls().items()
+        if function == caller and any(first <= line <= last for first, last in spans)
+    }
 
 
 @functools.cache
@@ -212,11 +225,15 @@ def _calls() -> dict[tuple[str, str], list[tuple[int, int]]]:
 
 def _function(path: str, line: str | int) -> str:
     """The function of a kernel's source that a line is in; of other files, the file's name."""
-    name = Path(path).name
-    for first, last, function in _functions().get(name, ()):
+    for first, last, function in _functions_of(path):
         if first <= int(line) <= last:
             return function
-    return name.removesuffix(".py")
+    return Path(path).name.removesuffix(".py")
+
+
+def _functions_of(path: str) -> list[tuple[int, int, str]]:
+    """A file's functions: first line, last, name; none of files that are not the kernels'."""
+    return _functions().get(Path(path).name, [])
 
 
 @functools.cache

@@ -154,8 +154,8 @@ def registers(i: Instruction) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Registers that an instruction writes and reads; a condition that it runs under is read."""
     operands = list(i.operands)
     results: list[str] = []
-    if i.kind not in _NO_RESULT or i.name.startswith(("LDC", "S2R", "LDTM")):
-        results = [operands.pop(0)] if operands and not i.name.startswith("LDGSTS") else []
+    if (i.kind not in _NO_RESULT or i.name.startswith(("LDC", "S2R", "LDTM"))) and not _tells_nothing(i):
+        results = [operands.pop(0)] if operands else []
         while operands and results and re.fullmatch(r"U?P[\dT]+|vcc", operands[0]):
             results.append(operands.pop(0))
         if i.name.startswith(("SHFL", "ATOM", "VOTE")) and operands and results[0].startswith("P"):
@@ -166,6 +166,12 @@ def registers(i: Instruction) -> tuple[tuple[str, ...], tuple[str, ...]]:
     data = i.kind.endswith("store")  # an address has the width that it is written with
     read = [name for text in operands for name in _names(text, count if data and "[" not in text else 1)]
     return tuple(written), (*read, *_names(i.guard, 1), *_condition(i))
+
+
+def _tells_nothing(i: Instruction) -> bool:
+    """Of loads to shared memory and of atomics that nobody asked for the old value: all operands are read."""
+    amd = i.kind == "atomic" and i.name[0].islower()
+    return i.name.startswith(("LDGSTS", "RED")) or (amd and not re.search(r"\b(sc0|glc)\b", " ".join(i.operands)))
 
 
 def _product_size(i: Instruction) -> int:

@@ -30,6 +30,8 @@ from kvcondense.planning import Planner
 ONE_LAUNCH, TILES, LIBRARY, OWN, STEP = "one launch", "tiles", "library, step", "product, step", "step"
 PRODUCT = "library product"
 _BF16, _FP32 = 2, 4
+_POOLING, _KEEPING = ("window_at", "request_at", "window_task"), ("keep_at", "keep")
+"""Functions of the step's programs for windows, and for kept rows."""
 
 
 @dataclass(frozen=True)
@@ -173,9 +175,9 @@ def _step(part: Part, arch: str) -> Iterator[Kernel]:
     programs = part.windows * c.blocks
     ape = programs * c.window * c.block * _FP32 if c.has_ape else 0
     kept = part.kept * part.case.row_bytes
-    run, keep = {**part.of_windows(), "finish#2": 1 / c.blocks, "keep": 0.0}, {"window_task": 0.0}
-    both = {**run, "window_task": programs, "keep": part.kept}
     total = programs + part.kept
+    every = {**part.of_windows(), "finish#2": 1 / c.blocks, "needs_of#3": 1 / c.blocks}
+    run, keep = every | dict.fromkeys(_KEEPING, 0.0), dict.fromkeys(_POOLING, 0.0)
     if part.plan.overwrites or not (programs and part.kept):
         memory = part.step_bytes() - kept
         if programs:
@@ -184,7 +186,7 @@ def _step(part: Part, arch: str) -> Iterator[Kernel]:
             bytes_ = kept + (kept if programs else part.step_bytes() - kept)
             yield Kernel("kept rows", variant, launch, part.kept, bytes_, bytes_, 0.0, Runs(keep), (Runs(keep),))
         return
-    mean = {**both, "window_task": programs / total, "keep": part.kept / total}
+    mean = every | dict.fromkeys(_POOLING, programs / total) | dict.fromkeys(_KEEPING, part.kept / total)
     memory = part.step_bytes()
     yield Kernel("step", variant, launch, total, memory, memory + ape, 0.0, Runs(mean), (Runs(run), Runs(keep)))
 
@@ -256,6 +258,8 @@ def _mean(counts: Sequence[int], runs: Sequence[Runs]) -> Runs:
 
 def _decode(parts: Sequence[Part], arch: str) -> Kernel:
     """One launch of a layer's one or two compressors: products, a barrier, then windows and kept rows."""
+    from kvcondense.backends.triton.kernels.decode import SUMMED
+
     first, *others = (_variant(part, "decode") for part in parts)
     variant = replace(first, form="together", beside=replace(others[0], form="decode")) if others else first
     launch = launches(variant, arch)[0]
@@ -280,10 +284,11 @@ def _decode(parts: Sequence[Part], arch: str) -> Kernel:
     overwrites = any(part.plan.overwrites for part in parts)
     times = {
         **parts[0].of_windows(), "add_spans": 1 / every[0].splits, "finish#2": 1 / every[0].blocks,
-        "grid_barrier": 1.0, "grid_barrier#2": float(overwrites),
+        "needs_of#3": 1 / every[0].blocks,
+        "grid_barrier": float(overwrites),
         "prefetch_all": 0.0,  # in the time that a launch takes
     }  # fmt: skip
-    trips = {"stream": span / fused.DEPTH}
+    trips = {"stream": span / fused.DEPTH, "add_spans": -(-tokens // SUMMED.value)}
     for number, (p, w, k) in enumerate(zip(products, windows, kept, strict=True), 1):
         mark = "" if number == 1 else f"#{number}"
         trips |= {
@@ -291,6 +296,9 @@ def _decode(parts: Sequence[Part], arch: str) -> Kernel:
             f"windows_all{mark}": w / programs,
             f"keeps_all{mark}": k / programs,
         }
+    # What the plan has of a program's first window and row is asked for ahead of the barrier.
+    more, more_kept = (_beyond(sum(items) / programs) for items in (windows, kept))
+    times |= {"windows_all>window_at": more, "windows_all>request_at": more, "keeps_all>keep_at": more_kept}
     runs = Runs(times, trips)
     # Items are dealt out as one list: a program with most of one compressor's has fewer of the other's.
     most, marks = -(-sum(products) // programs), [name for name in trips if name.startswith("stream_all")]
@@ -305,6 +313,11 @@ def _decode(parts: Sequence[Part], arch: str) -> Kernel:
         ends = [{}]
     ways = tuple(Runs(times, {**trips, **share, **end}) for share in shares for end in ends)
     return Kernel("one launch", variant, launch, programs, memory, asked, flops, runs, ways)
+
+
+def _beyond(turns: float) -> float:
+    """Of so many turns of a loop, the part that follows the first."""
+    return 1 - 1 / turns if turns > 1 else 0.0
 
 
 def _argument(launch: Launch, name: str) -> Any:

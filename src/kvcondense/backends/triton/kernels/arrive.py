@@ -1,14 +1,18 @@
 """Counters by which programs of a launch find one another: who comes last, and a barrier across the grid.
 
-A launch adds a number of its own, (launch << 32) + 1, once for each program, and takes away what it added. So a counter
-says how many of *this* launch have arrived, and shows what others have left in it: an aborted launch, or one that runs
-beside this one on the same plan. Whoever sees that makes NaN of its rows; nobody waits for programs that never come.
+A launch adds a number of its own, (launch << 32) + 1, once for each program, and takes away what it added; of a barrier
+it leaves the sign turned. So a counter says how many of *this* launch have arrived, and shows what others have left in
+it: an aborted launch, or one that runs beside this one on the same plan. Whoever sees that makes NaN of its rows, and
+nobody waits for programs that never come.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+TURN: tl.constexpr = tl.constexpr(-(2**63))
+"""The sign bit, which every barrier of a launch turns."""
 
 
 @triton.jit
@@ -39,24 +43,49 @@ def last_of(counter, launch, PROGRAMS: tl.constexpr):
 
 
 @triton.jit
-def grid_barrier(counters, launch):
-    """Wait until every program of a cooperative launch is here; what they stored before is visible after.
+def arrive(counter, launch):
+    """Tell a barrier's counter, an int64, that this program is here: what it was, and is.
 
-    Visible past the first cache, that is. counters [2] int64: arrivals, departures. False, without waiting for anybody,
-    where they are not clean.
+    Program 0 takes away what the others add, and adds ``TURN``: so together they turn the sign, whichever it was, and
+    nobody has to clear anything. Stores of this program are visible to whoever ``wait``s, past the first cache.
     """
     programs = tl.num_programs(0)
     number = number_of(launch)
+    mine = tl.where(tl.program_id(0) == 0, TURN - (programs - 1) * number, number)
     tl.debug_barrier()
-    here = arrived(tl.atomic_add(counters, number), number) + 1
-    while (here > 0) & (here < programs):  # polls order nothing, so that they cost a load
-        here = arrived(tl.load(counters, volatile=True), number)
+    before = tl.atomic_add(counter, mine)
+    return before, before + mine
+
+
+@triton.jit
+def sign_before(value, number):
+    """Of a barrier's counter: what it was before this launch, 0 or ``TURN``; the other one if all have arrived.
+
+    Anything else if the counter is not this launch's alone.
+    """
+    count = value.to(tl.int32).to(tl.int64)  # those that have come, or, if program 0 has, less those that have not
+    rest = value - count * number
+    return tl.where(count < 0, rest ^ TURN, rest)
+
+
+@triton.jit
+def wait(counter, arrival, launch):
+    """Wait until every program of a cooperative launch has arrived. False, without waiting, where the counter is not
+    this launch's alone. arrival: of ``arrive``.
+    """
+    number = number_of(launch)
+    before, now = arrival
+    sign = sign_before(before, number)
+    clean = (sign == 0) | (sign == TURN)
+    while clean & (sign_before(now, number) == sign):  # polls order nothing, so that they cost a load
+        now = tl.load(counter, volatile=True)
     # One acquire for all threads, which may have left the loop on different values.
-    clean = arrived(tl.atomic_add(counters, 0, sem="acquire"), number) == programs
+    clean = clean & (tl.atomic_add(counter, 0, sem="acquire") == sign ^ TURN)
     tl.debug_barrier()
-    if clean:
-        if arrived(tl.atomic_add(counters + 1, number, sem="relaxed"), number) == programs - 1:
-            # All have seen it.
-            tl.atomic_add(counters + 1, -programs * number, sem="relaxed")
-            tl.atomic_add(counters, -programs * number, sem="relaxed")
     return clean
+
+
+@triton.jit
+def grid_barrier(counter, launch):
+    """Arrive and wait."""
+    return wait(counter, arrive(counter, launch), launch)

@@ -14,27 +14,44 @@ from kvcondense.backends.triton.kernels.bits import round_bf16
 from kvcondense.backends.triton.kernels.dependent import in_turn
 from kvcondense.backends.triton.kernels.encode import put
 from kvcondense.backends.triton.kernels.pool import fresh_values, pool, row_offset, scores_of, values_of
-from kvcondense.backends.triton.kernels.row import hadamard, rms_norm, rope
+from kvcondense.backends.triton.kernels.row import angles, hadamard, rms_norm, rope
 
 
 @triton.jit
-def finish(pooled, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
-           page_stride, scales_stride, c: tl.constexpr):  # fmt: skip
-    """Norm, RoPE, Hadamard of P [d]; the row to ``rows`` and, encoded, to its slot."""
+def needs_of(e, index, gamma, cos, sin, window_slot, c: tl.constexpr):
+    """What window e needs beside P to be finished, in the order of use: gamma, cos and sin [d]; its slot."""
     D: tl.constexpr = c.value.head_dim
     R: tl.constexpr = c.value.ratio
+    ROPE: tl.constexpr = c.value.rope_dim
+    CACHE: tl.constexpr = c.value.has_cache
+    EARLY: tl.constexpr = c.value.early
+    weights = tl.load(gamma + tl.arange(0, D), volatile=EARLY)
+    a = weights
+    b = weights
+    slot = e
+    if ROPE > 0:
+        a = angles(cos, index * R, c)
+        b = angles(sin, index * R, c)
+    if CACHE:
+        slot = tl.load(window_slot + e, volatile=EARLY)
+    return weights, a, b, slot
+
+
+@triton.jit
+def finish(pooled, e, gamma, cos, sin, slot, rows, latent, cache, scales, page_stride, scales_stride,
+           c: tl.constexpr):  # fmt: skip
+    """Norm, RoPE, Hadamard of P [d]; the row to ``rows`` and, encoded, to its slot. gamma .. slot: of ``needs_of``."""
+    D: tl.constexpr = c.value.head_dim
     LATENT: tl.constexpr = c.value.latent
     ROPE: tl.constexpr = c.value.rope_dim
     ROTATE: tl.constexpr = c.value.rotate
     CACHE: tl.constexpr = c.value.has_cache
     channel = tl.arange(0, D)
-    if CACHE:  # asked for while the row is formed
-        slot = tl.load(window_slot + e)
     row = rms_norm(pooled, gamma, c)
     if LATENT:
         tl.store(latent + e.to(tl.int64) * D + channel, row)
     if ROPE > 0:
-        row = rope(row, cos, sin, index * R, c)
+        row = rope(row, cos, sin, c)
     if ROTATE:
         row = hadamard(row, c)
     tl.store(rows + e.to(tl.int64) * D + channel, row)
@@ -44,9 +61,30 @@ def finish(pooled, e, index, gamma, cos, sin, rows, latent, window_slot, cache, 
 
 
 @triton.jit
-def keep(k, kv_score, ape, keep_token, keep_position, keep_row, state, kv_stride, sound,
-         c: tl.constexpr):  # fmt: skip
-    """Row k of those to keep: [kv | score + ape], or raw scores, of its token to its state row; skips padding (-1).
+def window_at(e, live, window_request, window_index, HOLDS: tl.constexpr):
+    """Window e of the plan, if it is ``live``: its request, -1 if there is none, and its index there."""
+    q = tl.load(window_request + e, mask=live, other=-1, volatile=HOLDS)
+    return q, tl.load(window_index + e, mask=live, other=0, volatile=HOLDS)
+
+
+@triton.jit
+def request_at(q, live, query_start_loc, start_positions, HOLDS: tl.constexpr):
+    """Request q, if it is ``live``: its first token, and that token's position."""
+    token = tl.load(query_start_loc + q, mask=live, other=0, volatile=HOLDS)
+    return token, tl.load(start_positions + q, mask=live, other=0, volatile=HOLDS)
+
+
+@triton.jit
+def keep_at(k, live, keep_token, keep_position, keep_row, HOLDS: tl.constexpr):
+    """Row k of those to keep, if it is ``live``: its token, -1 for padding, position, and place in the state."""
+    token = tl.load(keep_token + k, mask=live, other=-1, volatile=HOLDS)
+    position = tl.load(keep_position + k, mask=live, other=0, volatile=HOLDS)
+    return token, position, tl.load(keep_row + k, mask=live, other=0, volatile=HOLDS)
+
+
+@triton.jit
+def keep(token, position, row, kv_score, ape, state, kv_stride, sound, c: tl.constexpr):
+    """[kv | score + ape], or raw scores, of a token to its state row, as ``keep_at`` says; skips padding.
 
     NaN, unless kv_score is ``sound``.
     """
@@ -55,8 +93,6 @@ def keep(k, kv_score, ape, keep_token, keep_position, keep_row, state, kv_stride
     GATE: tl.constexpr = c.value.has_gate
     APE: tl.constexpr = c.value.has_ape
     RAW: tl.constexpr = c.value.raw_scores
-    # All that is asked for before anything is waited for: entries together, then rows together.
-    token, position, row = tl.load(keep_token + k), tl.load(keep_position + k), tl.load(keep_row + k)
     if token >= 0:
         channel = tl.arange(0, N)
         source = kv_score + token * kv_stride + channel
@@ -83,11 +119,13 @@ def store_as_state(target, x, c: tl.constexpr):
 
 @triton.jit
 def window_task(
-    task, kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions, state_table, state,
-    window_request, window_index, window_slot, cache, scales, counters,
-    kv_stride, table_stride, page_stride, scales_stride, launch, sound, c: tl.constexpr,
+    task, q, index, token, start, kv_score, ape, gamma, cos, sin, rows, latent, state_table, state,
+    window_slot, cache, scales, counters, kv_stride, table_stride, page_stride, scales_stride, launch, sound,
+    c: tl.constexpr,
 ):  # fmt: skip
     """Pool a block of channels of window ``task // blocks``; whoever pools the last one finishes the row.
+
+    q, index; token, start: of ``window_at``, which found a window, and ``request_at``.
 
     The row is NaN unless kv_score is ``sound`` and the window's counter counts this launch alone.
     """
@@ -95,25 +133,27 @@ def window_task(
     BLOCK: tl.constexpr = c.value.block
     D: tl.constexpr = c.value.head_dim
     COUNTERS: tl.constexpr = c.value.counters
+    EARLY: tl.constexpr = c.value.early
     e = task // BLOCKS
-    q, index = tl.load(window_request + e), tl.load(window_index + e)
-    if q >= 0:
-        channel = (task % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-        pooled = pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, state_table, state,
-                      kv_stride, table_stride, c)  # fmt: skip
-        pooled = tl.where(sound, pooled, float("nan"))
-        if BLOCKS == 1:
-            finish(pooled, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
-                   page_stride, scales_stride, c)  # fmt: skip
-        else:
-            tl.store(rows + e.to(tl.int64) * D + channel, pooled)
-            if COUNTERS:  # else finish_kernel follows
-                last = last_of(counters + e, launch, BLOCKS)
-                if last != 0:
-                    whole = tl.load(rows + e.to(tl.int64) * D + tl.arange(0, D), cache_modifier=".cg")
-                    whole = tl.where(last > 0, whole, float("nan"))
-                    finish(whole, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
-                           page_stride, scales_stride, c)  # fmt: skip
+    channel = (task % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    pooled = pool(kv_score, ape, q, index, token, start, channel, state_table, state,
+                  kv_stride, table_stride, c)  # fmt: skip
+    pooled = tl.where(sound, pooled, float("nan"))
+    if BLOCKS == 1:
+        weights, a, b, slot = needs_of(e, index, gamma, cos, sin, window_slot, c)
+        finish(pooled, e, weights, a, b, slot, rows, latent, cache, scales, page_stride, scales_stride, c)
+    else:
+        if EARLY:
+            weights, a, b, slot = needs_of(e, index, gamma, cos, sin, window_slot, c)
+        tl.store(rows + e.to(tl.int64) * D + channel, pooled)
+        if COUNTERS:  # else finish_kernel follows
+            last = last_of(counters + e, launch, BLOCKS)
+            if last != 0:
+                if not EARLY:
+                    weights, a, b, slot = needs_of(e, index, gamma, cos, sin, window_slot, c)
+                whole = tl.load(rows + e.to(tl.int64) * D + tl.arange(0, D), cache_modifier=".cg")
+                whole = tl.where(last > 0, whole, float("nan"))
+                finish(whole, e, weights, a, b, slot, rows, latent, cache, scales, page_stride, scales_stride, c)
 
 
 @triton.jit(do_not_specialize=["window_programs", "table_stride", "launch"])
@@ -124,17 +164,21 @@ def condense_kernel(
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The first ``window_programs`` programs pool and finish windows, the others keep rows."""
+    BLOCKS: tl.constexpr = c.value.blocks
     STATE: tl.constexpr = c.value.has_state
     in_turn(PDL)
     program = tl.program_id(0)
     sound = tl.full((), 1, tl.int1)
     if program < window_programs:
-        window_task(program, kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions,
-                    state_table, state, window_request, window_index, window_slot, cache, scales, counters,
-                    kv_stride, table_stride, page_stride, scales_stride, launch, sound, c)  # fmt: skip
+        q, index = window_at(program // BLOCKS, True, window_request, window_index, False)
+        if q >= 0:
+            token, start = request_at(q, True, query_start_loc, start_positions, False)
+            window_task(program, q, index, token, start, kv_score, ape, gamma, cos, sin, rows, latent,
+                        state_table, state, window_slot, cache, scales, counters,
+                        kv_stride, table_stride, page_stride, scales_stride, launch, sound, c)  # fmt: skip
     elif STATE:
-        keep(program - window_programs, kv_score, ape, keep_token, keep_position, keep_row, state,
-             kv_stride, sound, c)  # fmt: skip
+        token, position, row = keep_at(program - window_programs, True, keep_token, keep_position, keep_row, False)
+        keep(token, position, row, kv_score, ape, state, kv_stride, sound, c)
 
 
 @triton.jit
@@ -148,5 +192,5 @@ def finish_kernel(
     e = tl.program_id(0)
     if tl.load(window_request + e) >= 0:
         pooled = tl.load(rows + e.to(tl.int64) * D + tl.arange(0, D))
-        finish(pooled, e, tl.load(window_index + e), gamma, cos, sin, rows, latent, window_slot, cache, scales,
-               page_stride, scales_stride, c)  # fmt: skip
+        weights, a, b, slot = needs_of(e, tl.load(window_index + e), gamma, cos, sin, window_slot, c)
+        finish(pooled, e, weights, a, b, slot, rows, latent, cache, scales, page_stride, scales_stride, c)

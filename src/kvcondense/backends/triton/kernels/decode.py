@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvcondense.backends.triton.kernels.arrive import grid_barrier, last_of
-from kvcondense.backends.triton.kernels.condense import keep, window_task
+from kvcondense.backends.triton.kernels.arrive import arrive, grid_barrier, last_of, wait
+from kvcondense.backends.triton.kernels.condense import keep, keep_at, request_at, window_at, window_task
 from kvcondense.backends.triton.kernels.dependent import earlier_done, let_next_start, prefetch
 from kvcondense.backends.triton.kernels.products import product
 from kvcondense.layout.plan import BARRIERS as _BARRIERS
@@ -24,15 +24,23 @@ KEEPS: tl.constexpr = tl.constexpr(4)
 ALL: tl.constexpr = tl.constexpr(7)
 THREADS: tl.constexpr = tl.constexpr(128)
 """Of a program."""
+SUMMED: tl.constexpr = tl.constexpr(16)
+"""Tokens whose partial sums are added up at once: more are more registers than wait for one round of loads."""
 
 
 @triton.jit
-def add_spans(target, live, sound, split_stride, S: tl.constexpr):
-    """Partial sums of S spans, which other programs have stored, to where the first one's stand; NaN if not sound."""
-    total = tl.load(target, mask=live[:, None], other=0.0, cache_modifier=".cg")
-    for s in tl.static_range(1, S):
-        total += tl.load(target + s * split_stride, mask=live[:, None], other=0.0, cache_modifier=".cg")
-    tl.store(target, tl.where(sound, total, float("nan")), mask=live[:, None])
+def add_spans(target, tokens, sound, split_stride, P: tl.constexpr, S: tl.constexpr):
+    """Partial sums [tokens, B] of S spans, which other programs have stored, to where the first one's stand, at
+    ``target`` [1, B]; NaN if not sound. All spans of a few tokens are asked for at once.
+    """
+    for first in range(0, tokens, SUMMED):
+        token = first + tl.arange(0, SUMMED)
+        live = (token < tokens)[:, None]
+        place = target + token[:, None] * P
+        total = tl.load(place, mask=live, other=0.0, cache_modifier=".cg")
+        for s in tl.static_range(1, S):
+            total += tl.load(place + s * split_stride, mask=live, other=0.0, cache_modifier=".cg")
+        tl.store(place, tl.where(sound, total, float("nan")), mask=live)
 
 
 @triton.jit
@@ -65,7 +73,7 @@ def stream(task, counter, launch, x, w, partials, tokens, hidden, x_stride, w_st
     if S > 1:
         last = last_of(counter, launch, S)
         if last != 0:
-            add_spans(target, live, last > 0, split_stride, S)
+            add_spans(partials + column[None, :], tokens, last > 0, split_stride, P, S)
 
 
 @triton.jit
@@ -109,33 +117,59 @@ def stream_all(before, counters, launch, x, own, tokens, hidden, x_stride, c: tl
 
 
 @triton.jit
-def windows_all(before, own, layer, windows, stored, count, table_stride, launch, sound, c: tl.constexpr):
-    """This program's share of a compressor's windows; items so far."""
+def first_window(before, windows, count, c: tl.constexpr):
+    """This program's first item among a compressor's windows, and its window; items so far."""
+    BLOCKS: tl.constexpr = c.value.blocks
+    HOLDS: tl.constexpr = c.value.holds
+    items = count * BLOCKS
+    task = following(before)
+    return task, window_at(task // BLOCKS, task < items, windows[0], windows[1], HOLDS), before + items
+
+
+@triton.jit
+def windows_all(task, window, request, own, layer, windows, stored, count, table_stride, launch, sound,
+                c: tl.constexpr):  # fmt: skip
+    """This program's share of a compressor's windows, from item ``task`` on, which is of that window and request."""
     P: tl.constexpr = c.value.projected
     BLOCKS: tl.constexpr = c.value.blocks
     kv_score = own[1]
     ape, gamma, cos, sin, query_start_loc, start_positions = layer
     window_request, window_index, window_slot, counters = windows
     rows, latent, state_table, state, cache, scales, page_stride, scales_stride = stored
-    items = count * BLOCKS
-    for task in range(following(before), items, tl.num_programs(0)):
-        window_task(task, kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions,
-                    state_table, state, window_request, window_index, window_slot, cache, scales, counters,
-                    P, table_stride, page_stride, scales_stride, launch, sound, c)  # fmt: skip
-    return before + items
+    first = task
+    for task in range(first, count * BLOCKS, tl.num_programs(0)):
+        if task != first:
+            window = window_at(task // BLOCKS, True, window_request, window_index, False)
+            request = request_at(window[0], window[0] >= 0, query_start_loc, start_positions, False)
+        if window[0] >= 0:
+            window_task(task, window[0], window[1], request[0], request[1], kv_score, ape, gamma, cos, sin,
+                        rows, latent, state_table, state, window_slot, cache, scales, counters,
+                        P, table_stride, page_stride, scales_stride, launch, sound, c)  # fmt: skip
 
 
 @triton.jit
-def keeps_all(before, own, layer, keeps, stored, items, sound, c: tl.constexpr):
-    """This program's share of a compressor's kept rows; items so far."""
+def first_kept(before, keeps, items, c: tl.constexpr):
+    """This program's first item among a compressor's kept rows, and what the plan has of it; items so far."""
+    STATE: tl.constexpr = c.value.has_state
+    HOLDS: tl.constexpr = c.value.holds
+    k = following(before)
+    kept = before, before, before
+    if STATE:
+        kept = keep_at(k, k < items, keeps[0], keeps[1], keeps[2], HOLDS)
+    return k, kept, before + items
+
+
+@triton.jit
+def keeps_all(k, kept, own, layer, keeps, stored, items, sound, c: tl.constexpr):
+    """This program's share of a compressor's kept rows, from row k on, of which the plan has ``kept``."""
     P: tl.constexpr = c.value.projected
     STATE: tl.constexpr = c.value.has_state
-    kv_score = own[1]
-    keep_token, keep_position, keep_row = keeps
     if STATE:
-        for k in range(following(before), items, tl.num_programs(0)):
-            keep(k, kv_score, layer[0], keep_token, keep_position, keep_row, stored[3], P, sound, c)
-    return before + items
+        first = k
+        for k in range(first, items, tl.num_programs(0)):
+            if k != first:
+                kept = keep_at(k, True, keeps[0], keeps[1], keeps[2], False)
+            keep(kept[0], kept[1], kept[2], own[1], layer[0], stored[3], P, sound, c)
 
 
 @triton.jit(do_not_specialize=["tokens", "launch", "ordered", "count", "kept", "table_stride",
@@ -153,6 +187,7 @@ def decode_kernel(
     one part after the other, where programs cannot wait for one another. What counts, and so changes from step to step,
     is a number by itself: Triton compiles a tuple anew for other numbers in it.
     """
+    HOLDS: tl.constexpr = c.value.holds
     sound = tl.full((), 1, tl.int1)
     blocks = windows[3] + count + BARRIERS
     if PDL:  # while earlier kernels run, so that the weights are in the last cache when x is there
@@ -165,17 +200,29 @@ def decode_kernel(
         if TWO:
             stream_all(before, blocks, launch, x, own_2, tokens, hidden, x_stride, c_2, M, B, K, WIDE)
     let_next_start(PDL)  # what is left asks little of the memory: the next kernel may ask for its weights
+    # What the plan has of this program's first windows and rows is asked for meanwhile.
+    task, window, after = first_window(0, windows, count, c)
+    if TWO:
+        task_2, window_2, after = first_window(after, windows_2, count_2, c_2)
+    k, row, after = first_kept(after, keeps, kept, c)
+    if TWO:
+        k_2, row_2, after = first_kept(after, keeps_2, kept_2, c_2)
     if PHASE == ALL:
-        sound = grid_barrier(windows[3] + count, launch)
-    after = tl.program_id(0) * 0
+        arrival = arrive(windows[3] + count, launch)
+    request = request_at(window[0], window[0] >= 0, layer[4], layer[5], HOLDS)
+    if TWO:
+        request_2 = request_at(window_2[0], window_2[0] >= 0, layer_2[4], layer_2[5], HOLDS)
+    if PHASE == ALL:
+        sound = wait(windows[3] + count, arrival, launch)
     if (PHASE == WINDOWS) | (PHASE == ALL):
-        after = windows_all(after, own, layer, windows, stored, count, table_stride, launch, sound, c)
+        windows_all(task, window, request, own, layer, windows, stored, count, table_stride, launch, sound, c)
         if TWO:
-            after = windows_all(after, own_2, layer_2, windows_2, stored_2, count_2, table_stride_2, launch, sound, c_2)
+            windows_all(task_2, window_2, request_2, own_2, layer_2, windows_2, stored_2, count_2, table_stride_2,
+                        launch, sound, c_2)  # fmt: skip
     if PHASE == ALL:
         if ordered != 0:
-            sound = sound & grid_barrier(windows[3] + count + 2, launch)
+            sound = sound & grid_barrier(windows[3] + count + 1, launch)
     if (PHASE == KEEPS) | (PHASE == ALL):
-        after = keeps_all(after, own, layer, keeps, stored, kept, sound, c)
+        keeps_all(k, row, own, layer, keeps, stored, kept, sound, c)
         if TWO:
-            keeps_all(after, own_2, layer_2, keeps_2, stored_2, kept_2, sound, c_2)
+            keeps_all(k_2, row_2, own_2, layer_2, keeps_2, stored_2, kept_2, sound, c_2)

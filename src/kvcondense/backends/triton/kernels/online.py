@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kvcondense.backends.triton.kernels.arrive import last_of
 from kvcondense.backends.triton.kernels.bits import exp
-from kvcondense.backends.triton.kernels.condense import finish
+from kvcondense.backends.triton.kernels.condense import finish, needs_of
 from kvcondense.backends.triton.kernels.dependent import in_turn
 from kvcondense.backends.triton.kernels.pool import state_row
 
@@ -150,8 +150,8 @@ def online_kernel(
                 if BLOCKS > 1:
                     whole = tl.load(rows + e.to(tl.int64) * D + tl.arange(0, D), cache_modifier=".cg")
                     whole = tl.where(last > 0, whole, float("nan"))
-                finish(whole, e, index, gamma, cos, sin, rows, latent, window_slot, cache, scales,
-                       page_stride, scales_stride, c)  # fmt: skip
+                weights, a, b, place = needs_of(e, index, gamma, cos, sin, window_slot, c)
+                finish(whole, e, weights, a, b, place, rows, latent, cache, scales, page_stride, scales_stride, c)
     else:
         q = (program - window_programs).to(tl.int64)
         start = tl.load(start_positions + q)

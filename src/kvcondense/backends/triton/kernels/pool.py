@@ -186,9 +186,12 @@ def candidates(kv_score, ape, q, begin, start, first_token, channel, state_table
 
 
 @triton.jit
-def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, state_table, state,
-         kv_stride, table_stride, c: tl.constexpr):  # fmt: skip
-    """P of window ``index`` of request q for ``channel`` [block]: sum e^(z - m) K / sum e^(z - m), by halving trees."""
+def pool(kv_score, ape, q, index, token, start, channel, state_table, state, kv_stride, table_stride,
+         c: tl.constexpr):  # fmt: skip
+    """P of window ``index`` of request q for ``channel`` [block]: sum e^(z - m) K / sum e^(z - m), by halving trees.
+
+    token, start: the request's first token in kv_score, and that token's position.
+    """
     R: tl.constexpr = c.value.ratio
     W: tl.constexpr = c.value.window
     PADDED: tl.constexpr = c.value.window_padded
@@ -196,10 +199,9 @@ def pool(kv_score, ape, q, index, channel, query_start_loc, start_positions, sta
     BLOCK: tl.constexpr = c.value.block
     WHOLE: tl.constexpr = c.value.whole
     STORED: tl.constexpr = c.value.stored
-    start = tl.load(start_positions + q)
     if STORED:
         start = start * 0 + (index + 1) * R  # none of the tokens is this step's
-    first_token = tl.load(query_start_loc + q) - start
+    first_token = token - start
     begin = (index + 1) * R - W
     if WHOLE:
         if (begin >= start) & (begin >= 0):

@@ -10,39 +10,45 @@ from kvcondense.backends.triton.kernels.bits import partner, round_bf16, tree_su
 
 @triton.jit
 def rms_norm(row, gamma, c: tl.constexpr):
-    """n = gamma * (u * rsqrt(mean(u^2) + eps)), row [d]; u and n are rounded as the profile has it."""
+    """n = gamma * (u * rsqrt(mean(u^2) + eps)), row and gamma [d]; u and n are rounded as the profile has it."""
     D: tl.constexpr = c.value.head_dim
     LEVELS: tl.constexpr = c.value.channel_levels
     EPS: tl.constexpr = c.value.eps
     POOLED: tl.constexpr = c.value.round_pooled
     LATENT: tl.constexpr = c.value.round_latent
-    channel = tl.arange(0, D)
     if POOLED:
         row = round_bf16(row, c)
     mean = tree_sum(row * row, D, LEVELS) * (1.0 / D)  # d is a power of two: exact
-    n = tl.load(gamma + channel) * (row * tl.div_rn(tl.full([1], 1.0, tl.float32), tl.sqrt_rn(mean + EPS)))
+    n = gamma * (row * tl.div_rn(tl.full([1], 1.0, tl.float32), tl.sqrt_rn(mean + EPS)))
     if LATENT:
         n = round_bf16(n, c)
     return n
 
 
 @triton.jit
-def rope(row, cos, sin, position, c: tl.constexpr):
+def angles(table, position, c: tl.constexpr):
+    """cos or sin [d] of each channel's pair; of any pair where none is rotated."""
+    D: tl.constexpr = c.value.head_dim
+    SIZE: tl.constexpr = c.value.rope_dim
+    EARLY: tl.constexpr = c.value.early
+    channel = tl.arange(0, D)
+    pair = tl.where(channel >= D - SIZE, (channel - (D - SIZE)) // 2, 0)
+    return tl.load(table + position * (SIZE // 2) + pair, volatile=EARLY)
+
+
+@triton.jit
+def rope(row, cos, sin, c: tl.constexpr):
     """(a, b) -> (a cos - b sin, a sin + b cos) on pairs of the last channels; rounded if the profile says so."""
     D: tl.constexpr = c.value.head_dim
     SIZE: tl.constexpr = c.value.rope_dim
     ROUND: tl.constexpr = c.value.round_rotated
     channel = tl.arange(0, D)
-    rotated = channel >= D - SIZE
-    pair = tl.where(rotated, (channel - (D - SIZE)) // 2, 0)
-    a = tl.load(cos + position * (SIZE // 2) + pair)
-    b = tl.load(sin + position * (SIZE // 2) + pair)
-    other = partner(row, D, 1) * b
+    other = partner(row, D, 1) * sin
     # a cos + (-(b sin)) has the same bits as a cos - b sin.
-    out = row * a + tl.where(channel % 2 == 0, -other, other)
+    out = row * cos + tl.where(channel % 2 == 0, -other, other)
     if ROUND:
         out = round_bf16(out, c)
-    return tl.where(rotated, out, row)
+    return tl.where(channel >= D - SIZE, out, row)
 
 
 @triton.jit
