@@ -249,6 +249,13 @@ def test_registers_are_found_in_operands():
     assert of("ISETP.GE.AND", "P1", "PT", "R4", "UR10", "PT") == (("P1",), ("R4", "UR10", "P3"))
     assert of("STG.E.64", "desc[UR4][R2.64]", "R8", kind="store")[1] == ("UR4", "R2", "R3", "R8", "R9", "P3")
     assert of("v_fma_f32", "v1", "v[2:3]", "s4", kind="fp32") == (("v1",), ("v2", "v3", "s4", "P3"))
+    # Atomics have a result where it was asked for, and REDUX is none of them.
+    assert of("REDG.E.ADD.64.STRONG.GPU", "desc[UR4][R2.64]", "R8", kind="atomic")[0] == ()
+    assert of("ATOMG.E.ADD.64.STRONG.GPU", "PT", "R4", "desc[UR4][R2.64]", "R8", kind="atomic")[0] == ("R4", "R5")
+    assert of("REDUX.MAX.S32", "UR44", "R26") == (("UR44",), ("R26", "P3"))
+    plain = of("global_atomic_add_x2", "v1", "v[2:3]", "s[8:9]", kind="atomic")
+    assert plain == ((), ("v1", "v2", "v3", "s8", "s9", "P3"))
+    assert of("global_atomic_add_x2", "v[0:1]", "v4", "v[2:3]", "s[8:9]", "sc0", kind="atomic")[0] == ("v0", "v1")
 
 
 def launched(warps=4, registers_=64, shared=0, chain=1000.0, once=None, **instructions):

@@ -19,7 +19,7 @@ from kvcondense import (
 )
 from kvcondense.api import Job, compress_many
 from kvcondense.backends import Step
-from kvcondense.backends.triton import TritonBackend, decode
+from kvcondense.backends.triton import TritonBackend, decode, tuning
 from kvcondense.backends.triton.constants import ALIGNED, constants, state_key, tokens_key
 from kvcondense.backends.triton.kernels import decode as kernels
 from kvcondense.backends.triton.tuning import Choice
@@ -29,6 +29,15 @@ from kvcondense.layout.plan import Plan
 from machine import SPECS, rope
 
 LONG = ("hca", "none")  # no window of 128 tokens ends in a step of 64 that starts at 0
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["asked where used", "asked ahead"])
+def holds(request, monkeypatch):
+    """As for AMD's compiler, and for NVIDIA's."""
+    monkeypatch.setattr(tuning, "holds_loads", lambda _: request.param)
+    tuning.choose_for.cache_clear()
+    yield
+    tuning.choose_for.cache_clear()
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def barrier_kernel(counters, launch, seen, late, ROUNDS: tl.constexpr, PDL: tl.c
 
 
 def counters_for(rounds: int, device: str) -> torch.Tensor:
-    """What the barriers of ``rounds`` count with; a launch turns the signs."""
+    """What the barriers of ``rounds`` count with; a launch leaves a generation more in each."""
     return torch.zeros(2 * rounds, dtype=torch.int64, device=device)
 
 

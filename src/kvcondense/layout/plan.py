@@ -44,9 +44,9 @@ class Plan:
     Entries of -1 in window_request or keep_token are padding and stand at the end. overwrites: a kept row may take the
     place of a stored row that a window of this step reads, so that rows must be kept after all windows were read.
     counters [E + 258] int64, zero: scratch of backends: windows and blocks of projected channels, which they leave
-    zero, and barriers between them, whose sign they turn. One stream at a time may use a plan; rows of steps that meet
-    on one are NaN. extremes: what a step reaches at most. given: the batch that the plan was built for; ``batch`` is
-    another one where a static plan made requests inert.
+    zero, and barriers between them, which count steps by 2^48. One stream at a time may use a plan; rows of steps that
+    meet on one are NaN. extremes: what a step reaches at most. given: the batch that the plan was built for; ``batch``
+    is another one where a static plan made requests inert.
     """
 
     ratio: int
@@ -295,12 +295,10 @@ class Plan:
         windows, keeps = self.window_request >= 0, self.keep_token >= 0
         if self.extremes.dense or (bool(windows.all()) and bool(keeps.all())):
             return self
-        return replace(
-            self,
-            **{name: getattr(self, name)[windows] for name in WINDOW_FIELDS},
-            **{name: getattr(self, name)[keeps] for name in KEEP_FIELDS},
-            extremes=replace(self.extremes, dense=True),
-        )
+        left = {name: getattr(self, name)[windows] for name in WINDOW_FIELDS}
+        left |= {name: getattr(self, name)[keeps] for name in KEEP_FIELDS}
+        extremes = replace(self.extremes, dense=True)
+        return replace(self, **left, counters=_counters(left["window_index"]), extremes=extremes)
 
     def padded(self, windows: int, keeps: int) -> Plan:
         """The same plan in fixed-size arrays, filled up with -1, so that shapes stay constant from step to step."""

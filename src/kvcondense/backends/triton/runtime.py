@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
+import random
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -86,12 +86,15 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-_launches = itertools.count(1)
+_numbers = random.Random()  # not the caller's, whose numbers would be others
 
 
 def next_launch() -> int:
-    """A number for a launch, in [1, 2^31): another one than those of all launches that may still run."""
-    return next(_launches) % (2**31 - 1) + 1
+    """A number for a launch, in [1, 2^31), that no other launch on its plan has, and no sum of theirs is.
+
+    It is drawn: what launches of numbers in a row add to a counter may come to nothing (L + L + 2 - 2 (L + 1)).
+    """
+    return _numbers.getrandbits(31) or 1
 
 
 @contextlib.contextmanager

@@ -171,7 +171,8 @@ def registers(i: Instruction) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _tells_nothing(i: Instruction) -> bool:
     """Of loads to shared memory and of atomics that nobody asked for the old value: all operands are read."""
     amd = i.kind == "atomic" and i.name[0].islower()
-    return i.name.startswith(("LDGSTS", "RED")) or (amd and not re.search(r"\b(sc0|glc)\b", " ".join(i.operands)))
+    silent = amd and not re.search(r"\b(sc0|glc)\b", " ".join(i.operands))
+    return silent or re.match(r"LDGSTS|REDG?(\.|$)", i.name) is not None
 
 
 def _product_size(i: Instruction) -> int:

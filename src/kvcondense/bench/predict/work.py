@@ -296,9 +296,9 @@ def _decode(parts: Sequence[Part], arch: str) -> Kernel:
             f"windows_all{mark}": w / programs,
             f"keeps_all{mark}": k / programs,
         }
-    # What the plan has of a program's first window and row is asked for ahead of the barrier.
-    more, more_kept = (_beyond(sum(items) / programs) for items in (windows, kept))
-    times |= {"windows_all>window_at": more, "windows_all>request_at": more, "keeps_all>keep_at": more_kept}
+    if every[0].holds:  # what the plan has of a program's first window and row is asked for ahead of the barrier
+        more, more_kept = (_beyond(sum(items) / programs) for items in (windows, kept))
+        times |= {"windows_all>window_at": more, "windows_all>request_at": more, "keeps_all>keep_at": more_kept}
     runs = Runs(times, trips)
     # Items are dealt out as one list: a program with most of one compressor's has fewer of the other's.
     most, marks = -(-sum(products) // programs), [name for name in trips if name.startswith("stream_all")]

@@ -1,9 +1,9 @@
 """Counters by which programs of a launch find one another: who comes last, and a barrier across the grid.
 
-A launch adds a number of its own, (launch << 32) + 1, once for each program, and takes away what it added; of a barrier
-it leaves the sign turned. So a counter says how many of *this* launch have arrived, and shows what others have left in
-it: an aborted launch, or one that runs beside this one on the same plan. Whoever sees that makes NaN of its rows, and
-nobody waits for programs that never come.
+A launch adds a number of its own, (launch << 16) + 1, once for each program, and takes away what it added; in a barrier
+it leaves one generation more. So a counter says how many of *this* launch have arrived, and shows what others have left
+in it: an aborted launch, or one that runs beside this one on the same plan. Whoever sees that makes NaN of its rows,
+and nobody waits for programs that never come.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TURN: tl.constexpr = tl.constexpr(-(2**63))
-"""The sign bit, which every barrier of a launch turns."""
+GENERATION: tl.constexpr = tl.constexpr(2**48)
+"""What passing a barrier leaves in its counter. There are 2^16, then the first again."""
 
 
 @triton.jit
 def number_of(launch):
     """What a program of this launch adds to a counter."""
-    return (launch.to(tl.int64) << 32) + 1
+    return (launch.to(tl.int64) << 16) + 1
 
 
 @triton.jit
 def arrived(value, number):
     """How many programs of the launch with this number a counter holds; -1 if it holds anything else."""
-    count = value & 0xFFFFFFFF
+    count = value & 0xFFFF
     return tl.where(value == count * number, count, -1)
 
 
@@ -46,26 +46,26 @@ def last_of(counter, launch, PROGRAMS: tl.constexpr):
 def arrive(counter, launch):
     """Tell a barrier's counter, an int64, that this program is here: what it was, and is.
 
-    Program 0 takes away what the others add, and adds ``TURN``: so together they turn the sign, whichever it was, and
+    Program 0 takes away what the others add, and adds a generation: so that is what all of them together leave, and
     nobody has to clear anything. Stores of this program are visible to whoever ``wait``s, past the first cache.
     """
     programs = tl.num_programs(0)
     number = number_of(launch)
-    mine = tl.where(tl.program_id(0) == 0, TURN - (programs - 1) * number, number)
+    mine = tl.where(tl.program_id(0) == 0, GENERATION - (programs - 1) * number, number)
     tl.debug_barrier()
     before = tl.atomic_add(counter, mine)
     return before, before + mine
 
 
 @triton.jit
-def sign_before(value, number):
-    """Of a barrier's counter: what it was before this launch, 0 or ``TURN``; the other one if all have arrived.
+def generation(value, number):
+    """That a barrier's counter was in before this launch came; the next one if all of it have arrived.
 
-    Anything else if the counter is not this launch's alone.
+    No multiple of ``GENERATION`` if the counter is not this launch's alone.
     """
-    count = value.to(tl.int32).to(tl.int64)  # those that have come, or, if program 0 has, less those that have not
+    count = value.to(tl.int16).to(tl.int64)  # those that have come, or, if program 0 has, less those that have not
     rest = value - count * number
-    return tl.where(count < 0, rest ^ TURN, rest)
+    return tl.where(count < 0, rest - GENERATION, rest)
 
 
 @triton.jit
@@ -75,12 +75,12 @@ def wait(counter, arrival, launch):
     """
     number = number_of(launch)
     before, now = arrival
-    sign = sign_before(before, number)
-    clean = (sign == 0) | (sign == TURN)
-    while clean & (sign_before(now, number) == sign):  # polls order nothing, so that they cost a load
+    began = generation(before, number)
+    clean = (began & (GENERATION - 1)) == 0
+    while clean & (generation(now, number) == began):  # polls order nothing, so that they cost a load
         now = tl.load(counter, volatile=True)
     # One acquire for all threads, which may have left the loop on different values.
-    clean = clean & (tl.atomic_add(counter, 0, sem="acquire") == sign ^ TURN)
+    clean = clean & (tl.atomic_add(counter, 0, sem="acquire") == began + GENERATION)
     tl.debug_barrier()
     return clean
 

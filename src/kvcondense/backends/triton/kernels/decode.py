@@ -117,59 +117,65 @@ def stream_all(before, counters, launch, x, own, tokens, hidden, x_stride, c: tl
 
 
 @triton.jit
-def first_window(before, windows, count, c: tl.constexpr):
-    """This program's first item among a compressor's windows, and its window; items so far."""
+def first_window(before, count, c: tl.constexpr):
+    """This program's first item among a compressor's windows; items so far."""
     BLOCKS: tl.constexpr = c.value.blocks
-    HOLDS: tl.constexpr = c.value.holds
-    items = count * BLOCKS
-    task = following(before)
-    return task, window_at(task // BLOCKS, task < items, windows[0], windows[1], HOLDS), before + items
+    return following(before), before + count * BLOCKS
 
 
 @triton.jit
-def windows_all(task, window, request, own, layer, windows, stored, count, table_stride, launch, sound,
-                c: tl.constexpr):  # fmt: skip
-    """This program's share of a compressor's windows, from item ``task`` on, which is of that window and request."""
-    P: tl.constexpr = c.value.projected
+def window_ahead(task, windows, count, c: tl.constexpr):
+    """The window of item ``task``, if it is one."""
     BLOCKS: tl.constexpr = c.value.blocks
-    kv_score = own[1]
+    return window_at(task // BLOCKS, task < count * BLOCKS, windows[0], windows[1], True)
+
+
+@triton.jit
+def window_item(task, window, request, own, layer, windows, stored, table_stride, launch, sound, c: tl.constexpr):
+    """An item of a compressor's windows, of that window and request; nothing if there is none."""
+    P: tl.constexpr = c.value.projected
     ape, gamma, cos, sin, query_start_loc, start_positions = layer
     window_request, window_index, window_slot, counters = windows
     rows, latent, state_table, state, cache, scales, page_stride, scales_stride = stored
-    first = task
+    if window[0] >= 0:
+        window_task(task, window[0], window[1], request[0], request[1], own[1], ape, gamma, cos, sin, rows, latent,
+                    state_table, state, window_slot, cache, scales, counters,
+                    P, table_stride, page_stride, scales_stride, launch, sound, c)  # fmt: skip
+
+
+@triton.jit
+def windows_all(first, window, request, own, layer, windows, stored, count, table_stride, launch, sound,
+                c: tl.constexpr):  # fmt: skip
+    """This program's share of a compressor's windows, from item ``first`` on, of which the rest was asked ahead."""
+    BLOCKS: tl.constexpr = c.value.blocks
+    AHEAD: tl.constexpr = c.value.holds
     for task in range(first, count * BLOCKS, tl.num_programs(0)):
-        if task != first:
-            window = window_at(task // BLOCKS, True, window_request, window_index, False)
-            request = request_at(window[0], window[0] >= 0, query_start_loc, start_positions, False)
-        if window[0] >= 0:
-            window_task(task, window[0], window[1], request[0], request[1], kv_score, ape, gamma, cos, sin,
-                        rows, latent, state_table, state, window_slot, cache, scales, counters,
-                        P, table_stride, page_stride, scales_stride, launch, sound, c)  # fmt: skip
+        if AHEAD:
+            if task != first:
+                window = window_at(task // BLOCKS, True, windows[0], windows[1], False)
+                request = request_at(window[0], window[0] >= 0, layer[4], layer[5], False)
+            window_item(task, window, request, own, layer, windows, stored, table_stride, launch, sound, c)
+        else:
+            found = window_at(task // BLOCKS, True, windows[0], windows[1], False)
+            asker = request_at(found[0], found[0] >= 0, layer[4], layer[5], False)
+            window_item(task, found, asker, own, layer, windows, stored, table_stride, launch, sound, c)
 
 
 @triton.jit
-def first_kept(before, keeps, items, c: tl.constexpr):
-    """This program's first item among a compressor's kept rows, and what the plan has of it; items so far."""
-    STATE: tl.constexpr = c.value.has_state
-    HOLDS: tl.constexpr = c.value.holds
-    k = following(before)
-    kept = before, before, before
-    if STATE:
-        kept = keep_at(k, k < items, keeps[0], keeps[1], keeps[2], HOLDS)
-    return k, kept, before + items
-
-
-@triton.jit
-def keeps_all(k, kept, own, layer, keeps, stored, items, sound, c: tl.constexpr):
-    """This program's share of a compressor's kept rows, from row k on, of which the plan has ``kept``."""
+def keeps_all(first, kept, own, layer, keeps, stored, items, sound, c: tl.constexpr):
+    """This program's share of a compressor's kept rows, from number ``first`` on, of which ``kept`` was asked ahead."""
     P: tl.constexpr = c.value.projected
     STATE: tl.constexpr = c.value.has_state
+    AHEAD: tl.constexpr = c.value.holds
     if STATE:
-        first = k
         for k in range(first, items, tl.num_programs(0)):
-            if k != first:
-                kept = keep_at(k, True, keeps[0], keeps[1], keeps[2], False)
-            keep(kept[0], kept[1], kept[2], own[1], layer[0], stored[3], P, sound, c)
+            if AHEAD:
+                if k != first:
+                    kept = keep_at(k, True, keeps[0], keeps[1], keeps[2], False)
+                keep(kept[0], kept[1], kept[2], own[1], layer[0], stored[3], P, sound, c)
+            else:
+                token, position, row = keep_at(k, True, keeps[0], keeps[1], keeps[2], False)
+                keep(token, position, row, own[1], layer[0], stored[3], P, sound, c)
 
 
 @triton.jit(do_not_specialize=["tokens", "launch", "ordered", "count", "kept", "table_stride",
@@ -187,7 +193,7 @@ def decode_kernel(
     one part after the other, where programs cannot wait for one another. What counts, and so changes from step to step,
     is a number by itself: Triton compiles a tuple anew for other numbers in it.
     """
-    HOLDS: tl.constexpr = c.value.holds
+    AHEAD: tl.constexpr = c.value.holds
     sound = tl.full((), 1, tl.int1)
     blocks = windows[3] + count + BARRIERS
     if PDL:  # while earlier kernels run, so that the weights are in the last cache when x is there
@@ -200,18 +206,23 @@ def decode_kernel(
         if TWO:
             stream_all(before, blocks, launch, x, own_2, tokens, hidden, x_stride, c_2, M, B, K, WIDE)
     let_next_start(PDL)  # what is left asks little of the memory: the next kernel may ask for its weights
-    # What the plan has of this program's first windows and rows is asked for meanwhile.
-    task, window, after = first_window(0, windows, count, c)
+    task, after = first_window(0, count, c)
+    window, request, row, window_2, request_2, row_2 = None, None, None, None, None, None
     if TWO:
-        task_2, window_2, after = first_window(after, windows_2, count_2, c_2)
-    k, row, after = first_kept(after, keeps, kept, c)
-    if TWO:
-        k_2, row_2, after = first_kept(after, keeps_2, kept_2, c_2)
+        task_2, after = first_window(after, count_2, c_2)
+    k, k_2 = following(after), following(after + kept)
+    if AHEAD:  # what the plan has of this program's first windows and rows is there behind the barrier
+        window = window_ahead(task, windows, count, c)
+        row = keep_at(k, k < kept, keeps[0], keeps[1], keeps[2], True)
+        if TWO:
+            window_2 = window_ahead(task_2, windows_2, count_2, c_2)
+            row_2 = keep_at(k_2, k_2 < kept_2, keeps_2[0], keeps_2[1], keeps_2[2], True)
     if PHASE == ALL:
         arrival = arrive(windows[3] + count, launch)
-    request = request_at(window[0], window[0] >= 0, layer[4], layer[5], HOLDS)
-    if TWO:
-        request_2 = request_at(window_2[0], window_2[0] >= 0, layer_2[4], layer_2[5], HOLDS)
+    if AHEAD:
+        request = request_at(window[0], window[0] >= 0, layer[4], layer[5], True)
+        if TWO:
+            request_2 = request_at(window_2[0], window_2[0] >= 0, layer_2[4], layer_2[5], True)
     if PHASE == ALL:
         sound = wait(windows[3] + count, arrival, launch)
     if (PHASE == WINDOWS) | (PHASE == ALL):
