@@ -90,9 +90,10 @@ _numbers = random.Random()  # not the caller's, whose numbers would be others
 
 
 def next_launch() -> int:
-    """A number for a launch, in [1, 2^31), that no other launch on its plan has, and no sum of theirs is.
+    """A number for a launch, in [1, 2^31).
 
-    It is drawn: what launches of numbers in a row add to a counter may come to nothing (L + L + 2 - 2 (L + 1)).
+    It is drawn, so that hardly ever another launch on the same plan has it, or launches add to a counter what comes to
+    nothing, as those with numbers in a row might: L + (L + 2) - 2 (L + 1).
     """
     return _numbers.getrandbits(31) or 1
 

@@ -240,10 +240,13 @@ def decode_programs(device: torch.device, window: int, compressors: int = 1, pro
 @functools.lru_cache(maxsize=4096)
 def choose_for(arch: str, ratio: int, window: int, head_dim: int, rows: int) -> Choice:
     """The tiling for an architecture by name."""
-    part = _part(arch)
-    for r, d, most, block, num_warps in part["entries"]:
-        if (r, d) == (ratio, head_dim) and (most is None or rows <= most):
-            return Choice(block, num_warps, casts(arch), part["counters"], holds_loads(arch))
-    padded = 1 << (window - 1).bit_length()
+    part, padded = _part(arch), 1 << (window - 1).bit_length()
     block = max(min(head_dim, _TILE // padded), min(head_dim, 16))
-    return Choice(block, max(1, min(8, block * padded // 512)), casts(arch), part["counters"], holds_loads(arch))
+    warps = max(1, min(8, block * padded // 512))
+    serving = (
+        tiling
+        for r, d, most, *tiling in part["entries"]
+        if (r, d) == (ratio, head_dim) and (most is None or rows <= most)
+    )
+    block, warps = next(serving, (block, warps))
+    return Choice(block, warps, casts(arch), part["counters"], holds_loads(arch))

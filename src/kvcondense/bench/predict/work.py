@@ -176,8 +176,8 @@ def _step(part: Part, arch: str) -> Iterator[Kernel]:
     ape = programs * c.window * c.block * _FP32 if c.has_ape else 0
     kept = part.kept * part.case.row_bytes
     total = programs + part.kept
-    every = {**part.of_windows(), "finish#2": 1 / c.blocks, "needs_of#3": 1 / c.blocks}
-    run, keep = every | dict.fromkeys(_KEEPING, 0.0), dict.fromkeys(_POOLING, 0.0)
+    times = {**part.of_windows(), "finish#2": 1 / c.blocks, "needs_of#3": 1 / c.blocks}
+    run, keep = times | dict.fromkeys(_KEEPING, 0.0), dict.fromkeys(_POOLING, 0.0)
     if part.plan.overwrites or not (programs and part.kept):
         memory = part.step_bytes() - kept
         if programs:
@@ -186,7 +186,7 @@ def _step(part: Part, arch: str) -> Iterator[Kernel]:
             bytes_ = kept + (kept if programs else part.step_bytes() - kept)
             yield Kernel("kept rows", variant, launch, part.kept, bytes_, bytes_, 0.0, Runs(keep), (Runs(keep),))
         return
-    mean = every | dict.fromkeys(_POOLING, programs / total) | dict.fromkeys(_KEEPING, part.kept / total)
+    mean = times | dict.fromkeys(_POOLING, programs / total) | dict.fromkeys(_KEEPING, part.kept / total)
     memory = part.step_bytes()
     yield Kernel("step", variant, launch, total, memory, memory + ape, 0.0, Runs(mean), (Runs(run), Runs(keep)))
 

@@ -25,7 +25,8 @@ ALL: tl.constexpr = tl.constexpr(7)
 THREADS: tl.constexpr = tl.constexpr(128)
 """Of a program."""
 SUMMED: tl.constexpr = tl.constexpr(16)
-"""Tokens whose partial sums are added up at once: more are more registers than wait for one round of loads."""
+"""Tokens whose partial sums are added up at once: so few that registers hold the spans of all, whose loads wait
+together."""
 
 
 @triton.jit
