@@ -59,6 +59,20 @@ for name in sys.argv[1:]:
     found[name] = {part: max(rounds(way, part) - rounds(way) for way in kernel.ways) for part in behind}
 print(json.dumps(found))
 """
+TWO = """
+import json, sys
+from dataclasses import replace
+from kvcondense.bench.predict import model, table, work
+from kvcondense.bench.predict.machines import MACHINES
+
+arch, name = sys.argv[1:]
+real, found = work._variant, []
+for windows in (1, 2):
+    work._variant = lambda part, form: replace(real(part, form), windows=windows)
+    answer = model.predict(table.CASES[name], arch, MACHINES[arch])
+    found.append({**answer.kernels[0].as_dict(), "us": answer.us})
+print(json.dumps(found))
+"""
 NAMES = ("HCA, prefill 8192", "CSA, prefill 8192")
 HIDDEN, BF16, TILE, COLUMNS = 4096, 2, 128, 256
 
@@ -100,6 +114,16 @@ def test_a_window_of_ratio_4_takes_few_instructions(tmp_path):
     _, record = map(json.loads, (tmp_path / "j").read_text().splitlines())
     (step,) = record["kernels"]
     assert 700 < sum(step["instructions"].values()) <= 900, "of a warp; four do a window"
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_two_windows_of_ratio_4_in_a_program_take_less_code_and_no_less_time(arch):
+    """Of registers there are fewer for each, and memory is the bound: the table has one until somebody measures."""
+    one, two = json.loads(compiling("-c", TWO, arch, "prefill 1 x 65536, ratio 4"))
+    assert two["programs"] == -(-65536 // 4 // 2) + one["programs"] - 65536 // 4, "kept rows are programs, too"
+    assert 0.9 < sum(two["instructions"].values()) / 2 / sum(one["instructions"].values()) < 0.99
+    assert two["cache_bytes"] < 0.9 * one["cache_bytes"], "ape is read once for both"
+    assert one["us"] < two["us"] < 1.06 * one["us"]
 
 
 def test_loads_behind_the_barrier_of_a_decode_step_wait_for_few_others():

@@ -13,7 +13,7 @@ from kvcondense.bench import device, records, tune
 from kvcondense.bench.cases import Case
 from kvcondense.bench.records import Log
 from kvcondense.cli import app
-from kvcondense.errors import KvCondenseError
+from kvcondense.errors import CheckpointError, KvCondenseError
 
 FACTS = {"device": "a GPU", "toolkit": "CUDA 0", "triton": "0", "commit": "abc"}
 TINY = ((16, 2, 1, 127), (None, 1, 128, 0))
@@ -30,7 +30,8 @@ def clocked(monkeypatch):
             assert work.capturable
             work.run(work.prepare())
             seen.append(work.run.__self__.choice)
-        return [[1e-6 * (1 + abs(c.block - 64) + abs(c.num_warps - 8))] for c in seen[-len(works) :]]
+        seconds = lambda c: 1e-6 * (1 + abs(c.block - 64) + abs(c.num_warps - 8) + 500 * (c.windows != 2))  # noqa: E731
+        return [[seconds(c)] for c in seen[-len(works) :]]
 
     monkeypatch.setattr(device, "interleaved", interleaved)
     monkeypatch.setattr(device, "machine", lambda: {k: v for k, v in FACTS.items() if k != "commit"})
@@ -52,6 +53,16 @@ def test_candidates_hold_the_tables_choice_and_no_idle_or_spilling_tile():
         assert 2 <= c.block * 128 / (32 * c.num_warps) <= 64
 
 
+def test_candidates_for_short_windows_have_several_in_programs_with_all_channels():
+    for tokens, expected in ((7, {1}), (8, {1, 2, 4}), (8192, {1, 2, 4})):
+        found = tune.candidates(Case("", "csa", tokens, 1, 0), Choice(512, 4))
+        assert {c.windows for c in found} == expected, "no window of fewer than 8 tokens is pooled with another"
+        for c in found:
+            assert c.windows == 1 or c.block == 512
+            assert 2 <= c.windows * c.block * 8 / (32 * c.num_warps) <= 64
+    assert {c.windows for c in tune.candidates(Case("", "hca", 8192, 1, 0), Choice(32, 8))} == {1}
+
+
 def tuned(log, kinds=("hca",), **limits):
     said = []
     tune.tune(log, (), list(kinds), said.append, tune.Limits(**limits))
@@ -67,7 +78,7 @@ def test_the_fastest_tiling_is_kept_and_other_entries_stay(clocked):
     said = tuned(log)
     arch, part = tune.part_of(log, (), FACTS)
     assert arch == "any"
-    assert [e for e in part["entries"] if e[0] == 128] == [[128, 512, 16, 64, 8], [128, 512, None, 64, 8]]
+    assert [e for e in part["entries"] if e[0] == 128] == [[128, 512, 16, 64, 8, 1], [128, 512, None, 64, 8, 1]]
     old = [e for e in tuning.table()["any"]["entries"] if e[0] != 128]
     assert [e for e in part["entries"] if e[0] != 128] == old
     assert part["source"] == "hca: measured on a GPU, CUDA 0, triton 0, commit abc"
@@ -146,6 +157,22 @@ def test_a_tiling_with_other_bits_is_left_out(clocked, monkeypatch):
     timed = tune.time_class("hca", TINY[0], "cpu", casts=())
     assert {(t.choice.block, t.choice.num_warps) for t in timed if t.seconds is None} == {(64, 8)}
     assert tune.best(timed).choice != Choice(64, 8)
+    assert clocked
+
+
+def test_several_windows_of_a_program_are_compared_and_kept(clocked, monkeypatch):
+    monkeypatch.setattr(tune, "CLASSES", ((None, 1, 48, 0),))
+    log = fresh()
+    tuned(log, kinds=("indexer",))
+    timings = [r for r in log.records if "block" in r]
+    assert {r["windows"] for r in timings if r["us"]} == {1, 2, 4}
+    assert not any(r["us"] is None for r in timings), "bits are those of one window"
+    chosen = tune.part_of(log, (), FACTS)[1]["entries"]
+    assert [e for e in chosen if e[:2] == [4, 128]] == [[4, 128, None, 128, 8, 2]]
+    old = {"kind": "csa", "rows": 16, "block": 512, "num_warps": 4, "us": 3.0}
+    assert tune.Timed.from_dict(old).choice.windows == 1, "as files from before have it"
+    with pytest.raises(CheckpointError, match="windows"):
+        tune.check_record({**old, "windows": 0}, "t.jsonl line 2")
     assert clocked
 
 

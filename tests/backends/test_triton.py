@@ -193,10 +193,12 @@ def test_where_rows_of_tokens_begin_does_not_change_a_bit(name, monkeypatch):
 
 
 def test_classes_of_rows_are_cut_as_the_table_says(monkeypatch):
-    part = {"entries": [[128, 512, 128, 32, 8], [128, 512, None, 64, 4]], "hardware_casts": ["bf16"], "counters": True}
+    part = {
+        "entries": [[128, 512, 128, 32, 8, 1], [128, 512, None, 64, 4, 2]], "hardware_casts": ["bf16"], "counters": True
+    }  # fmt: skip
     monkeypatch.setattr(tuning, "table", lambda: {"any": part})
     chosen = [tuning.choose_for.__wrapped__("sm_90", 128, 128, 512, rows) for rows in (1, 128, 129, 10**6)]
-    assert [(c.block, c.num_warps) for c in chosen] == [(32, 8), (32, 8), (64, 4), (64, 4)]
+    assert [(c.block, c.num_warps, c.windows) for c in chosen] == [(32, 8, 1), (32, 8, 1), (64, 4, 2), (64, 4, 2)]
     assert {c.casts for c in chosen} == {("bf16",)}
 
 

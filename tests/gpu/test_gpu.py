@@ -107,7 +107,8 @@ def test_small_unfused_cases(kind, batch):
     for case in (Case("", kind, 260, batch, 0, format=form), Case("", kind, 1, batch, 255, format=form)):
         inputs = make_inputs(case, DEVICE)
         expected = run.rows_of(Kvcondense(inputs, "reference"), inputs)
-        for choice in (None, tuning.Choice(16, 1)):
+        two = [] if kind == "hca" else [tuning.Choice(case.spec.head_dim, 4, windows=2)]
+        for choice in (None, tuning.Choice(16, 1), *two):
             runner = Kvcondense(inputs, "triton", "bare")
             assert run.distance(runner, inputs, expected) < run.CLOSE
             step = runner.primed()["step"]

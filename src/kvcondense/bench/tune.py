@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ Casts = tuple[str, ...]
 CLASSES: tuple[RowClass, ...] = ((16, 16, 1, 1023), (128, 128, 1, 1023), (None, 8, 8192, 0))
 KINDS = {"hca": FORMAT, "csa": FORMAT, "indexer": "mxfp4_indexer"}
 _WARPS = (1, 2, 4, 8, 16)
+_WINDOWS = (1, 2, 4)
+"""Of a program that has all channels of each."""
 _LEAST_BLOCK, _MOST_ELEMENTS = 16, 1 << 14
 _THREADS = 32
 _PER_THREAD = (2, 64)
@@ -57,14 +60,15 @@ class Timed:
         """For JSON."""
         us = None if self.seconds is None else round(1e6 * self.seconds, 3)
         block, warps = self.choice.block, self.choice.num_warps
-        record = {"kind": self.kind, "rows": self.rows, "block": block, "num_warps": warps, "us": us}
+        record = {"kind": self.kind, "rows": self.rows, "block": block, "num_warps": warps}
+        record |= {"windows": self.choice.windows, "us": us}
         return record if self.error is None else {**record, "error": self.error}
 
     @classmethod
     def from_dict(cls, record: Record) -> Timed:
         """Of ``as_dict``'s."""
         seconds = None if record["us"] is None else record["us"] / 1e6
-        choice = Choice(record["block"], record["num_warps"])
+        choice = Choice(record["block"], record["num_warps"], windows=record.get("windows", 1))
         return cls(record["kind"], record["rows"], choice, seconds, record.get("error"))
 
 
@@ -77,6 +81,7 @@ class _Record:
     block: int
     num_warps: int
     us: float | None
+    windows: int = 1
     error: str | None = None
 
 
@@ -84,7 +89,7 @@ def check_record(record: Record, name: str) -> None:
     """Raise CheckpointError for a tiling's record that ``Timed.from_dict`` cannot take."""
     if record.keys() & {"kind", "us", "block"}:
         about = typed(record, _Record, name)
-        for key in ("us", "block", "num_warps", "rows"):
+        for key in ("us", "block", "num_warps", "windows", "rows"):
             value = getattr(about, key)
             if value is not None and not 0 < value < 1e18:
                 raise CheckpointError(f"{name} {key}", "a number above 0", record[key])
@@ -97,9 +102,10 @@ def candidates(case: Case, now: Choice) -> list[Choice]:
     found = [now]
     block = _LEAST_BLOCK
     while block <= spec.head_dim and block * padded <= _MOST_ELEMENTS:
-        for warps in _WARPS:
-            if _PER_THREAD[0] <= block * padded / (_THREADS * warps) <= _PER_THREAD[1]:
-                found.append(replace(now, block=block, num_warps=warps))
+        several = block == spec.head_dim and case.tokens >= spec.window  # else none is pooled with others
+        for warps, windows in itertools.product(_WARPS, _WINDOWS if several else (1,)):
+            if _PER_THREAD[0] <= windows * block * padded / (_THREADS * warps) <= _PER_THREAD[1]:
+                found.append(replace(now, block=block, num_warps=warps, windows=windows))
         block *= 2
     return list(dict.fromkeys(found))
 
@@ -228,9 +234,11 @@ def tune(log: Log, casts: Casts, kinds: list[str], say: Callable[[str], None], l
 
 def _line(timed: list[Timed]) -> str:
     chosen = best(timed)
+    choice = chosen.choice
     now, then = (1e6 * (t.seconds or float("nan")) for t in (chosen, timed[0]))
     return (
-        f"{chosen.choice.block} channels, {chosen.choice.num_warps} warps: {now:.2f} us (before: {then:.2f} us); "
+        f"{choice.block} channels, {choice.num_warps} warps, windows of a program: {choice.windows}; "
+        f"{now:.2f} us (before: {then:.2f} us); "
         f"{len(timed)} tried, {sum(t.seconds is None for t in timed)} wrong"
     )
 
@@ -250,7 +258,7 @@ def part_of(log: Log, casts: Casts, facts: Record) -> tuple[str, dict[str, Any] 
         spec = Case("", kind, 1, 1, 0).spec
         for rows in (c[0] for c in CLASSES):
             chosen = best([t for t in timings if (t.kind, t.rows) == (kind, rows)]).choice
-            entries.append([spec.ratio, spec.head_dim, rows, chosen.block, chosen.num_warps])
+            entries.append([spec.ratio, spec.head_dim, rows, chosen.block, chosen.num_warps, chosen.windows])
     if not whole:
         return arch, None
     new = {(e[0], e[1]) for e in entries}

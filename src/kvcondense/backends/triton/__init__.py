@@ -193,7 +193,7 @@ def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept:
     head = (kv_score, ape, gamma, cos, sin, step.rows, step.latent, batch.query_start_loc, batch.start_positions)
     windows = (plan.window_request, plan.window_index, plan.window_slot)
     stored = (cache_data, scales, counters)
-    programs = count * c.blocks
+    programs = -(-count // c.windows) * c.blocks
     options: dict[str, Any] = {"c": c, "num_warps": num_warps, "enable_fp_fusion": False}
     options |= tuning.launch_options(kv_score.device)
     with on_device(kv_score.device), clean_counters([plan]):
@@ -208,7 +208,7 @@ def launch(step: Step, cache: PagedCache | None, c: Constants, count: int, kept:
         data = state_rows(state)
         condense_kernel[(programs + kept,)](
             *head, table, data, *windows, plan.keep_token, plan.keep_position, plan.keep_row, *stored,
-            programs, kv_score.stride(0), stride, page_stride, scales_stride, number, **options,
+            count, programs, kv_score.stride(0), stride, page_stride, scales_stride, number, **options,
         )  # fmt: skip
         if count and c.blocks > 1 and not c.counters:
             finish_kernel[(count,)](*head[2:7], *windows, cache_data, scales, page_stride, scales_stride, **options)

@@ -40,7 +40,9 @@ SCALE_PART = small_float_part(E4M3)
 class Constants:
     """Compile-time arguments; equal ones are one object (``constants``), so that looking a kernel up is quick.
 
-    block: channels of a program, blocks: programs per window, counters: whether the last of them finishes it.
+    block: channels of a program, blocks: programs per window, windows: of a program that has all their channels,
+    counters: whether the last of a window's programs finishes it. whole: windows may be read as they lie, since
+    kv_score is given, and their tokens are a power of two.
     holds: loads ahead are volatile.
     state_rows: rows of a ring, a page or a draft log; page_tokens: positions that share a page; state_apart: kv and
     scores are two tensors; strides in elements, state_multiple: a power of two that divides them, so that rows begin
@@ -71,6 +73,8 @@ class Constants:
     round_rotated: bool
     block: int
     blocks: int
+    windows: int
+    whole: bool
     counters: bool
     holds: bool
     has_state: bool
@@ -97,11 +101,6 @@ class Constants:
     unroll: int
     splits: int
     stored: bool = False
-
-    @property
-    def whole(self) -> bool:
-        """Whether windows may be read as they lie: kv_score is given, and their tokens are a power of two."""
-        return self.splits == 0 and self.window == self.window_padded and not self.stored
 
     @property
     def early(self) -> bool:
@@ -145,6 +144,7 @@ def constants(
     # Without counters a launch of its own finishes windows; who writes back an online state then has to be one program.
     block = spec.head_dim if state.kind == "online" and not choice.counters else choice.block
     padded = 1 << (spec.window - 1).bit_length()
+    whole = splits == 0 and spec.window == padded and not stored
     rows = None if form is None else row_map(form, spec.head_dim, page_rows, exact=not spec.rounding.row)
     return Constants(
         ratio=spec.ratio,
@@ -167,6 +167,8 @@ def constants(
         round_rotated=spec.rounding.rotated,
         block=block,
         blocks=spec.head_dim // block,
+        windows=choice.windows if whole and block == spec.head_dim and state.kind != "online" else 1,
+        whole=whole,
         counters=choice.counters,
         holds=choice.holds,
         has_state=state.kind != "",

@@ -37,7 +37,8 @@ _TILE = 4096
 class Choice:
     """block: channels of a program; num_warps: its warps; casts: of ``CASTS``, those that the chip does by itself;
     counters: a program is threads, and atomics tell the last of a window's programs that it is (else a program is one
-    thread, and a second launch finishes windows); holds: ``holds_loads``.
+    thread, and a second launch finishes windows); holds: ``holds_loads``; windows: of a program whose block is all
+    channels, a power of two: pooled together where all of their tokens are the step's.
     """
 
     block: int
@@ -45,6 +46,7 @@ class Choice:
     casts: tuple[str, ...] = ()
     counters: bool = True
     holds: bool = False
+    windows: int = 1
 
 
 @functools.cache
@@ -53,7 +55,8 @@ def table() -> dict[str, Any]:
     decode_programs ([window, programs, programs of two compressors], for windows of at most so many tokens, null any),
     and entries.
 
-    An entry is [ratio, head_dim, rows, block, num_warps] and serves steps of at most ``rows`` windows, null any number.
+    An entry is [ratio, head_dim, rows, block, num_warps, windows] and serves steps of at most ``rows`` windows, null
+    any number.
     """
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
@@ -248,5 +251,5 @@ def choose_for(arch: str, ratio: int, window: int, head_dim: int, rows: int) -> 
         for r, d, most, *tiling in part["entries"]
         if (r, d) == (ratio, head_dim) and (most is None or rows <= most)
     )
-    block, warps = next(serving, (block, warps))
-    return Choice(block, warps, casts(arch), part["counters"], holds_loads(arch))
+    block, warps, windows = next(serving, (block, warps, 1))
+    return Choice(block, warps, casts(arch), part["counters"], holds_loads(arch), windows)

@@ -31,6 +31,8 @@ from kvcondense.spec import CompressorSpec, Rounding
 
 _MAIN = {"csa": "fp8_model1", "hca": "fp8_model1", "indexer": "mxfp4_indexer", "r2": "fp4_v41", "r1": "fp4_v41"}
 _HIDDEN, _TOKENS, _STATE_PAGE, _LOG_ROWS = 4096, 2, 32, 8
+_SHORT = 8
+"""Tokens of windows of which a program may take several."""
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,8 +44,8 @@ class Variant:
 
     form: "step", or from hidden states: "tiles", "decode", "together" (decode with the indexer's step) or "project",
     which is no step; or "plan", static plans, whose kernel serves all compressors. drafts: of a step, which rings have
-    rows for; page_rows: of the cache. spec, beside: the compressor if it is not the one of that kind in ``specs``, and
-    the variant whose step shares the launch.
+    rows for; page_rows: of the cache; windows: of a program, None as the table has it. spec, beside: the compressor if
+    it is not the one of that kind in ``specs``, and the variant whose step shares the launch.
     """
 
     kind: str
@@ -57,6 +59,7 @@ class Variant:
     form: str = "step"
     drafts: int = 2
     page_rows: int = 64
+    windows: int | None = None
     spec: CompressorSpec | None = None
     beside: Variant | None = None
 
@@ -78,6 +81,7 @@ class Variant:
         if self.multiplies:
             return "-".join((self.kind, self.form, self.state or "stateless", self.state_type, self.format or "rows"))
         extra = ("latent",) * self.latent + (self.rounding.value,) * (self.rounding is Rounding.FUSED)
+        extra += () if self.windows is None else (f"{self.windows}windows",)
         types = dict.fromkeys((self.tokens, self.state_type))  # once, if they are one
         return "-".join(
             (self.kind, self.state or "stateless", *types, f"{self.rows}rows", self.format or "rows", *extra)
@@ -112,10 +116,10 @@ def few(arch: str) -> tuple[Variant, ...]:
 
     Minutes, not hours.
     """
-    found = {(v.kind, v.form, v.state, v.multiplies and v.state_type): v for v in reversed(variants())}
+    found = {(v.kind, v.form, v.state, v.windows, v.multiplies and v.state_type): v for v in reversed(variants())}
     if arch != "sm_90":
         near = [v for v in found.values() if v.kind in ("hca", "csa") and (v.state == "ring" or v.form in _STATELESS)]
-        found = {(v.kind, v.form): v for v in near}
+        found = {(v.kind, v.form, v.windows): v for v in near}
     return tuple(v for v in variants() if v in found.values())
 
 
@@ -136,6 +140,8 @@ def _variants() -> Iterator[Variant]:
         yield Variant(kind, "filled", format=main)
         if spec.has_gate:
             yield Variant(kind, "apart", format=main)
+        if spec.window <= _SHORT:
+            yield Variant(kind, format=main, windows=2)
         for state, state_type in (("", "fp32"), ("ring", "fp32"), ("ring", "bf16"), ("paged", "fp32")):
             for form in ("tiles", "decode"):
                 yield Variant(kind, state, "bf16", state_type, main, form=form)
@@ -214,7 +220,7 @@ def _launch(variant: Variant, arch: str) -> None:
     elif variant.form == "tiles":
         fused.run(_step(variant), x, _weight(spec))
     elif variant.form == "step":
-        TritonBackend(choice=choice).run(_step(variant))
+        TritonBackend(choice=replace(choice, windows=variant.windows or choice.windows)).run(_step(variant))
     else:
         steps = [_step(v) for v in (variant, variant.beside) if v is not None]
         decode.run(steps, x, [_weight(step.spec) for step in steps])

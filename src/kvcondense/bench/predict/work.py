@@ -30,7 +30,7 @@ from kvcondense.planning import Planner
 ONE_LAUNCH, TILES, LIBRARY, OWN, STEP = "one launch", "tiles", "library, step", "product, step", "step"
 PRODUCT = "library product"
 _BF16, _FP32 = 2, 4
-_POOLING, _KEEPING = ("window_at", "request_at", "window_task"), ("keep_at", "keep")
+_POOLING, _KEEPING = ("one_window", "first_tokens", "together", "one_by_one"), ("keep_at", "keep")
 """Functions of the step's programs for windows, and for kept rows."""
 
 
@@ -90,17 +90,31 @@ class Part:
         """How often parts of ``pool`` run: of all windows those whose tokens are all this step's, and of the others
         those that read the state.
         """
+        whole = self.whole()
+        other = len(whole) - sum(whole)
+        share = float(other > 0 and self.case.start > 0)
+        found = {"candidates>state_row": share, "candidates>tile": share}
+        if whole and not self.case.hidden:
+            found |= {"whole_window": sum(whole) / len(whole), "candidates": other / len(whole)}
+        return found
+
+    def whole(self) -> list[bool]:
+        """Of each window of a request, whether all of its tokens are this step's."""
         case, spec = self.case, self.case.spec
         ends = range(case.start // spec.ratio + 1, (case.start + case.tokens) // spec.ratio + 1)
-        begins = [end * spec.ratio - spec.window for end in ends]
-        whole = sum(begin >= case.start for begin in begins)
-        other = len(begins) - whole
-        stored = sum(begin < case.start for begin in begins) if case.start else 0
-        share = stored / other if other else 0.0
-        found = {"candidates>state_row": share, "candidates>tile": share}
-        if begins and not case.hidden:
-            found |= {"whole_window": whole / len(begins), "candidates": other / len(begins)}
-        return found
+        return [end * spec.ratio - spec.window >= case.start for end in ends]
+
+    def of_programs(self, each: int) -> tuple[dict[str, float], int]:
+        """How often parts of a program for ``each`` windows run, and how many windows are pooled by themselves."""
+        every = self.whole() * self.case.batch
+        programs = [every[first : first + each] for first in range(0, len(every), each)]
+        rest = [windows for windows in programs if len(windows) < each or not all(windows)]
+        alone = [window for windows in rest for window in windows]
+        share, inside = 1 - len(rest) / len(programs), sum(alone) / max(1, len(alone))
+        return {
+            "together": share, "one_by_one": 1 - share, "pool_together>whole_window": 1.0,
+            "whole_window": inside, "candidates": 1 - inside,
+        }, len(alone)  # fmt: skip
 
 
 def plan_of(case: Case) -> Plan:
@@ -172,23 +186,28 @@ def _step(part: Part, arch: str) -> Iterator[Kernel]:
     variant = _variant(part, "step")
     launch = launches(variant, arch)[0]
     c: Constants = launch.constants
-    programs = part.windows * c.blocks
-    ape = programs * c.window * c.block * _FP32 if c.has_ape else 0
+    programs = -(-part.windows // c.windows) * c.blocks
     kept = part.kept * part.case.row_bytes
     total = programs + part.kept
     times = {**part.of_windows(), "finish#2": 1 / c.blocks, "needs_of#3": 1 / c.blocks}
-    run, keep = times | dict.fromkeys(_KEEPING, 0.0), dict.fromkeys(_POOLING, 0.0)
+    apes = programs
+    if c.windows > 1 and programs:
+        more, alone = part.of_programs(c.windows)
+        times, apes = times | more, alone + programs * more["together"]
+    ape = apes * c.window * c.block * _FP32 if c.has_ape else 0
+    run = Runs(times | dict.fromkeys(_KEEPING, 0.0), {"one_by_one": c.windows})
+    keep = Runs(times | dict.fromkeys(_POOLING, 0.0))
     if part.plan.overwrites or not (programs and part.kept):
         memory = part.step_bytes() - kept
         if programs:
-            yield Kernel("windows", variant, launch, programs, memory, memory + ape, 0.0, Runs(run), (Runs(run),))
+            yield Kernel("windows", variant, launch, programs, memory, memory + ape, 0.0, run, (run,))
         if part.kept:
             bytes_ = kept + (kept if programs else part.step_bytes() - kept)
-            yield Kernel("kept rows", variant, launch, part.kept, bytes_, bytes_, 0.0, Runs(keep), (Runs(keep),))
+            yield Kernel("kept rows", variant, launch, part.kept, bytes_, bytes_, 0.0, keep, (keep,))
         return
-    mean = times | dict.fromkeys(_POOLING, programs / total) | dict.fromkeys(_KEEPING, part.kept / total)
     memory = part.step_bytes()
-    yield Kernel("step", variant, launch, total, memory, memory + ape, 0.0, Runs(mean), (Runs(run), Runs(keep)))
+    mean = _mean((programs, part.kept), (run, keep))
+    yield Kernel("step", variant, launch, total, memory, memory + ape, 0.0, mean, (run, keep))
 
 
 def _library(part: Part) -> Kernel:

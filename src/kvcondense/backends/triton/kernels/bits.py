@@ -64,6 +64,21 @@ def rows_sum(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.constexpr)
 
 
 @triton.jit
+def windows_sum(x, G: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.constexpr):
+    """x [G, ROWS, COLUMNS] -> [G, COLUMNS], each as ``rows_sum`` adds it."""
+    for i in tl.static_range(LEVELS):
+        x = tl.sum(tl.reshape(x, (G, 2, ROWS >> (i + 1), COLUMNS)), axis=1)
+    return tl.reshape(x, (G, COLUMNS))
+
+
+@triton.jit
+def row_of(x, g):
+    """Row g of x [G, N], whose bits a sum with zeros of integers moves unchanged."""
+    mine = tl.arange(0, x.shape[0]) == g
+    return from_bits(tl.sum(tl.where(mine[:, None], to_bits(x), 0), axis=0))
+
+
+@triton.jit
 def tree_sum(x, N: tl.constexpr, LEVELS: tl.constexpr):
     """x [N] -> [1], its sum as ``numerics.tree_sum`` orders it."""
     for i in tl.static_range(LEVELS):

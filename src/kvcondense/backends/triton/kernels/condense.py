@@ -1,4 +1,5 @@
-"""The step in Triton, for rings, pages, or no state: one program per window (or block of its channels) or kept row.
+"""The step in Triton, for rings, pages, or no state: one program per window (a block of its channels, or several
+windows) or kept row.
 
 Whoever pools the last block of a window finishes the row. Channels never meet before the norm and every sum has its
 order, so blocks, warps and neighbours change no bit.
@@ -10,10 +11,10 @@ import triton
 import triton.language as tl
 
 from kvcondense.backends.triton.kernels.arrive import last_of
-from kvcondense.backends.triton.kernels.bits import round_bf16
+from kvcondense.backends.triton.kernels.bits import round_bf16, row_of
 from kvcondense.backends.triton.kernels.dependent import in_turn
 from kvcondense.backends.triton.kernels.encode import put
-from kvcondense.backends.triton.kernels.pool import fresh_values, pool, row_offset, scores_of, values_of
+from kvcondense.backends.triton.kernels.pool import fresh_values, pool, pool_together, row_offset, scores_of, values_of
 from kvcondense.backends.triton.kernels.row import angles, hadamard, rms_norm, rope
 
 
@@ -156,29 +157,100 @@ def window_task(
                 finish(whole, e, weights, a, b, slot, rows, latent, cache, scales, page_stride, scales_stride, c)
 
 
-@triton.jit(do_not_specialize=["window_programs", "table_stride", "launch"])
+@triton.jit
+def one_window(
+    task, kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions, state_table, state,
+    window_request, window_index, window_slot, cache, scales, counters, kv_stride, table_stride, page_stride,
+    scales_stride, launch, c: tl.constexpr,
+):  # fmt: skip
+    """``window_task``, of whatever window the plan has there; nothing if there is none."""
+    BLOCKS: tl.constexpr = c.value.blocks
+    q, index = window_at(task // BLOCKS, True, window_request, window_index, False)
+    if q >= 0:
+        token, start = request_at(q, True, query_start_loc, start_positions, False)
+        sound = tl.full((), 1, tl.int1)
+        window_task(task, q, index, token, start, kv_score, ape, gamma, cos, sin, rows, latent,
+                    state_table, state, window_slot, cache, scales, counters,
+                    kv_stride, table_stride, page_stride, scales_stride, launch, sound, c)  # fmt: skip
+
+
+@triton.jit
+def first_tokens(first, windows, query_start_loc, start_positions, window_request, window_index, c: tl.constexpr):
+    """Of a program's windows ``first`` .., of which the plan has ``windows``: whether all are there, and all of their
+    tokens are this step's; the first token of each in kv_score [G, 1, 1].
+    """
+    G: tl.constexpr = c.value.windows
+    R: tl.constexpr = c.value.ratio
+    W: tl.constexpr = c.value.window
+    token = tl.zeros([G, 1, 1], tl.int64)
+    whole = tl.full((), 1, tl.int1)
+    for g in tl.static_range(G):
+        q, index = window_at(first + g, first + g < windows, window_request, window_index, False)
+        own, start = request_at(q, q >= 0, query_start_loc, start_positions, False)
+        begin = (index + 1) * R - W
+        whole = whole & (q >= 0) & (begin >= start)
+        token = tl.where(tl.arange(0, G)[:, None, None] == g, own - start + begin, token)
+    return whole, token
+
+
+@triton.jit
+def together(first, token, kv_score, ape, gamma, cos, sin, rows, latent, window_index, window_slot, cache, scales,
+             kv_stride, page_stride, scales_stride, c: tl.constexpr):  # fmt: skip
+    """Windows from ``first`` on, whose tokens begin at ``token`` [G, 1, 1]: pooled together, finished one by one."""
+    G: tl.constexpr = c.value.windows
+    D: tl.constexpr = c.value.head_dim
+    pooled = pool_together(kv_score, ape, token, tl.arange(0, D), kv_stride, c)
+    for g in tl.static_range(G):
+        e = first + g
+        weights, a, b, slot = needs_of(e, tl.load(window_index + e), gamma, cos, sin, window_slot, c)
+        finish(row_of(pooled, g), e, weights, a, b, slot, rows, latent, cache, scales, page_stride, scales_stride, c)
+
+
+@triton.jit
+def one_by_one(
+    first, end, kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions, state_table, state,
+    window_request, window_index, window_slot, cache, scales, counters, kv_stride, table_stride, page_stride,
+    scales_stride, launch, c: tl.constexpr,
+):  # fmt: skip
+    """Windows ``first`` .. ``end`` - 1."""
+    for e in range(first, end):
+        one_window(e, kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions, state_table,
+                   state, window_request, window_index, window_slot, cache, scales, counters,
+                   kv_stride, table_stride, page_stride, scales_stride, launch, c)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["windows", "window_programs", "table_stride", "launch"])
 def condense_kernel(
     kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions, state_table, state,
     window_request, window_index, window_slot, keep_token, keep_position, keep_row, cache, scales, counters,
-    window_programs, kv_stride, table_stride, page_stride, scales_stride, launch, c: tl.constexpr,
+    windows, window_programs, kv_stride, table_stride, page_stride, scales_stride, launch, c: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """The first ``window_programs`` programs pool and finish windows, the others keep rows."""
-    BLOCKS: tl.constexpr = c.value.blocks
+    """The first ``window_programs`` programs pool and finish ``windows``, the others keep rows."""
     STATE: tl.constexpr = c.value.has_state
+    G: tl.constexpr = c.value.windows
     in_turn(PDL)
     program = tl.program_id(0)
-    sound = tl.full((), 1, tl.int1)
     if program < window_programs:
-        q, index = window_at(program // BLOCKS, True, window_request, window_index, False)
-        if q >= 0:
-            token, start = request_at(q, True, query_start_loc, start_positions, False)
-            window_task(program, q, index, token, start, kv_score, ape, gamma, cos, sin, rows, latent,
-                        state_table, state, window_slot, cache, scales, counters,
-                        kv_stride, table_stride, page_stride, scales_stride, launch, sound, c)  # fmt: skip
+        if G == 1:
+            one_window(program, kv_score, ape, gamma, cos, sin, rows, latent, query_start_loc, start_positions,
+                       state_table, state, window_request, window_index, window_slot, cache, scales, counters,
+                       kv_stride, table_stride, page_stride, scales_stride, launch, c)  # fmt: skip
+        else:
+            first = program * G
+            whole, tokens = first_tokens(first, windows, query_start_loc, start_positions, window_request, window_index,
+                                        c)  # fmt: skip
+            if whole:
+                together(first, tokens, kv_score, ape, gamma, cos, sin, rows, latent, window_index, window_slot,
+                         cache, scales, kv_stride, page_stride, scales_stride, c)  # fmt: skip
+            else:
+                one_by_one(first, tl.minimum(first + G, windows), kv_score, ape, gamma, cos, sin, rows, latent,
+                           query_start_loc, start_positions, state_table, state, window_request, window_index,
+                           window_slot, cache, scales, counters, kv_stride, table_stride, page_stride, scales_stride,
+                           launch, c)  # fmt: skip
     elif STATE:
         token, position, row = keep_at(program - window_programs, True, keep_token, keep_position, keep_row, False)
-        keep(token, position, row, kv_score, ape, state, kv_stride, sound, c)
+        keep(token, position, row, kv_score, ape, state, kv_stride, tl.full((), 1, tl.int1), c)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvcondense.backends.triton.kernels.bits import exp, round_bf16, rows_sum
+from kvcondense.backends.triton.kernels.bits import exp, round_bf16, rows_sum, windows_sum
 
 
 @triton.jit
@@ -110,7 +110,10 @@ def either(one, other, first, channel, live, nothing, c: tl.constexpr):
 
 @triton.jit
 def whole_window(kv_score, ape, first, channel, kv_stride, c: tl.constexpr):
-    """kv and z [window, block] of a window all of whose tokens are this step's, from token ``first`` on: no masks."""
+    """kv and z [window, block] of a window all of whose tokens are this step's, from token ``first`` on: no masks.
+
+    [G, window, block] of several, whose first tokens are [G, 1, 1].
+    """
     R: tl.constexpr = c.value.ratio
     W: tl.constexpr = c.value.window
     N: tl.constexpr = c.value.width
@@ -216,3 +219,17 @@ def pool(kv_score, ape, q, index, token, start, channel, state_table, state, kv_
     e = exp(z - tl.max(z, axis=0)[None, :])
     total = rows_sum(e, PADDED, BLOCK, LEVELS)
     return tl.div_rn(rows_sum(e * kv, PADDED, BLOCK, LEVELS), total)
+
+
+@triton.jit
+def pool_together(kv_score, ape, first, channel, kv_stride, c: tl.constexpr):
+    """P [G, block] of windows all of whose tokens are this step's, from ``first`` [G, 1, 1] on; ``pool``'s bits."""
+    G: tl.constexpr = c.value.windows
+    W: tl.constexpr = c.value.window
+    LEVELS: tl.constexpr = c.value.window_levels
+    BLOCK: tl.constexpr = c.value.block
+    kv, z = whole_window(kv_score, ape, first, channel, kv_stride, c)
+    kv, z = tl.broadcast(kv, z)  # a bias alone is that of any window
+    e = exp(z - tl.max(z, axis=1)[:, None, :])
+    total = windows_sum(e, G, W, BLOCK, LEVELS)
+    return tl.div_rn(windows_sum(e * kv, G, W, BLOCK, LEVELS), total)
