@@ -56,19 +56,13 @@ def round_bf16(x, c: tl.constexpr):
 
 
 @triton.jit
-def rows_sum(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.constexpr):
-    """x [ROWS, COLUMNS] -> [COLUMNS]: the second half of the rows is added to the first until one is left."""
-    for i in tl.static_range(LEVELS):
-        x = tl.sum(tl.reshape(x, (2, ROWS >> (i + 1), COLUMNS)), axis=0)
-    return tl.reshape(x, (COLUMNS,))
-
-
-@triton.jit
-def windows_sum(x, G: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.constexpr):
-    """x [G, ROWS, COLUMNS] -> [G, COLUMNS], each as ``rows_sum`` adds it."""
+def rows_sum(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.constexpr, G: tl.constexpr = 1):
+    """x [ROWS, COLUMNS] -> [COLUMNS]: the second half of the rows is added to the first until one is left. Of G such,
+    [G, ROWS, COLUMNS] -> [G, COLUMNS].
+    """
     for i in tl.static_range(LEVELS):
         x = tl.sum(tl.reshape(x, (G, 2, ROWS >> (i + 1), COLUMNS)), axis=1)
-    return tl.reshape(x, (G, COLUMNS))
+    return tl.reshape(x, (COLUMNS,) if G == 1 else (G, COLUMNS))
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvcondense.backends.triton.kernels.bits import exp, round_bf16, rows_sum, windows_sum
+from kvcondense.backends.triton.kernels.bits import exp, round_bf16, rows_sum
 
 
 @triton.jit
@@ -189,17 +189,27 @@ def candidates(kv_score, ape, q, begin, start, first_token, channel, state_table
 
 
 @triton.jit
+def softmax(kv, z, c: tl.constexpr, G: tl.constexpr):
+    """P [block] of kv and z [padded, block]: sum e^(z - m) K / sum e^(z - m), by halving trees. [G, block] of G."""
+    PADDED: tl.constexpr = c.value.window_padded
+    LEVELS: tl.constexpr = c.value.window_levels
+    BLOCK: tl.constexpr = c.value.block
+    kv, z = tl.reshape(kv, (G, PADDED, BLOCK)), tl.reshape(z, (G, PADDED, BLOCK))
+    # The maximum does not depend on an order.
+    e = exp(z - tl.max(z, axis=1)[:, None, :])
+    total = rows_sum(e, PADDED, BLOCK, LEVELS, G)
+    return tl.div_rn(rows_sum(e * kv, PADDED, BLOCK, LEVELS, G), total)
+
+
+@triton.jit
 def pool(kv_score, ape, q, index, token, start, channel, state_table, state, kv_stride, table_stride,
          c: tl.constexpr):  # fmt: skip
-    """P of window ``index`` of request q for ``channel`` [block]: sum e^(z - m) K / sum e^(z - m), by halving trees.
+    """P of window ``index`` of request q for ``channel`` [block].
 
     token, start: the request's first token in kv_score, and that token's position.
     """
     R: tl.constexpr = c.value.ratio
     W: tl.constexpr = c.value.window
-    PADDED: tl.constexpr = c.value.window_padded
-    LEVELS: tl.constexpr = c.value.window_levels
-    BLOCK: tl.constexpr = c.value.block
     WHOLE: tl.constexpr = c.value.whole
     STORED: tl.constexpr = c.value.stored
     if STORED:
@@ -215,21 +225,13 @@ def pool(kv_score, ape, q, index, token, start, channel, state_table, state, kv_
     else:
         kv, z = candidates(kv_score, ape, q, begin, start, first_token, channel, state_table, state,
                            kv_stride, table_stride, c)  # fmt: skip
-    # The maximum does not depend on an order.
-    e = exp(z - tl.max(z, axis=0)[None, :])
-    total = rows_sum(e, PADDED, BLOCK, LEVELS)
-    return tl.div_rn(rows_sum(e * kv, PADDED, BLOCK, LEVELS), total)
+    return softmax(kv, z, c, 1)
 
 
 @triton.jit
 def pool_together(kv_score, ape, first, channel, kv_stride, c: tl.constexpr):
     """P [G, block] of windows all of whose tokens are this step's, from ``first`` [G, 1, 1] on; ``pool``'s bits."""
     G: tl.constexpr = c.value.windows
-    W: tl.constexpr = c.value.window
-    LEVELS: tl.constexpr = c.value.window_levels
-    BLOCK: tl.constexpr = c.value.block
     kv, z = whole_window(kv_score, ape, first, channel, kv_stride, c)
     kv, z = tl.broadcast(kv, z)  # a bias alone is that of any window
-    e = exp(z - tl.max(z, axis=1)[:, None, :])
-    total = windows_sum(e, G, W, BLOCK, LEVELS)
-    return tl.div_rn(windows_sum(e * kv, G, W, BLOCK, LEVELS), total)
+    return softmax(kv, z, c, G)
