@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-_HIDDEN, _MOST_REQUESTS = 256, 2
+_HIDDEN, _MOST_REQUESTS = 128, 2
 
 
 class _Graph:
