@@ -173,6 +173,9 @@ def test_several_windows_of_a_program_are_compared_and_kept(clocked, monkeypatch
     assert tune.Timed.from_dict(old).choice.windows == 1, "as files from before have it"
     with pytest.raises(CheckpointError, match="windows"):
         tune.check_record({**old, "windows": 0}, "t.jsonl line 2")
+    for key in ("block", "num_warps", "windows"):
+        with pytest.raises(CheckpointError, match=f"t.jsonl line 2 {key}: expected a power of two, got 6"):
+            tune.check_record({**old, key: 6}, "t.jsonl line 2")
     assert clocked
 
 

@@ -93,6 +93,9 @@ def check_record(record: Record, name: str) -> None:
             value = getattr(about, key)
             if value is not None and not 0 < value < 1e18:
                 raise CheckpointError(f"{name} {key}", "a number above 0", record[key])
+        for key in ("block", "num_warps", "windows"):  # the table's entries come of them, and kernels of these
+            if getattr(about, key).bit_count() != 1:
+                raise CheckpointError(f"{name} {key}", "a power of two", record[key])
 
 
 def candidates(case: Case, now: Choice) -> list[Choice]:
