@@ -2,7 +2,9 @@
 
 import pytest
 
+pytest.importorskip("triton")
 from kvcondense.backends.triton import TritonBackend
+from kvcondense.backends.triton.kernels import condense
 from kvcondense.backends.triton.variants import variants
 from kvcondense.bench.forms import COUNTS, Form, Job, check, forms
 
@@ -65,6 +67,15 @@ def test_a_form_gives_the_references_rows(name):
     record = check(Form(named(name).variant, 1), "cpu")
     assert record["right"], record
     assert record["off_by_rms"] < 0.1
+
+
+@pytest.mark.parametrize("requests", [1, 3])
+@pytest.mark.parametrize("variant", [v for v in variants() if v.windows], ids=lambda v: v.name)
+def test_a_form_of_several_windows_pools_them_together(variant, requests, monkeypatch):
+    pooled, real = [], condense.pool_together
+    monkeypatch.setattr(condense, "pool_together", lambda *given: pooled.append(given) or real(*given))
+    assert check(Form(variant, requests), "cpu")["right"]
+    assert len(pooled) >= requests
 
 
 def test_rows_and_bytes_that_are_wrong_are_told(monkeypatch):

@@ -87,12 +87,13 @@ def _run(variant: Variant, steps: list[Step], jobs: list[Job]) -> None:
     elif variant.form == "tiles":
         backend.run_fused("tiles", steps, jobs[0].x, ws)
     else:
-        choice = tuning.choose(steps[0].rows.device, jobs[0].spec, variant.rows)
-        TritonBackend(choice=choice).run(steps[0])
+        TritonBackend(choice=variant.choice(tuning.architecture(steps[0].rows.device))).run(steps[0])
 
 
 class Job:
-    """A compressor with a state that the reference has primed, and the tokens of a step that finishes a row each."""
+    """A compressor with a state that the reference has primed, and the tokens of a step that finishes a row each, or
+    so many that programs with several windows find whole ones.
+    """
 
     def __init__(self, variant: Variant, requests: int, device: str) -> None:
         self.variant, self.requests, self.device = variant, requests, device
@@ -107,9 +108,9 @@ class Job:
             ape=0.1 * random(spec.ratio, spec.width) if spec.has_ape else None,
             w=(random(spec.projected, _HIDDEN) / _HIDDEN**0.5).bfloat16(),
         )
-        tiles = variant.form == "tiles"
-        self.start = 0 if not variant.state else spec.window + (0 if tiles else spec.ratio - 1)
-        self.new = spec.window if not variant.state else 2 * spec.ratio if tiles else 1
+        long = variant.form == "tiles" or variant.windows is not None
+        self.start = 0 if not variant.state else spec.window + (0 if long else spec.ratio - 1)
+        self.new = spec.window if not variant.state else 2 * (variant.windows or 1) * spec.ratio if long else 1
         self.rope = RopeTable.build(ModelConfig.FLASH, self.start + self.new + spec.ratio, device=device)
         self.history = 1.5 * random(requests * self.start, spec.projected)
         hidden = torch.Generator(device).manual_seed(2)  # main and indexer read the same

@@ -32,6 +32,6 @@ def aot(
     """Compile the Triton kernels ahead of time, without a GPU, and say what each takes.
 
     A variant is a compressor, a kind of state, types of tokens and state, a cache format and a number of rows; all that
-    the tuning table can choose for DeepSeek-V4's and V4.1's compressors, and the kernels that project. "matrix" counts
-    instructions of the matrix units (wgmma alone on sm_90).
+    the tuning table can choose for DeepSeek-V4's and V4.1's compressors, two windows of a program, which `tune` tries,
+    and the kernels that project. "matrix" counts instructions of the matrix units (wgmma alone on sm_90).
     """

@@ -1,7 +1,7 @@
 """What the backend can launch for DeepSeek-V4's compressors: every such step, made small, and what it launches.
 
-``variants`` has every entry of the tuning table, every state, every cache format, every type of tokens; ``launches``
-takes the step of one, so that what is compiled ahead is what a step asks for.
+``variants`` has every entry of the tuning table, every state, every cache format, every type of tokens, and two windows
+of a program; ``launches`` takes the step of one, so that what is compiled ahead is what a step asks for.
 """
 
 from __future__ import annotations
@@ -68,6 +68,12 @@ class Variant:
         """The spec, with the variant's rounding."""
         return replace(self.spec or specs()[self.kind], rounding=self.rounding)
 
+    def choice(self, arch: str) -> tuning.Choice:
+        """The tiling of its step, if it does not multiply: the table's, but for the variant's windows of a program."""
+        spec = self.compressor
+        found = tuning.choose_for(arch, spec.ratio, spec.window, spec.head_dim, self.rows)
+        return found if self.windows is None else replace(found, windows=self.windows)
+
     @property
     def multiplies(self) -> bool:
         """True if its kernels project."""
@@ -112,7 +118,8 @@ def variants() -> tuple[Variant, ...]:
 
 
 def few(arch: str) -> tuple[Variant, ...]:
-    """One of each form and state on sm_90, elsewhere of each form with a ring for V4's main compressors.
+    """One of each form and state on sm_90, elsewhere of each form with a ring for V4's main compressors; of programs
+    with several windows, too.
 
     Minutes, not hours.
     """
@@ -213,14 +220,13 @@ def _launch(variant: Variant, arch: str) -> None:
         assert planner is not None
         planner.fill()
         return
-    choice = tuning.choose_for(arch, spec.ratio, spec.window, spec.head_dim, variant.rows)
     x = torch.zeros(_TOKENS, _HIDDEN, dtype=torch.bfloat16)
     if variant.form == "project":
         fused.project(x, _weight(spec), False)
     elif variant.form == "tiles":
         fused.run(_step(variant), x, _weight(spec))
     elif variant.form == "step":
-        TritonBackend(choice=replace(choice, windows=variant.windows or choice.windows)).run(_step(variant))
+        TritonBackend(choice=variant.choice(arch)).run(_step(variant))
     else:
         steps = [_step(v) for v in (variant, variant.beside) if v is not None]
         decode.run(steps, x, [_weight(step.spec) for step in steps])
